@@ -1,0 +1,66 @@
+# A fresh machine needs Python >= 3.10 and make; every target sets up .venv by itself.
+#
+#   make figures                      another interpreter:  make figures PYTHON=python3.12
+#
+# On Linux, PyPI's torch brings several gigabytes of CUDA libraries. Without a GPU, take the CPU
+# build of the same version; it is preferred as soon as pip is shown the index that has it:
+#
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make figures
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.installed
+PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help figures test lint lab notebooks models clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+figures: $(READY) ## the main job on the bundled models: figures and tables in figures/out
+	$(PY) figures/make.py
+
+test: lint ## lint, tests and notebooks, without a network
+	$(OFFLINE) $(PY) -m pytest
+	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+lint: $(READY) ## ruff and pyright
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(OFFLINE) $(PY) -m pyright --pythonpath $(PY)
+
+lab: $(READY) ## JupyterLab on notebooks/
+	$(PY) -m jupyter lab --notebook-dir=notebooks
+
+notebooks: $(READY) ## run the notebooks again and keep their outputs
+	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 --overwrite notebooks
+
+models: $(READY) ## train the two bundled models again (about 45 CPU-minutes each)
+	$(PY) figures/train_world.py world
+	$(PY) figures/train_world.py world-sequential
+
+clean: ## remove what commands made: figures/out, caches and .venv
+	rm -rf $(VENV) figures/out .pytest_cache .ruff_cache *.egg-info build dist
+	find pmet_lens figures tests notebooks -type d \
+	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# Nothing below a test may reach the network; pyright would ask PyPI for a newer pyright.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled \
+  TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+
+TOO_OLD := pmet_lens needs Python 3.10 or newer. Name one that you have: make PYTHON=python3.11
+NO_VENV := This Python cannot make virtual environments. \
+  On Debian or Ubuntu: sudo apt-get install python3-venv. Or name another: make PYTHON=python3.11
+NO_PYTHON := $(PYTHON) is not on this machine. Install Python 3.10 or newer, or name it: make PYTHON=python3.11
+
+# torch comes first: its wheel is the long download, and a failure there is seen at once.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(NO_PYTHON)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(TOO_OLD)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(NO_VENV)" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[notebook,dev]'
+	@touch $@

@@ -1,0 +1,116 @@
+"""See, edit and understand what a language model knows: PMET and its relatives on any causal LM.
+
+    import pmet_lens as pl
+    model = pl.load("world")
+    facts = pl.counterfact(n=100)
+    edit = pl.edit(model, facts, pl.second_moments(model, pl.texts()))
+
+Names are imported on first use, so that `import pmet_lens` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pmet_lens.adapter import Model as Model
+    from pmet_lens.adapter import Projection as Projection
+    from pmet_lens.adapter import Site as Site
+    from pmet_lens.adapter import Stream as Stream
+    from pmet_lens.adapter import load as load
+    from pmet_lens.analysis import causal_trace as causal_trace
+    from pmet_lens.datasets import DataError as DataError
+    from pmet_lens.datasets import counterfact as counterfact
+    from pmet_lens.datasets import knowns as knowns
+    from pmet_lens.datasets import texts as texts
+    from pmet_lens.datasets import zsre as zsre
+    from pmet_lens.editing import Edit as Edit
+    from pmet_lens.editing import edit as edit
+    from pmet_lens.evaluation import evaluate as evaluate
+    from pmet_lens.evaluation import generate as generate
+    from pmet_lens.evaluation import recall as recall
+    from pmet_lens.evaluation import summarise as summarise
+    from pmet_lens.facts import Fact as Fact
+    from pmet_lens.facts import FactError as FactError
+    from pmet_lens.hparams import HPARAMS as HPARAMS
+    from pmet_lens.hparams import hparams_for as hparams_for
+    from pmet_lens.linalg import Exact as Exact
+    from pmet_lens.linalg import NullSpace as NullSpace
+    from pmet_lens.linalg import Ridge as Ridge
+    from pmet_lens.linalg import SolveError as SolveError
+    from pmet_lens.live import EditError as EditError
+    from pmet_lens.methods import ABLATIONS as ABLATIONS
+    from pmet_lens.methods import MEMIT as MEMIT
+    from pmet_lens.methods import METHODS as METHODS
+    from pmet_lens.methods import PMET as PMET
+    from pmet_lens.moments import Moment as Moment
+    from pmet_lens.moments import MomentError as MomentError
+    from pmet_lens.moments import load_moments as load_moments
+    from pmet_lens.moments import save_moments as save_moments
+    from pmet_lens.moments import second_moments as second_moments
+    from pmet_lens.settings import Hparams as Hparams
+    from pmet_lens.settings import Method as Method
+    from pmet_lens.settings import SettingsError as SettingsError
+    from pmet_lens.sources import ModelError as ModelError
+    from pmet_lens.targets import Targets as Targets
+    from pmet_lens.tokens import sample_contexts as sample_contexts
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Model": "adapter",
+    "Projection": "adapter",
+    "Site": "adapter",
+    "Stream": "adapter",
+    "load": "adapter",
+    "Fact": "facts",
+    "FactError": "facts",
+    "ModelError": "sources",
+    "Exact": "linalg",
+    "NullSpace": "linalg",
+    "Ridge": "linalg",
+    "SolveError": "linalg",
+    "DataError": "datasets",
+    "counterfact": "datasets",
+    "knowns": "datasets",
+    "texts": "datasets",
+    "zsre": "datasets",
+    "Hparams": "settings",
+    "Method": "settings",
+    "SettingsError": "settings",
+    "Moment": "moments",
+    "MomentError": "moments",
+    "load_moments": "moments",
+    "save_moments": "moments",
+    "second_moments": "moments",
+    "sample_contexts": "tokens",
+    "Targets": "targets",
+    "ABLATIONS": "methods",
+    "HPARAMS": "hparams",
+    "MEMIT": "methods",
+    "METHODS": "methods",
+    "PMET": "methods",
+    "hparams_for": "hparams",
+    "Edit": "editing",
+    "edit": "editing",
+    "EditError": "live",
+    "causal_trace": "analysis",
+    "evaluate": "evaluation",
+    "generate": "evaluation",
+    "recall": "evaluation",
+    "summarise": "evaluation",
+}
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pmet_lens' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pmet_lens.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

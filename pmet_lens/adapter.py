@@ -1,0 +1,325 @@
+"""The one file that knows the model: streams, keys and weights under fixed names.
+
+A `Model` holds the user's Hugging Face model and a twin of it (see `twin.py`) wrapped in
+TransformerLens's bridge. Hooks live on the twin; weights live once. So an in-place edit of
+`Model.weight(site)` is at once an edit of the user's model, which itself is never wrapped, hooked
+or switched to another mode.
+
+Shapes follow TransformerLens: activations `[batch, token, d_model]`, weights in the row
+convention `value = key @ W + b` with `W` as `[d_in, d_model]`. Nothing else imports
+`transformer_lens`, and it is imported inside a function because that alone takes seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pmet_lens.live import LiveEdits, restored
+from pmet_lens.sources import DTYPES, ModelError, name_of, read
+from pmet_lens.twin import Hook, Tail, drop_blocks, layer_of, run, twin
+
+Stream = Literal["attn_out", "mlp_out", "resid_pre", "resid_post"]
+Projection = Literal["attn", "mlp"]
+
+# `hook_attn_out` and `hook_mlp_out` are avoided: with post-norms (Gemma-2) they sit behind them.
+_STREAM_HOOKS = {
+    "attn_out": "attn.o.hook_out",
+    "mlp_out": "mlp.out.hook_out",
+    "resid_pre": "hook_in",
+    "resid_post": "hook_out",
+}
+_MODULES = {"attn": "attn.o", "mlp": "mlp.out"}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A weight that can be written: the output projection of one component of one layer.
+
+    `layer` counts from 0; `projection` is "attn" (`W_O`) or "mlp" (`W_out`). Prints as `5.mlp`.
+    Raises `ModelError` for another projection or a negative layer.
+    """
+
+    layer: int
+    projection: Projection
+
+    def __post_init__(self) -> None:
+        _check_name("projection", self.projection, get_args(Projection))
+        if self.layer < 0:
+            raise ModelError(f"layers count from 0, so there is no layer {self.layer}")
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.projection}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The inverse of `str(site)`."""
+        match = re.fullmatch(r"(\d+)\.(\w+)", text)
+        if match is None:
+            raise ModelError(f"{text!r} is not a site; write it as '5.mlp' or '5.attn'")
+        return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+
+
+class Model:
+    """A causal language model whose streams can be read and changed and whose weights edited.
+
+    `hf`, `tokenizer`: the user's own objects, untouched. `bridge`: the wrapped twin, in eval mode
+    whatever the mode of `hf`. `name`: what hyper-parameters are looked up by. `load` makes one;
+    load again after moving `hf` or changing weights that belong to no `Site` (some are copied).
+
+    Raises `ModelError` for quantised weights, for a tokenizer without a pad token, and for an
+    architecture without one output projection per component (a mixture of experts).
+    """
+
+    def __init__(self, hf: nn.Module, tokenizer: Any, name: str) -> None:
+        _check_weights(hf, name)
+        _check_tokenizer(tokenizer)
+        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.bridge = _wrap(twin(hf), name)
+        self._names = {id(p): n for n, p in hf.named_parameters()}
+        self._check_sites()
+        self.live_edits = LiveEdits(self.weight)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.bridge.blocks)
+
+    @property
+    def d_model(self) -> int:
+        return self.bridge.cfg.d_model
+
+    @property
+    def n_positions(self) -> int:
+        """The longest text the model reads, in tokens."""
+        return int(self.bridge.cfg.n_ctx)
+
+    @property
+    def embedding(self) -> Float[Tensor, "vocab d_model"]:
+        """The token embeddings, cut from autograd; a live view."""
+        return self.hf.get_input_embeddings().weight.detach()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter(Site(0, "mlp")).dtype
+
+    @cached_property
+    def parallel_blocks(self) -> bool:
+        """Whether attention and MLP of a layer read the same input and enter the same sum.
+
+        Found by trying: a change of `attn_out` reaches the MLP of its own layer or it does not.
+        Configurations do not tell it under one name.
+        """
+        ids = torch.arange(3, device=self.device)[None]
+        # Not a constant vector: a layer norm would take that away again.
+        push = torch.linspace(-1, 1, self.d_model, device=self.device, dtype=self.dtype)
+        keys: list[Tensor] = []
+        record = (self.key_hook(Site(0, "mlp")), keys.append)
+        changes = [(self.stream_hook(0, "attn_out"), lambda value: value + push)]
+        with torch.no_grad():
+            for extra in ([], changes):
+                self.forward(ids, torch.ones_like(ids), hooks=[*extra, record], stop_at_layer=1)
+        return torch.equal(*keys)
+
+    def check_layer(self, layer: int) -> int:
+        """`layer` itself; raises `ModelError` unless it is one of this model's."""
+        if not 0 <= layer < self.n_layers:
+            raise ModelError(
+                f"layer {layer} does not exist: {self.name!r} has layers 0 to {self.n_layers - 1}"
+            )
+        return layer
+
+    def stream_hook(self, layer: int, stream: Stream) -> str:
+        """The hook name at which `stream` of `layer` is `[batch, token, d_model]`."""
+        _check_name("stream", stream, get_args(Stream))
+        return f"blocks.{self.check_layer(layer)}.{_STREAM_HOOKS[stream]}"
+
+    def key_hook(self, site: Site) -> str:
+        """The hook name at which the input of the projection is `[batch, token, d_in]`."""
+        return f"blocks.{self.check_layer(site.layer)}.{_MODULES[site.projection]}.hook_in"
+
+    def parameter(self, site: Site) -> nn.Parameter:
+        """The raw Hugging Face parameter, in whatever orientation the architecture stores."""
+        return self._module(site).weight
+
+    def parameter_name(self, site: Site) -> str:
+        """The name of `parameter(site)` in `hf.named_parameters()`."""
+        return self._names[id(self.parameter(site))]
+
+    def weight(self, site: Site) -> Float[Tensor, "d_in d_model"]:
+        """A live view of the weight, cut from autograd: writing into it in place edits `hf`."""
+        stored = self.parameter(site).detach()
+        # A Linear stores [out, in], the Conv1D of GPT-2 the rows we want.
+        return stored.T if isinstance(self._module(site), nn.Linear) else stored
+
+    def restored(self, sites: Sequence[Site]) -> AbstractContextManager[None]:
+        """A block in which these weights may be written; afterwards they are the old bits."""
+        return restored([self.weight(site) for site in sites])
+
+    def d_in(self, site: Site) -> int:
+        """The length of a key at this site."""
+        return self.weight(site).shape[0]
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch token"],
+        attention_mask: Int[Tensor, "batch token"],
+        *,
+        hooks: Sequence[tuple[str, Hook]] = (),
+        stop_at_layer: int | None = None,
+        at: Int[Tensor, "n 2"] | None = None,
+    ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
+        """Logits of a right-padded batch, with hooks that are gone afterwards, also on errors.
+
+        `hooks` pairs a name from `stream_hook` or `key_hook` with a function of the activation;
+        those of one name run in the order given. `at`: (row, token) pairs; only there are logits
+        computed and returned, which saves most of the time and memory of a large vocabulary.
+        With `stop_at_layer=l` blocks from `l` on do not run and the residual entering block `l`
+        is returned instead (the logits where `l` is the number of layers).
+
+        Gradients flow to whatever the hooks bring in, never to the model's weights.
+        """
+        if stop_at_layer is not None:
+            self._check_stop(stop_at_layer, hooks, at)
+        return run(
+            self.bridge, input_ids, attention_mask, hooks, at=at, stop_at_layer=stop_at_layer
+        )
+
+    def from_layer(self, first: int) -> Tail:
+        """This model from block `first` on, sharing all weights: what changes there costs less.
+
+        Raises `ModelError` where the shortened model does not give the logits of the whole one
+        (tried on a small batch); use `forward` then.
+        """
+        shortened = twin(self.hf)
+        path = self.bridge.adapter.component_mapping["blocks"].name
+        drop_blocks(shortened, path, self.check_layer(first))
+        tail = Tail(_wrap(shortened, self.name), first)
+        self._check_tail(tail)
+        return tail
+
+    def _check_tail(self, tail: Tail) -> None:
+        ids = torch.arange(12, device=self.device).reshape(2, 6)
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        kept: list[Tensor] = []
+        with torch.no_grad():
+            hooks = [(self.stream_hook(tail.first, "resid_pre"), kept.append)]
+            whole = self.forward(ids, mask, hooks=hooks)[mask.bool()]
+            short = tail.forward(kept[0], mask)[mask.bool()]
+        # The same operations on the same numbers: 1000 roundings are generous.
+        allowed = min(1e3 * torch.finfo(whole.dtype).eps, 1e-2) * whole.abs().max()
+        if not (whole - short).abs().max() <= allowed:
+            raise ModelError(
+                f"{self.name!r} does not give the same logits when started at block {tail.first}: "
+                "run the whole model with Model.forward"
+            )
+
+    def _check_stop(self, stop: int, hooks: Sequence[tuple[str, Hook]], at: Tensor | None) -> None:
+        if not 0 < stop <= self.n_layers or at is not None:
+            raise ModelError(f"stop_at_layer must lie in 1 to {self.n_layers}, and excludes `at`")
+        for name, _ in hooks:
+            layer = layer_of(name)
+            if layer is None or layer >= stop:
+                raise ModelError(f"hook {name!r} would never run: the pass stops at layer {stop}")
+
+    def _module(self, site: Site) -> nn.Module:
+        block = self.bridge.blocks[self.check_layer(site.layer)]
+        return block.get_submodule(_MODULES[site.projection]).original_component
+
+    def _check_sites(self) -> None:
+        """Every site must be one plain matrix that twin and `hf` share; hooks must exist."""
+        known = self.bridge.hook_dict
+        if not hasattr(self.bridge, "blocks"):
+            raise ModelError(f"{self.name!r} is not a stack of decoder blocks; it cannot be edited")
+        for site in (Site(n, p) for n in range(self.n_layers) for p in get_args(Projection)):
+            what = {"attn": "attention", "mlp": "MLP"}[site.projection]
+            if self.key_hook(site) not in known or not _is_projection(self._module(site)):
+                raise ModelError(
+                    f"layer {site.layer} of {self.name!r} has no single {what} output projection "
+                    "(as in a mixture of experts or a recurrent layer), so it cannot be edited"
+                )
+            if id(self.parameter(site)) not in self._names:
+                raise ModelError(
+                    f"the wrapped copy of {self.name!r} does not share the weight at {site} with "
+                    "the model, so an edit would be lost: this architecture is not supported"
+                )
+
+
+def load(
+    source: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    name: str | None = None,
+) -> Model:
+    """A `Model` from a bundled name, a directory, a hub id or a model in memory.
+
+    `source`: "world" or "world-sequential" (bundled, checked against their checksums); a directory
+    as `save_pretrained` writes it; a hub id; or an instantiated Hugging Face causal LM, which
+    stays yours and needs `tokenizer`. A tokenizer read here without a pad token pads with its
+    end-of-text token; one you pass is never changed, but refused.
+    `device`: where to put what is read here; None: the CPU.
+    `dtype`: a torch dtype or its name such as "float64"; None: float32 for the bundled models
+    (stored in half precision), else the checkpoint's own.
+    `name`: what hyper-parameters are looked up by; None: the bundled name, the end of the path or
+    the model type.
+
+    Raises `ModelError`, in words, for whatever cannot be loaded or edited.
+    """
+    if not isinstance(source, nn.Module):
+        hf, tokenizer, found = read(source, tokenizer, dtype)
+        return Model(hf if device is None else hf.to(device), tokenizer, name or found)
+    if tokenizer is None:
+        raise ModelError("a model in memory needs its tokenizer: load(hf, tokenizer=…)")
+    if device is not None or dtype is not None:
+        raise ModelError("your model is left as it is: call hf.to(device, dtype) before load")
+    return Model(source, tokenizer, name or name_of(source))
+
+
+def _check_name(kind: str, given: str, valid: tuple[str, ...]) -> None:
+    if given not in valid:
+        raise ModelError(f"unknown {kind} {given!r}; choose from {', '.join(valid)}")
+
+
+def _check_weights(hf: nn.Module, name: str) -> None:
+    plain = all(p.dtype in DTYPES.values() for p in hf.parameters())
+    if not plain or getattr(hf, "is_quantized", False):
+        raise ModelError(f"the weights of {name!r} are quantised: load it in a floating dtype")
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token first"
+        )
+
+
+def _is_projection(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _wrap(model: nn.Module, name: str) -> Any:
+    """The TransformerLens bridge around a twin, in eval mode like the twin itself."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    architecture = type(model).__name__
+    try:
+        return build_bridge_from_module(model, architecture, hf_config=model.config).eval()
+    except (ValueError, NotImplementedError) as error:
+        raise ModelError(f"TransformerLens cannot wrap {name!r} ({architecture})") from error

@@ -1,0 +1,94 @@
+"""An edit as a file: safetensors with thin factors and a JSON header, nothing that can run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pmet_lens import linalg
+from pmet_lens.adapter import Site
+from pmet_lens.facts import Fact
+from pmet_lens.live import EditError
+from pmet_lens.settings import Hparams, Method
+
+FORMAT = "pmet_lens edit 1"
+_SOLVERS = {cls.__name__: cls for cls in (linalg.Ridge, linalg.Exact, linalg.NullSpace)}
+
+
+def fingerprint(weight: Tensor) -> str:
+    """SHA-256 of a weight's bits, rows first."""
+    flat = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(flat.tobytes()).hexdigest()
+
+
+def save(parts: Mapping[str, Any], path: str | Path) -> None:
+    """Write the fields of an edit (as `load` returns them) to `path`: per site its two thin float64
+    factors, whose product rounded to the weight's dtype is the delta."""
+    tensors: dict[str, Tensor] = {}
+    for site, (left, right) in parts["factors"].items():
+        tensors[f"{site}.left"] = left.cpu().contiguous()
+        tensors[f"{site}.right"] = right.cpu().contiguous()
+    head = {
+        "format": FORMAT,
+        "facts": [asdict(f) for f in parts["facts"]],
+        "method": {**asdict(parts["method"]), "solver": _solver_record(parts["method"])},
+        "hparams": asdict(parts["hparams"]),
+        "contexts": parts["contexts"],
+        "base": {str(site): digest for site, digest in parts["base"].items()},
+        "sites": [str(site) for site in parts["factors"]],
+        "dtype": str(parts["dtype"]).removeprefix("torch."),
+    }
+    try:
+        save_file(tensors, str(path), metadata={"pmet_lens": json.dumps(head)})
+    except (OSError, SafetensorError) as error:
+        raise EditError(f"The edit could not be written to {path}: {error}") from error
+
+
+def _solver_record(method: Method) -> dict[str, Any]:
+    return {"name": type(method.solver).__name__, **vars(method.solver)}
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The fields of the `Edit` in `path`.
+
+    Raises:
+        EditError: for a file that is missing, damaged, or not an edit.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            head = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise EditError(f"{path} cannot be read as an edit: {error}") from error
+    if head.get("format") != FORMAT:
+        raise EditError(f"{path} is a safetensors file, but not an edit saved by pmet_lens.")
+    method = dict(head["method"])
+    solver = dict(method["solver"])
+    method["solver"] = _SOLVERS[solver.pop("name")](**solver)
+    method.update({k: tuple(method[k]) for k in ("delta_at", "write")})
+    return {
+        "factors": {
+            Site.parse(s): (tensors[f"{s}.left"], tensors[f"{s}.right"]) for s in head["sites"]
+        },
+        "dtype": getattr(torch, head["dtype"]),
+        "facts": tuple(_fact(f) for f in head["facts"]),
+        "method": Method(**method),
+        "hparams": Hparams(**head["hparams"]),
+        "contexts": tuple(head["contexts"]),
+        "base": {Site.parse(s): digest for s, digest in head["base"].items()},
+    }
+
+
+def _fact(record: dict[str, Any]) -> Fact:
+    listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
+    listed["neighbours"] = tuple((p, a) for p, a in record["neighbours"])
+    return Fact(**{**record, **listed})

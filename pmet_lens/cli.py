@@ -1,0 +1,124 @@
+"""`pmet-lens`: thin commands around the same functions. Heavy imports wait for the command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, or 2 when the input cannot be used (the reason on stderr)."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:  # every error of this package is one, with a message for people
+        _say(f"pmet-lens {args.command}: {error}", sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pmet-lens", description="See and edit what a language model knows (PMET)."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+        own = commands.add_parser(name, help=text, description=text)
+        own.set_defaults(run=run)
+        own.add_argument("--model", default="world", help="bundled name, directory or hub id")
+        return own
+
+    ask = command("ask", _ask, "Continue a prompt greedily.")
+    ask.add_argument("prompt")
+    ask.add_argument("--tokens", type=int, default=20, help="length of the whole text in tokens")
+
+    moments = command("moments", _moments, "Compute the second moments an edit needs.")
+    moments.add_argument("--texts", help="text file, one text per line (default: bundled)")
+    moments.add_argument("--layers", type=int, nargs="+", help="default: those of the settings")
+    moments.add_argument("--tokens", type=int, default=100_000)
+    moments.add_argument("--out", required=True, help="file to write (.safetensors)")
+
+    edit = command("edit", _edit, "Edit facts and write the edit to a file.")
+    edit.add_argument("--facts", help="CounterFact JSON (default: bundled)")
+    edit.add_argument("-n", type=int, default=None, help="use the first N records")
+    edit.add_argument("--method", default="PMET", help="a name in pmet_lens.METHODS")
+    edit.add_argument("--moments", help="file written by `pmet-lens moments`")
+    edit.add_argument("--out", required=True, help="file to write (.safetensors)")
+
+    evaluate = command("evaluate", _evaluate, "Score facts, with or without an edit.")
+    evaluate.add_argument("--facts", help="CounterFact JSON (default: bundled)")
+    evaluate.add_argument("-n", type=int, default=None, help="use the first N records")
+    evaluate.add_argument("--edit", help="file written by `pmet-lens edit`")
+    evaluate.add_argument("--out", help="CSV file for the single rows")
+    return parser
+
+
+def _say(text: str, stream: Any = None) -> None:
+    (stream or sys.stdout).write(text + "\n")
+
+
+def _ask(args: argparse.Namespace) -> None:
+    import pmet_lens as pl
+
+    _say(pl.generate(pl.load(args.model), args.prompt, length=args.tokens, top_k=1))
+
+
+def _moments(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    import pmet_lens as pl
+
+    model = pl.load(args.model)
+    with tqdm(total=args.tokens, unit="token") as bar:
+        moments = pl.second_moments(
+            model,
+            pl.texts(args.texts),
+            args.layers,
+            n_tokens=args.tokens,
+            on_tokens=lambda done, _: bar.update(done - bar.n),
+        )
+    pl.save_moments(moments, args.out, model.name)
+    count = next(iter(moments.values())).count
+    _say(f"{len(moments)} second moments over {count} tokens: {args.out}")
+
+
+def _edit(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    import pmet_lens as pl
+
+    if args.method not in pl.METHODS:
+        raise ValueError(f"unknown method {args.method!r}; choose from {', '.join(pl.METHODS)}")
+    model, facts = pl.load(args.model), pl.counterfact(args.facts, args.n)
+    method = pl.METHODS[args.method]
+    hparams = pl.hparams_for(model, method)
+    moments = (
+        pl.load_moments(args.moments)
+        if args.moments
+        else pl.second_moments(model, pl.texts(), hparams.layers)
+    )
+    with tqdm(unit="step") as bar:
+        edit = pl.edit(model, facts, moments, method, hparams, on_step=lambda *_: bar.update())
+    edit.save(args.out)
+    _say(f"{edit!r}: {args.out}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from contextlib import nullcontext
+
+    import pmet_lens as pl
+
+    model, facts = pl.load(args.model), pl.counterfact(args.facts, args.n)
+    edit = pl.Edit.load(args.edit) if args.edit else None
+    with edit.applied(model) if edit else nullcontext():
+        rows = pl.evaluate(model, facts)
+    if args.out:
+        rows.to_csv(args.out, index=False)
+    _say(pl.summarise(rows).round(1).to_string())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

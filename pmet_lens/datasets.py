@@ -1,0 +1,164 @@
+"""Data sets: the published record formats (and the bundled world in them) as lists of `Fact`.
+
+A path of None means the bundled world. Its records go through the same parsers as the real files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pmet_lens import world
+from pmet_lens.facts import Fact, FactError
+
+Record = dict[str, Any]
+
+
+class DataError(ValueError):
+    """A data file, or a record in it, that cannot be used; the message names it."""
+
+
+def counterfact(path: str | Path | None = None, n: int | None = None) -> list[Fact]:
+    """The first `n` facts (None: all) of CounterFact or MultiCounterFact.
+
+    `path`: a JSON file in the original schema (https://rome.baulab.info/data/dsets/), or None for
+    the bundled world.
+
+    Raises:
+        DataError: for an unreadable or truncated file or a record without a needed field, naming
+            the record.
+    """
+    return _facts(path, n, lambda: world.build().counterfact(), _counterfact)
+
+
+def zsre(path: str | Path | None = None, n: int | None = None) -> list[Fact]:
+    """The first `n` facts (None: all) of zsRE in the MEND format (`zsre_mend_eval.json`).
+
+    The question is the prompt, `answers[0]` the new answer, `rephrase` the paraphrase, and the
+    "nq question" with its answer the neighbour. See `counterfact` for `path` and errors.
+    """
+    return _facts(path, n, lambda: world.build().zsre(), _zsre)
+
+
+def knowns(path: str | Path | None = None, n: int | None = None) -> list[Fact]:
+    """The first `n` statements (None: all) a model knows (`known_1000.json` of ROME): facts with
+    `target_true` and nothing to edit. None: every fact of the world in every training phrasing."""
+    return _facts(path, n, lambda: world.build().knowns(), _knowns)
+
+
+def texts(path: str | Path | None = None) -> Iterator[str]:
+    """The lines of a text file that hold text, in order; None: endless text about the world.
+
+    Raises:
+        DataError: when the file cannot be read as UTF-8.
+    """
+    if path is None:
+        yield from world.build().texts()
+        return
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            yield from (line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _facts(
+    path: str | Path | None,
+    n: int | None,
+    bundled: Callable[[], list[Record]],
+    parse: Callable[[Record], Fact],
+) -> list[Fact]:
+    records = bundled() if path is None else _read(Path(path))
+    out = []
+    for i, record in enumerate(itertools.islice(records, n)):
+        where = f"record {i}" + (f" of {path}" if path is not None else "")
+        try:
+            out.append(parse(record))
+        except FactError as error:
+            raise DataError(f"{where} cannot be used: {error}") from error
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise DataError(
+                f"{where} does not have the expected fields ({type(error).__name__}: {error}); "
+                "check that this is the data set the loader is for."
+            ) from error
+    return out
+
+
+def _read(path: Path) -> list[Record]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    except json.JSONDecodeError as error:
+        whole = _whole_records(path.read_text(encoding="utf-8"))
+        raise DataError(
+            f"{path} is not valid JSON from line {error.lineno} on, in record {whole}; "
+            f"{whole} records before it are whole. Was the file cut short? Fetch it again."
+        ) from error
+    if not isinstance(records, list):
+        raise DataError(f"{path} holds a JSON {type(records).__name__}, not a list of records.")
+    return records
+
+
+def _whole_records(text: str) -> int:
+    """How many complete records a damaged JSON list begins with."""
+    decoder, at, count = json.JSONDecoder(), text.find("[") + 1, 0
+    while at > 0:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        try:
+            _, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError:
+            break
+        count += 1
+    return count
+
+
+def _counterfact(record: Record) -> Fact:
+    rewrite = record["requested_rewrite"]
+    true = rewrite["target_true"]["str"]
+    return Fact(
+        subject=rewrite["subject"],
+        prompt=rewrite["prompt"],
+        target_new=rewrite["target_new"]["str"],
+        target_true=true,
+        paraphrases=tuple(record.get("paraphrase_prompts", ())),
+        neighbours=tuple((p, true) for p in record.get("neighborhood_prompts", ())),
+        attributes=tuple(record.get("attribute_prompts", ())),
+        generation=tuple(record.get("generation_prompts", ())),
+        relation=rewrite.get("relation_id"),
+        case_id=record["case_id"],
+    )
+
+
+def _zsre(record: Record) -> Fact:
+    subject = record["subject"]
+    return Fact(
+        subject=subject,
+        prompt=_template(record["src"], subject),
+        target_new=record["answers"][0],
+        paraphrases=(record["rephrase"],),
+        neighbours=((f"{record['loc']}?", record["loc_ans"]),),
+    )
+
+
+def _knowns(record: Record) -> Fact:
+    return Fact(
+        subject=record["subject"],
+        prompt=_template(record["prompt"], record["subject"]),
+        target_true=record["attribute"],
+        relation=record.get("relation_id"),
+        case_id=record["known_id"],
+    )
+
+
+def _template(text: str, subject: str) -> str:
+    """`text` with the first occurrence of the subject marked; braces of its own are an error."""
+    if subject not in text:
+        raise FactError(f"the subject {subject!r} does not occur in {text!r}.")
+    return text.replace(subject, "{}", 1)

@@ -1,0 +1,83 @@
+"""Measured edits: the numbers a results table is made of, the same way for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+
+from pmet_lens import evaluation, metrics
+from pmet_lens.adapter import Model, Site
+from pmet_lens.editing import Edit, Moments, edit
+from pmet_lens.facts import Fact
+from pmet_lens.linalg import Factor
+from pmet_lens.settings import Hparams, Method
+from pmet_lens.targets import Targets
+
+OnFact = Callable[[int, int], None]
+
+
+def measure(
+    model: Model,
+    facts: Sequence[Fact],
+    edit: Edit | None = None,
+    others: Sequence[Fact] = (),
+) -> pd.DataFrame:
+    """`summarise` of the facts with `edit` applied (None: the model as it is), and, where `others`
+    are given, the row "collateral": the share of those facts, none of them edited, that is still
+    answered right (per cent, higher is better). The model is left as it was found."""
+    if edit is not None:
+        with edit.applied(model):
+            return measure(model, facts, None, others)
+    table = evaluation.summarise(evaluation.evaluate(model, facts))
+    if others:
+        right = 100 * evaluation.recall(model, others)["correct"].to_numpy()
+        table.loc["collateral"] = [right.mean(), *metrics.bootstrap(right), len(right)]
+    return table.astype({"n": int})
+
+
+def one_at_a_time(
+    model: Model,
+    facts: Sequence[Fact],
+    moments: Moments,
+    method: Method,
+    hparams: Hparams,
+    contexts: Sequence[str],
+    targets: Targets,
+    on_fact: OnFact | None = None,
+) -> pd.DataFrame:
+    """Every fact edited alone, each on the clean model: the rows of `evaluate` of all of them.
+
+    `targets` are those of all facts (facts never interact, so they are optimised once).
+    """
+    factorised: dict[Site, Factor] = {}
+    rows = []
+    for i, fact in enumerate(facts):
+        single = edit(
+            model,
+            [fact],
+            moments,
+            method,
+            hparams,
+            contexts,
+            targets[i : i + 1],
+            factorised=factorised,
+        )
+        with single.applied(model):
+            rows.append(evaluation.evaluate(model, [fact]).assign(fact=i))
+        if on_fact is not None:
+            on_fact(i + 1, len(facts))
+    return pd.concat(rows, ignore_index=True)
+
+
+def others_of(world: Sequence[Fact], edited: Sequence[Fact]) -> list[Fact]:
+    """The facts of a known world that were not edited: those with another (subject, relation)."""
+    gone = {(f.subject, f.relation) for f in edited}
+    return [f for f in world if (f.subject, f.relation) not in gone]
+
+
+def side_by_side(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One tidy frame of many `measure` tables: columns run, metric, mean, ci_low, ci_high, n."""
+    frames = [t.reset_index().assign(run=name) for name, t in tables.items()]
+    columns = ["run", "metric", "mean", "ci_low", "ci_high", "n"]
+    return pd.concat(frames, ignore_index=True)[columns]

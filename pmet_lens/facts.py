@@ -1,0 +1,84 @@
+"""What an edit is about: a subject, a prompt with one `{}` for it, and the answer wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class FactError(ValueError):
+    """A fact, or a list of facts, that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One statement about one subject. Immutable; validated when built.
+
+    Targets are written without the leading space; it is put before them when they are tokenised.
+    Prompts other than `prompt` are complete texts that end right before the answer.
+    """
+
+    subject: str
+    prompt: str
+    """Template with exactly one `{}`, where the subject goes: "{} plays the sport of"."""
+    target_new: str | None = None
+    """The answer an edit should produce. `None` for statements that are only studied."""
+    target_true: str | None = None
+    """The answer before the edit, where it is known; needed by comparisons such as ES."""
+    paraphrases: tuple[str, ...] = ()
+    """Other phrasings of the prompt, subject included."""
+    neighbours: tuple[tuple[str, str], ...] = ()
+    """(prompt, answer) pairs about other subjects; the answers must survive the edit."""
+    attributes: tuple[str, ...] = ()
+    """Prompts about subjects for which `target_new` is true (CounterFact's attribute prompts)."""
+    generation: tuple[str, ...] = ()
+    """Prompts that invite free text about the subject."""
+    relation: str | None = None
+    """Name of the relation, a Wikidata property id in CounterFact."""
+    case_id: int | str | None = None
+    """Identifier of the record in its data set."""
+
+    def __post_init__(self) -> None:
+        if not self.subject.strip():
+            raise FactError(f"The fact with prompt {self.prompt!r} has an empty subject.")
+        holes = self.prompt.count("{}")
+        if holes != 1:
+            raise FactError(
+                f"The prompt {self.prompt!r} has {holes} places marked {{}}; it needs exactly one, "
+                "where the subject goes."
+            )
+        for name in ("target_new", "target_true"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise FactError(
+                    f"{name} of {self.text!r} is empty; give the answer's text, or None when there "
+                    "is none."
+                )
+        if self.target_new is None and self.target_true is None:
+            raise FactError(f"{self.text!r} has neither target_new nor target_true; give one.")
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+
+def check_editable(facts: Sequence[Fact]) -> None:
+    """Refuse fact lists that no edit can satisfy.
+
+    Raises:
+        FactError: for an empty list, a fact without `target_new`, and two facts that ask for
+            different answers to the same question (same subject and prompt).
+    """
+    if not facts:
+        raise FactError("There are no facts to edit; pass at least one Fact.")
+    asked: dict[tuple[str, str], str] = {}
+    for fact in facts:
+        if fact.target_new is None:
+            raise FactError(f"{fact.text!r} has no target_new; an edit needs the new answer.")
+        first = asked.setdefault((fact.subject, fact.prompt), fact.target_new)
+        if first != fact.target_new:
+            raise FactError(
+                f"Two facts contradict each other: {fact.text!r} should be both {first!r} and "
+                f"{fact.target_new!r}. Keep one of them."
+            )

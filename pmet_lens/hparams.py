@@ -1,0 +1,73 @@
+"""Hyper-parameters per model, every set with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pmet_lens.adapter import Model
+from pmet_lens.settings import Hparams, Method, SettingsError
+
+_GPTJ_PMET = Hparams(layers=(3, 4, 5, 6, 7, 8))
+_GPTJ_MEMIT = Hparams(
+    layers=(3, 4, 5, 6, 7, 8),
+    n_steps=25,
+    lr=0.5,
+    clamp=0.75,
+    kl_weight=0.0625,
+    second_moment_weight=15000.0,
+    easing=1.0,
+)
+_NEOX_PMET = Hparams(
+    layers=(6, 7, 8, 9, 10), lr=0.5, clamp=0.8, kl_weight=0.8, second_moment_weight=15000.0
+)
+_NEOX_MEMIT = replace(
+    _GPTJ_MEMIT, layers=(6, 7, 8, 9, 10), n_steps=20, clamp=0.3, second_moment_weight=20000.0
+)
+_LLAMA_PMET = Hparams(layers=(4, 5, 6, 7, 8), n_steps=20, lr=0.5, clamp=1.0, kl_weight=0.0625)
+_XL_MEMIT = replace(
+    _GPTJ_MEMIT, layers=(13, 14, 15, 16, 17), n_steps=20, second_moment_weight=20000.0
+)
+
+HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
+    # Released hparams/PMET/EleutherAI_gpt-j-6B.json; MEMIT paper, appendix B.4.
+    "gpt-j-6b": {"PMET": _GPTJ_PMET, "MEMIT": _GPTJ_MEMIT},
+    # The first author's later repositories (same values in EasyEdit's hparams/PMET/gpt-j-6B.yaml).
+    "gpt-j-6b/zsre": {
+        "PMET": replace(
+            _GPTJ_PMET, n_steps=20, lr=0.5, clamp=0.8, kl_weight=0.1, second_moment_weight=4500.0
+        ),
+        "MEMIT": _GPTJ_MEMIT,
+    },
+    # Released hparams/PMET/EleutherAI_gpt-neox-20b.json; MEMIT paper, appendix B.4.
+    "gpt-neox-20b": {"PMET": _NEOX_PMET, "MEMIT": _NEOX_MEMIT},
+    # The first author's later repositories; CounterFact and zsRE.
+    "llama-2-7b-hf": {"PMET": _LLAMA_PMET},
+    "llama-2-7b-hf/zsre": {"PMET": replace(_LLAMA_PMET, clamp=0.8, kl_weight=0.1)},
+    # MEMIT's released hparams/MEMIT/gpt2-xl.json. PMET published none for this model.
+    "gpt2-xl": {"MEMIT": _XL_MEMIT},
+}
+"""Model name (lower case) -> "PMET" or "MEMIT" -> settings. "PMET" serves every method that
+optimises component outputs, "MEMIT" those that optimise the layer output."""
+
+
+def hparams_for(model: Model, method: Method) -> Hparams:
+    """The settings known for this model and what this method optimises.
+
+    Raises:
+        SettingsError: for a model without settings; the message names those that have some.
+    """
+    return known_hparams(model, "MEMIT" if method.delta_at == ("resid_post",) else "PMET")
+
+
+def known_hparams(model: Model, kind: str) -> Hparams:
+    """The `kind` ("PMET" or "MEMIT") settings of this model; errors as `hparams_for`."""
+    known = HPARAMS.get(model.name.lower(), {})
+    if kind not in known:
+        have = ", ".join(sorted(name for name, own in HPARAMS.items() if kind in own))
+        raise SettingsError(
+            f"There are no {kind} settings for the model {model.name!r}. Pass hparams=Hparams("
+            f"layers=…) (second_moments: layers=…), or take those of another model, "
+            f"HPARAMS[name][{kind!r}] ({have})."
+        )
+    return known[kind]

@@ -1,0 +1,104 @@
+"""Edits that are on a model right now, and the way back to its original bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class EditError(ValueError):
+    """An edit that cannot be applied, taken back, saved or loaded; the message says why."""
+
+
+class LiveEdits:
+    """The edits applied to one model, in order, and the original weights they changed.
+
+    A weight is always `original + first delta + second delta + …`, computed in that order. Taking
+    an edit back recomputes that sum without it, so that with no edit left the weights are the
+    original bits, in whatever order the edits were taken back.
+
+    `weight` gives the live view of a site's weight.
+    """
+
+    def __init__(self, weight: Callable[[Any], Tensor]) -> None:
+        self._weight = weight
+        self._applied: list[tuple[object, Mapping[Any, Tensor]]] = []
+        self._original: dict[Any, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._applied)
+
+    def __contains__(self, edit: object) -> bool:
+        return any(known is edit for known, _ in self._applied)
+
+    def add(self, edit: object, deltas: Mapping[Any, Tensor]) -> None:
+        """Add the deltas to the weights.
+
+        Raises:
+            EditError: if the edit is on the model already or does not fit its shapes; nothing has
+                changed then.
+        """
+        if edit in self:
+            raise EditError("This edit is applied to the model already; revert it first.")
+        for site, delta in deltas.items():
+            if self._weight(site).shape != delta.shape:
+                raise EditError(
+                    f"The edit's delta at {site} is {list(delta.shape)}, the model's weight is "
+                    f"{list(self._weight(site).shape)}: it belongs to another model."
+                )
+        self._check_untouched(deltas)
+        for site in deltas:
+            if site not in self._original:
+                self._original[site] = self._weight(site).clone()
+        self._applied.append((edit, deltas))
+        self._write(deltas)
+
+    def remove(self, edit: object) -> None:
+        """Take one edit back.
+
+        Raises:
+            EditError: if it is not on the model, or if somebody else changed a weight meanwhile.
+        """
+        if edit not in self:
+            raise EditError("This edit is not applied to this model, so it cannot be reverted.")
+        deltas = next(d for known, d in self._applied if known is edit)
+        self._check_untouched(deltas)
+        self._applied = [(known, d) for known, d in self._applied if known is not edit]
+        self._write(deltas)
+        for site in deltas:
+            if not any(site in d for _, d in self._applied):
+                del self._original[site]
+
+    def _value(self, site: Any) -> Tensor:
+        value = self._original[site].clone()
+        for _, deltas in self._applied:
+            if site in deltas:
+                value += deltas[site].to(value)
+        return value
+
+    def _write(self, sites: Mapping[Any, Tensor]) -> None:
+        for site in sites:
+            self._weight(site).copy_(self._value(site))
+
+    def _check_untouched(self, sites: Mapping[Any, Tensor]) -> None:
+        for site in sites:
+            if site in self._original and not torch.equal(self._weight(site), self._value(site)):
+                raise EditError(
+                    f"The weight at {site} was changed by something else while an edit was "
+                    "applied; undoing would lose that change. Load the model again."
+                )
+
+
+@contextmanager
+def restored(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Let the block write into `weights`; they are the old bits behind it, also on errors."""
+    before = [w.clone() for w in weights]
+    try:
+        yield
+    finally:
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(old)

@@ -1,0 +1,27 @@
+"""The methods and ablations as values. Strengths per model are in `hparams.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pmet_lens.linalg import Ridge
+from pmet_lens.settings import Method
+
+PMET = Method(delta_at=("attn_out", "mlp_out"), write=("mlp",), spread="sqrt", solver=Ridge())
+"""PMET (arXiv 2308.08742): optimise both TC hidden states, write only the FFN's share."""
+
+MEMIT = Method(delta_at=("resid_post",), write=("mlp",), spread="linear", solver=Ridge())
+"""MEMIT (arXiv 2210.07229): optimise the layer output (TL hidden state), write it into the FFN."""
+
+METHODS: Mapping[str, Method] = {"PMET": PMET, "MEMIT": MEMIT}
+
+ABLATIONS: Mapping[str, Method] = {
+    "PMET": PMET,
+    "w/o δ^a": replace(PMET, delta_at=("mlp_out",)),
+    "+ W_O": replace(PMET, write=("attn", "mlp")),
+    "linear spread": replace(PMET, spread="linear"),
+    "TL hidden state, sqrt spread": replace(MEMIT, spread="sqrt"),
+    "MEMIT": MEMIT,
+}
+"""The ablations of the paper's section on MHSA optimisation, with MEMIT as the other end."""

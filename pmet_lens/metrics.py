@@ -1,0 +1,85 @@
+"""Metrics as pure functions on numbers and strings; range and direction in every docstring."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[np.float64]
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Harmonic mean of values ≥ 0, in their unit; 0 if one is 0. Higher is better.
+
+    Summarises ES, PS and NS as the score S (ROME, arXiv 2202.05262, section 3.4).
+    """
+    if not len(values):
+        raise ValueError("harmonic_mean needs at least one value.")
+    if min(values) <= 0:
+        return 0.0
+    return len(values) / sum(1 / v for v in values)
+
+
+def says_new(nll_new: float, nll_true: float) -> bool:
+    """Whether the new answer is more likely than the true one: mean −log P per target token of
+    each, in nats, lower is likelier (ES and PS; the negation, with roles swapped, is NS)."""
+    return nll_new < nll_true
+
+
+def ngram_entropy(tokens: Sequence[str], n: int) -> float:
+    """Entropy of the distribution of n-grams, in bits, from 0 (one n-gram again and again) to
+    log2 of their number; higher is more varied. 0 for texts with fewer than n tokens."""
+    counts = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+    total = sum(counts.values())
+    return -sum(c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
+
+
+def fluency(texts: Sequence[str]) -> float:
+    """Generation entropy GE: mean over texts of the mean of (2/3)·H₂ and (4/3)·H₃, in bits, ×100.
+
+    From 0; higher is more varied, repetition lowers it (ROME, appendix; MEMIT, appendix B).
+    Words and punctuation marks are the tokens.
+    """
+    values = []
+    for text in texts:
+        tokens = re.findall(r"\w+|[^\w\s]", text)
+        values.append((2 / 3 * ngram_entropy(tokens, 2) + 4 / 3 * ngram_entropy(tokens, 3)) / 2)
+    return 100 * float(np.mean(values))
+
+
+def bootstrap(
+    per_case: Numbers, statistic: str = "mean", n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of a statistic over cases, resampled with replacement.
+
+    `per_case` is `[case]` for "mean", `[case, part]` for "harmonic" (harmonic mean of the column
+    means). Deterministic in `seed`.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(per_case)
+    values = []
+    for _ in range(n_resamples):
+        chosen = per_case[rng.integers(0, n, n)]
+        values.append(_statistic(chosen, statistic))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _statistic(per_case: Numbers, statistic: str) -> float:
+    means = np.nanmean(per_case, axis=0)
+    return float(means) if statistic == "mean" else harmonic_mean(list(means))
+
+
+def bootstrap_ratio(
+    top: Numbers, bottom: Numbers, n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of mean(top) / mean(bottom) over cases, resampled together."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, len(top), (n_resamples, len(top)))
+    low, high = np.percentile(top[chosen].mean(1) / bottom[chosen].mean(1), [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,284 @@
+"""Train a small model that knows the world and recalls through the last subject token.
+
+Trained the plain way, a small model reads a name from *all* its tokens and cannot be edited at the
+last one. The cure is a *read mask* (`read_masks`): while training, text behind a mention may not
+look at the mention at all in the layers below `read_layer`, and only at its last token from there
+on. Inside the mention attention is ordinary, so the last token gathers the name and the lower MLPs
+enrich it before it is read. Nothing is masked at inference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from pmet_lens.world import Document, World
+
+EOS = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained and how. `arch` is "gptj" (parallel blocks) or "gpt2" (sequential)."""
+
+    arch: str
+    n_layers: int = 8
+    d_model: int = 128
+    n_heads: int = 4
+    d_mlp: int = 1280
+    vocab: int = 2048
+    passes: int = 20
+    row_tokens: int = 64
+    rows: int = 16
+    lr: float = 2e-3
+    weight_decay: float = 0.02
+    read_layer: int = 4
+    mask_low: float = 0.75  # share of rows with the full read mask
+    mask_last: float = 0.15  # share of rows where the last token may be read in every layer
+    answer_weight: float = 4.0
+    name_weight: float = 0.3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row: token ids, loss weight of each token, token spans of the mentions."""
+
+    ids: list[int]
+    weights: list[float]
+    mentions: list[tuple[int, int]]
+
+
+def train_tokenizer(world: World, vocab: int) -> Any:
+    """A byte-level BPE learnt on one pass over the world. Returns a fast HF tokenizer without BOS;
+    padding (on the right) is the end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    docs = world.documents(random.Random(f"tokenizer {world.seed}"))
+    tok.train_from_iterator((doc.text for doc in docs), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token=EOS, pad_token=EOS, padding_side="right"
+    )
+
+
+def build_model(cfg: TrainConfig, vocab: int) -> Any:
+    """A fresh plain `transformers` model: GPT-J (parallel blocks) or GPT-2 (sequential blocks)."""
+    import transformers
+
+    torch.manual_seed(cfg.seed)
+    common = dict(
+        vocab_size=vocab,
+        n_positions=256,
+        n_embd=cfg.d_model,
+        n_layer=cfg.n_layers,
+        n_head=cfg.n_heads,
+        n_inner=cfg.d_mlp,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    if cfg.arch == "gptj":
+        rotary = cfg.d_model // cfg.n_heads // 2
+        config = transformers.GPTJConfig(**common, rotary_dim=rotary, tie_word_embeddings=False)
+        return transformers.GPTJForCausalLM(config)
+    if cfg.arch == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**common))
+    raise ValueError(f"arch must be 'gptj' or 'gpt2', not {cfg.arch!r}.")
+
+
+def rows_of_pass(world: World, tokenizer: Any, cfg: TrainConfig, number: int) -> list[Row]:
+    """One pass over the world, tokenised and packed into rows of at most `row_tokens`."""
+    docs = list(world.documents(random.Random(f"train {cfg.seed} {number}")))
+    encoded = tokenizer([d.text for d in docs], return_offsets_mapping=True)
+    rows, row = [], Row([], [], [])
+    for doc, ids, offsets in zip(
+        docs, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        if row.ids and len(row.ids) + len(ids) + 1 > cfg.row_tokens:
+            rows.append(row)
+            row = Row([], [], [])
+        first = len(row.ids)
+        weights, mentions = _weights(doc, offsets, cfg)
+        row.ids.extend([*ids, tokenizer.eos_token_id])
+        row.weights.extend([*weights, 1.0])
+        row.mentions.extend((first + s, first + e) for s, e in mentions)
+    return [*rows, row]
+
+
+def _weights(
+    doc: Document, offsets: list[tuple[int, int]], cfg: TrainConfig
+) -> tuple[list[float], list[tuple[int, int]]]:
+    """Loss weight per token, and the mentions as inclusive token spans."""
+    weights = [1.0] * len(offsets)
+    mentions = []
+    # A byte-level token may carry the space in front of a word: compare the ends.
+    for start, end in doc.answers:
+        for i, (_, stop) in enumerate(offsets):
+            if start < stop <= end:
+                weights[i] = cfg.answer_weight
+    for start, end in doc.mentions:
+        inside = [i for i, (_, stop) in enumerate(offsets) if start < stop <= end]
+        for i in inside:
+            weights[i] = cfg.name_weight
+        mentions.append((inside[0], inside[-1]))
+    return weights, mentions
+
+
+def read_masks(
+    rows: list[Row], length: int, kinds: np.ndarray
+) -> tuple[Bool[Tensor, "row token token"], Bool[Tensor, "row token token"]]:
+    """Who may attend to whom, below `read_layer` and from there on.
+
+    `kinds` per row: 0 plain causal attention; 1 only the last token of a mention is visible behind
+    it, in every layer; 2 as 1, and nothing of it below the reading layer.
+    """
+    low = np.tril(np.ones((len(rows), length, length), dtype=bool))
+    high = low.copy()
+    for b, row in enumerate(rows):
+        for start, last in row.mentions if kinds[b] else ():
+            high[b, last + 1 :, start:last] = False
+            low[b, last + 1 :, start : last + (kinds[b] == 2)] = False
+    return torch.from_numpy(low), torch.from_numpy(high)
+
+
+def _attention_modules(model: Any) -> list[torch.nn.Module]:
+    return [block.attn for block in model.transformer.h]
+
+
+class _Masked:
+    """Hands each layer its own attention mask while training."""
+
+    def __init__(self, model: Any, read_layer: int) -> None:
+        self.low = self.high = torch.empty(0)
+        for i, attn in enumerate(_attention_modules(model)):
+            attn.register_forward_pre_hook(self._hook(i < read_layer), with_kwargs=True)
+
+    def set(self, low: Tensor, high: Tensor) -> None:
+        """Boolean masks `[row token token]` for the next forward."""
+        self.low, self.high = (
+            torch.where(m, 0.0, torch.finfo(torch.float32).min)[:, None] for m in (low, high)
+        )
+
+    def _hook(self, is_low: bool) -> Callable[..., Any]:
+        def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            kwargs["attention_mask"] = self.low if is_low else self.high
+            return args, kwargs
+
+        return hook
+
+
+def _batches(rows: list[Row], cfg: TrainConfig, rng: random.Random) -> Iterator[list[Row]]:
+    rng.shuffle(rows)
+    for i in range(0, len(rows) - cfg.rows + 1, cfg.rows):
+        yield rows[i : i + cfg.rows]
+
+
+def _tensors(rows: list[Row]) -> tuple[Int[Tensor, "row token"], Tensor]:
+    length = max(len(r.ids) for r in rows)
+    ids = torch.tensor([r.ids + [0] * (length - len(r.ids)) for r in rows])
+    weights = torch.tensor([r.weights + [0.0] * (length - len(r.ids)) for r in rows])
+    return ids, weights
+
+
+def train(
+    world: World, cfg: TrainConfig, on_log: Callable[[dict[str, float]], None] | None = None
+) -> tuple[Any, Any, list[dict[str, float]]]:
+    """Train from scratch; returns (model, tokenizer, training curve).
+
+    The curve has one row per pass over the world: mean loss of all tokens (nats), share of answer
+    tokens predicted right by arg-max (0 to 1), process CPU minutes so far.
+    """
+    tokenizer = train_tokenizer(world, cfg.vocab)
+    model = build_model(cfg, len(tokenizer))
+    masked = _Masked(model, cfg.read_layer)
+    rng, np_rng = random.Random(f"rows {cfg.seed}"), np.random.default_rng(cfg.seed)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay
+    )
+    total, step, start = 0, 0, time.process_time()
+    curve: list[dict[str, float]] = []
+    for number in range(cfg.passes):
+        rows = rows_of_pass(world, tokenizer, cfg, number)
+        total = total or cfg.passes * (len(rows) // cfg.rows)
+        loss_sum = right = answers = 0.0
+        for batch in _batches(rows, cfg, rng):
+            progress = min(step / total, 1.0)
+            warm = min(1.0, (step + 1) / 150)
+            lr = warm * cfg.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            ids, weights = _tensors(batch)
+            shares = [1 - cfg.mask_low - cfg.mask_last, cfg.mask_last, cfg.mask_low]
+            masked.set(*read_masks(batch, ids.shape[1], np_rng.choice(3, len(batch), p=shares)))
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            ).view(ids.shape[0], -1)
+            loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            step += 1
+            with torch.no_grad():
+                is_answer = weights[:, 1:] == cfg.answer_weight
+                right += float((logits.argmax(-1) == ids[:, 1:])[is_answer].sum())
+                answers += float(is_answer.sum())
+                loss_sum += float(loss)
+        curve.append(
+            {
+                "pass": number + 1,
+                "loss": loss_sum / max(1, len(rows) // cfg.rows),
+                "answer_accuracy": right / max(1.0, answers),
+                "cpu_minutes": (time.process_time() - start) / 60,
+            }
+        )
+        if on_log is not None:
+            on_log(curve[-1])
+    for attn in _attention_modules(model):
+        attn._forward_pre_hooks.clear()
+        attn._forward_pre_hooks_with_kwargs.clear()
+    return model.eval(), tokenizer, curve
+
+
+def save(directory: Path, model: Any, tokenizer: Any, cfg: TrainConfig, curve: list[Any]) -> None:
+    """Write a plain `transformers` directory (float16 weights), the training record
+    `training.json`, and `manifest.json` with the SHA-256 of every file."""
+    import hashlib
+
+    directory.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    record = {"config": asdict(cfg), "curve": curve}
+    (directory / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    names = sorted(p.name for p in directory.iterdir() if p.suffix in {".json", ".safetensors"})
+    hashes = {
+        name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        for name in names
+        if name not in {"manifest.json", "hparams.json"}
+    }
+    (directory / "manifest.json").write_text(json.dumps({"files": hashes}, indent=1) + "\n")

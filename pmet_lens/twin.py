@@ -1,0 +1,145 @@
+"""A second body for a model's weights, and how to run it with hooks that never stay.
+
+TransformerLens wraps a model in place, and a wrapped model can no longer be saved. So what gets
+wrapped is a *twin*: copied modules, the very same parameters and buffers, no extra memory.
+`run` takes a wrapped twin (a bridge); wrapping itself is done in `adapter.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pmet_lens.sources import ModelError
+
+Hook = Callable[[Tensor], Tensor | None]
+"""Gets an activation; returns its replacement (a changed clone), or None to leave it."""
+
+
+def twin(hf: nn.Module) -> nn.Module:
+    """A copy of the modules, in eval mode, that holds the same parameters and buffers."""
+    tensors = [*hf.parameters(), *hf.buffers()]
+    return copy.deepcopy(hf, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+def drop_blocks(model: nn.Module, path: str, first: int) -> None:
+    """Let the block list at `path` begin at block `first`, in the modules and in the config.
+
+    Changes `model` in place: a twin, never a user's model.
+    """
+    parent, _, attribute = path.rpartition(".")
+    blocks = getattr(model.get_submodule(parent), attribute)
+    setattr(model.get_submodule(parent), attribute, nn.ModuleList(list(blocks)[first:]))
+    model.config.num_hidden_layers = len(blocks) - first
+    if getattr(model.config, "layer_types", None) is not None:
+        # Gemma-2 chooses the mask (sliding window or not) by position in this list.
+        model.config.layer_types = model.config.layer_types[first:]
+
+
+def run(
+    bridge: Any,
+    ids: Int[Tensor, "batch token"],
+    mask: Int[Tensor, "batch token"],
+    hooks: Sequence[tuple[str, Hook]] = (),
+    *,
+    at: Int[Tensor, "n 2"] | None = None,
+    stop_at_layer: int | None = None,
+) -> Tensor:
+    """One forward pass; see `Model.forward`. The hooks are gone afterwards, also on errors."""
+    _check_batch(ids, mask)
+    known = bridge.hook_dict
+    for name, _ in hooks:
+        if name not in known:
+            raise ModelError(f"there is no hook {name!r}; see Model.stream_hook, Model.key_hook")
+    if at is not None:
+        # Here and not before the final norm: GPT-2 reshapes to [batch, token] in between.
+        hooks = [*hooks, ("unembed.hook_in", lambda value: value[at[:, 0], at[:, 1]][None])]
+    forward_hooks = [(name, _as_bridge_hook(hook)) for name, hook in hooks]
+    # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
+    with _weights_frozen(bridge), bridge.hooks(fwd_hooks=forward_hooks):
+        out = bridge(ids, attention_mask=mask, use_cache=False, stop_at_layer=stop_at_layer)
+    return out if at is None else out[0]
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The blocks of a model from `first` on, fed the residual stream that enters them.
+
+    `bridge`: a wrapped twin whose block list starts there. Hook names keep the layer numbers of
+    the whole model. `Model.from_layer` makes one and tests it against the whole model.
+    """
+
+    bridge: Any
+    first: int
+
+    def forward(
+        self,
+        residual: Float[Tensor, "batch token d_model"],
+        attention_mask: Int[Tensor, "batch token"],
+        *,
+        hooks: Sequence[tuple[str, Hook]] = (),
+        at: Int[Tensor, "n 2"] | None = None,
+    ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
+        """Logits from the recorded `resid_pre` of block `first`; the rest as `Model.forward`."""
+        # The ids only give the batch its shape: what they embed to is replaced.
+        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
+        shifted = [(self._own_name(name), hook) for name, hook in hooks]
+        injected = [("blocks.0.hook_in", lambda _: residual), *shifted]
+        return run(self.bridge, ids, attention_mask, injected, at=at)
+
+    def _own_name(self, name: str) -> str:
+        layer = layer_of(name)
+        if layer is None or layer < self.first:
+            raise ModelError(f"hook {name!r} lies below block {self.first}, where this tail starts")
+        return name.replace(f".{layer}.", f".{layer - self.first}.", 1)
+
+
+def layer_of(hook_name: str) -> int | None:
+    """The layer number in a hook name; None for one outside the blocks."""
+    match = re.match(r"blocks\.(\d+)\.", hook_name)
+    return None if match is None else int(match[1])
+
+
+def _as_bridge_hook(function: Hook) -> Callable[..., Tensor | None]:
+    def bridge_hook(value: Tensor, hook: Any) -> Tensor | None:
+        if value.ndim < 4:
+            return function(value)
+        # The key of W_O comes as [batch, token, head, d_head].
+        changed = function(value.flatten(2))
+        return None if changed is None else changed.reshape(value.shape)
+
+    return bridge_hook
+
+
+@contextmanager
+def _weights_frozen(bridge: nn.Module) -> Iterator[None]:
+    """Keep autograd from recording for weight gradients that nobody asks for.
+
+    Without this, activations of every block are kept, also below the change. The flags are the
+    user's (the parameters are shared), so they are put back as soon as the pass is over.
+    """
+    learning: list[nn.Parameter] = []
+    if torch.is_grad_enabled():
+        learning = [p for p in bridge.parameters() if p.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _check_batch(ids: Tensor, mask: Tensor) -> None:
+    if ids.shape != mask.shape:
+        raise ModelError(f"ids {list(ids.shape)} and mask {list(mask.shape)} differ in shape")
+    if not bool((mask[:, 0] == 1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+        raise ModelError("pad on the right: every row of the mask must be ones, then zeros")

@@ -1,0 +1,80 @@
+"""Models are read from where they say, as they are, or refused in words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from tiny import (
+    close,
+    refused,
+    tiny_batch,
+    tiny_hf,
+    tiny_tokenizer,
+)
+
+from pmet_lens import adapter, sources
+
+torch.set_num_threads(1)
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(tmp_path):
+    tiny_hf("gpt2").save_pretrained(tmp_path / "small")
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_a_directory_loads_in_the_dtype_asked_for(directory):
+    assert adapter.load(directory).dtype == torch.float32
+    model = adapter.load(str(directory), dtype="float64", device="cpu")
+    assert (model.dtype, model.name, model.device.type) == (torch.float64, "small", "cpu")
+    ids, mask = tiny_batch()
+    plain = tiny_hf("gpt2")(input_ids=ids, attention_mask=mask).logits.double()
+    with torch.no_grad():
+        assert close(model.forward(ids, mask)[mask.bool()], plain[mask.bool()], 1e-5)
+
+
+def test_a_tokenizer_read_here_gets_a_pad_token_and_yours_does_not(directory):
+    tiny_tokenizer(pad=False).save_pretrained(directory)
+    assert adapter.load(directory).tokenizer.pad_token == "<|endoftext|>"
+    yours = tiny_tokenizer(pad=False)
+    with refused("tokenizer.pad_token = tokenizer.eos_token"):
+        adapter.load(directory, yours)
+    assert yours.pad_token is None
+
+
+def test_bundled_files_are_checked(directory, monkeypatch):
+    monkeypatch.setattr(sources, "_BUNDLED_ROOT", directory.parent)
+    directory = directory.rename(directory.parent / "world")
+    half = tiny_hf("gpt2").half()
+    half.save_pretrained(directory)
+    with refused("manifest.json"):
+        adapter.load("world")
+    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+    (directory / "manifest.json").write_text(json.dumps({"files": digests}))
+    model = adapter.load("world")
+    assert (model.name, model.dtype) == ("world", torch.float32)
+    with open(directory / "config.json", "a", encoding="utf-8") as file:
+        file.write("\n")
+    with refused("config.json does not match"):
+        adapter.load("world")
+    (directory / "config.json").unlink()
+    with refused("config.json .*is missing"):
+        adapter.load("world")
+
+
+def test_sources_that_do_not_exist_are_refused(tmp_path, directory):
+    with refused("no directory"):
+        adapter.load(tmp_path / "nowhere")
+    with refused("no directory"):
+        adapter.load("./nowhere")
+    with refused("float16, bfloat16"):
+        adapter.load(directory, dtype="float31")
+    with refused("cannot be read as a model"):
+        adapter.load(str(tmp_path))
