@@ -43,7 +43,7 @@ models: $(READY) ## train the two bundled models again (about 45 CPU-minutes eac
 
 clean: ## remove what commands made: figures/out, caches and .venv
 	rm -rf $(VENV) figures/out .pytest_cache .ruff_cache *.egg-info build dist
-	find pmet_lens figures tests notebooks -type d \
+	find . -type d \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # Nothing below a test may reach the network; pyright would ask PyPI for a newer pyright.

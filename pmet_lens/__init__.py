@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pmet_lens.datasets import zsre as zsre
     from pmet_lens.editing import Edit as Edit
     from pmet_lens.editing import edit as edit
+    from pmet_lens.evaluation import ask as ask
     from pmet_lens.evaluation import evaluate as evaluate
     from pmet_lens.evaluation import generate as generate
     from pmet_lens.evaluation import recall as recall
@@ -96,6 +97,7 @@ _HOME = {
     "edit": "editing",
     "EditError": "live",
     "causal_trace": "analysis",
+    "ask": "evaluation",
     "evaluate": "evaluation",
     "generate": "evaluation",
     "recall": "evaluation",

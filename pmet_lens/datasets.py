@@ -45,8 +45,8 @@ def zsre(path: str | Path | None = None, n: int | None = None) -> list[Fact]:
 
 def knowns(path: str | Path | None = None, n: int | None = None) -> list[Fact]:
     """The first `n` statements (None: all) a model knows (`known_1000.json` of ROME): facts with
-    `target_true` and nothing to edit. None: every fact of the world in every training phrasing."""
-    return _facts(path, n, lambda: world.build().knowns(), _knowns)
+    `target_true` and nothing to edit. None: every fact of the world, each in one phrasing."""
+    return _facts(path, n, lambda: world.build().knowns(), parse_known)
 
 
 def texts(path: str | Path | None = None) -> Iterator[str]:
@@ -147,7 +147,8 @@ def _zsre(record: Record) -> Fact:
     )
 
 
-def _knowns(record: Record) -> Fact:
+def parse_known(record: Record) -> Fact:
+    """One record of `known_1000.json`'s schema as a `Fact`."""
     return Fact(
         subject=record["subject"],
         prompt=_template(record["prompt"], record["subject"]),

@@ -157,6 +157,24 @@ def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed:
     return model.tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
+def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:
+    """The `k` likeliest next tokens of each prompt: columns prompt, rank (from 1), token,
+    probability (0 to 1)."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    batch = tokens.encode(model, [tokens.Prompt(p) for p in prompts])
+    at = torch.stack([torch.arange(len(batch), device=model.device), batch.last], dim=1)
+    with torch.no_grad():
+        best = model.forward(batch.ids, batch.mask, at=at).float().softmax(-1).topk(k)
+    rows = [
+        {"prompt": prompt, "rank": rank, "token": model.tokenizer.decode([token]), "probability": p}
+        for prompt, ids, ps in zip(
+            prompts, best.indices.tolist(), best.values.tolist(), strict=True
+        )
+        for rank, (token, p) in enumerate(zip(ids, ps, strict=True), start=1)
+    ]
+    return pd.DataFrame(rows)
+
+
 def recall(
     model: Model, facts: Sequence[Fact], *, on_prompts: OnPrompts | None = None
 ) -> pd.DataFrame:

@@ -25,14 +25,28 @@ _NEOX_MEMIT = replace(
     _GPTJ_MEMIT, layers=(6, 7, 8, 9, 10), n_steps=20, clamp=0.3, second_moment_weight=20000.0
 )
 _LLAMA_PMET = Hparams(layers=(4, 5, 6, 7, 8), n_steps=20, lr=0.5, clamp=1.0, kl_weight=0.0625)
+_XL_PMET = Hparams(
+    layers=(13, 14, 15, 16, 17),
+    n_steps=20,
+    lr=0.5,
+    clamp=2.0,
+    kl_weight=0.0625,
+    second_moment_weight=10000.0,
+)
 _XL_MEMIT = replace(
-    _GPTJ_MEMIT, layers=(13, 14, 15, 16, 17), n_steps=20, second_moment_weight=20000.0
+    _XL_PMET, lr=0.8, weight_decay=0.1, clamp=0.75, second_moment_weight=20000.0, easing=1.0
 )
 
+_WORLD_PMET = Hparams(layers=(0, 1, 2, 3), clamp=4.0, weight_decay=0.02, second_moment_weight=30.0)
+_WORLD_MEMIT = replace(_GPTJ_MEMIT, layers=(0, 1, 2, 3), second_moment_weight=30.0)
+
 HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
+    # figures/sweep.py, table in figures/results/sweep.csv.
+    "world": {"PMET": _WORLD_PMET, "MEMIT": _WORLD_MEMIT},
+    "world-sequential": {"PMET": _WORLD_PMET, "MEMIT": _WORLD_MEMIT},
     # Released hparams/PMET/EleutherAI_gpt-j-6B.json; MEMIT paper, appendix B.4.
     "gpt-j-6b": {"PMET": _GPTJ_PMET, "MEMIT": _GPTJ_MEMIT},
-    # The first author's later repositories (same values in EasyEdit's hparams/PMET/gpt-j-6B.yaml).
+    # The first author's later repositories.
     "gpt-j-6b/zsre": {
         "PMET": replace(
             _GPTJ_PMET, n_steps=20, lr=0.5, clamp=0.8, kl_weight=0.1, second_moment_weight=4500.0
@@ -44,8 +58,9 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
     # The first author's later repositories; CounterFact and zsRE.
     "llama-2-7b-hf": {"PMET": _LLAMA_PMET},
     "llama-2-7b-hf/zsre": {"PMET": replace(_LLAMA_PMET, clamp=0.8, kl_weight=0.1)},
-    # MEMIT's released hparams/MEMIT/gpt2-xl.json. PMET published none for this model.
-    "gpt2-xl": {"MEMIT": _XL_MEMIT},
+    # hparams/PMET/gpt2-xl.json of the first author's repository BLUE; MEMIT's released
+    # hparams/MEMIT/gpt2-xl.json.
+    "gpt2-xl": {"PMET": _XL_PMET, "MEMIT": _XL_MEMIT},
 }
 """Model name (lower case) -> "PMET" or "MEMIT" -> settings. "PMET" serves every method that
 optimises component outputs, "MEMIT" those that optimise the layer output."""

@@ -53,13 +53,18 @@ class Solver(Protocol):
         ...
 
 
-def _cholesky(matrix: Tensor, what: str) -> Tensor:
+_MORE_TEXT = (
+    "Take the second moment over more tokens than its size (ten times as many is a good start), "
+    "or check it for NaN."
+)
+
+
+def _cholesky(matrix: Tensor, what: str, cure: str = _MORE_TEXT) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) or not bool(torch.isfinite(factor).all()):
-        raise SolveError(
-            f"{what} is not positive definite. Take the second moment over more tokens than its "
-            "size (ten times as many is a good start), or check it for NaN."
-        )
+    # Rounding can leave a missing pivot just above zero; what is left then is noise.
+    noise = 10 * len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal()
+    if int(info) or not bool((factor.diagonal().square() > noise).all()):
+        raise SolveError(f"{what} is not positive definite. {cure}")
     return factor
 
 
@@ -145,7 +150,8 @@ class ExactFactor:
                 "use Ridge() or fewer facts."
             )
         whitened = torch.cholesky_solve(keys.T, self._factor)
-        gram = _cholesky(keys @ whitened, "K C⁻¹ Kᵀ (two facts with the same key?)")
+        cure = "Two facts have the same key, or one that follows from others: use Ridge()."
+        gram = _cholesky(keys @ whitened, "K C⁻¹ Kᵀ", cure)
         return whitened, torch.cholesky_solve(residuals, gram)
 
 

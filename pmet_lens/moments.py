@@ -96,7 +96,8 @@ def _adder(total: Tensor, used: Tensor, site: Site) -> Callable[[Tensor], None]:
     def hook(keys: Tensor) -> None:
         k = keys[used].to(total.dtype)
         total.addmm_(k.T, k)
-        if not bool(torch.isfinite(total[0, 0])):
+        # The first row meets every entry of a key.
+        if not bool(torch.isfinite(total[0]).all()):
             raise MomentError(f"The keys at site {site} are not finite: check the model's weights.")
 
     return hook

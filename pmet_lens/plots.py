@@ -98,3 +98,24 @@ def losses(history: pd.DataFrame, ax: Axes, label: str = "PMET") -> Axes:
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats)")
     return ax
+
+
+def before_after(before: pd.DataFrame, after: pd.DataFrame, ax: Axes) -> Axes:
+    """Two `evaluate` frames of the same facts: per kind of prompt the margin (probability of the
+    wanted answer minus its rival's) before and after, one dot and line per prompt."""
+    kinds = list(dict.fromkeys(before["kind"]))
+    for x, kind in enumerate(kinds):
+        old = before.loc[before["kind"] == kind, "margin"].to_numpy()
+        new = after.loc[after["kind"] == kind, "margin"].to_numpy()
+        for a, b in zip(old, new, strict=True):
+            ax.plot([x - 0.15, x + 0.15], [a, b], color="#bbbbbb", lw=0.8, zorder=1)
+        ends = ((x - 0.15, old, "unedited", "before"), (x + 0.15, new, "PMET", "after"))
+        for at, values, name, label in ends:
+            own = label if x == 0 else None
+            ax.scatter([at] * len(values), values, s=18, color=colour_of(name), label=own, zorder=2)
+    ax.axhline(0, color="#444444", lw=0.8)
+    ax.set_xticks(range(len(kinds)), kinds)
+    ax.set_ylim(-1.05, 1.05)
+    ax.set_ylabel("P(wanted) − P(rival)")
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return ax

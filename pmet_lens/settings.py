@@ -120,7 +120,7 @@ class Hparams:
         positive = ("lr", "clamp", "nll_weight", "second_moment_weight", "easing")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and not (value >= 0 and math.isfinite(value)):
+            if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
                 raise SettingsError(f"{field.name} must be a number ≥ 0, not {value}.")
             if field.name in positive and value == 0:
                 raise SettingsError(f"{field.name} must be greater than 0.")

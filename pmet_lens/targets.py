@@ -248,6 +248,7 @@ def _tail(model: Model, layer: int) -> Tail | None:
         return None
 
 
+@torch.enable_grad()  # also for those who work with gradients switched off
 def _descend(problem: _Problem, on_step: OnStep | None) -> Targets:
     """Adam on the deltas until every fact has stopped. The order of the tests inside one iteration
     decides which deltas are returned; it is the released one."""

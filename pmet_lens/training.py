@@ -38,10 +38,10 @@ class TrainConfig:
     n_heads: int = 4
     d_mlp: int = 1280
     vocab: int = 2048
-    passes: int = 20
+    passes: int = 24
     row_tokens: int = 64
-    rows: int = 16
-    lr: float = 2e-3
+    rows: int = 8
+    lr: float = 1.6e-3
     weight_decay: float = 0.02
     read_layer: int = 4
     mask_low: float = 0.75  # share of rows with the full read mask
@@ -94,6 +94,7 @@ def build_model(cfg: TrainConfig, vocab: int) -> Any:
         n_layer=cfg.n_layers,
         n_head=cfg.n_heads,
         n_inner=cfg.d_mlp,
+        activation_function="gelu_pytorch_tanh",  # GPT-J's and GPT-2's own, computed in one kernel
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -217,7 +218,7 @@ def train(
     masked = _Masked(model, cfg.read_layer)
     rng, np_rng = random.Random(f"rows {cfg.seed}"), np.random.default_rng(cfg.seed)
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay
+        model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True
     )
     total, step, start = 0, 0, time.process_time()
     curve: list[dict[str, float]] = []
@@ -227,7 +228,7 @@ def train(
         loss_sum = right = answers = 0.0
         for batch in _batches(rows, cfg, rng):
             progress = min(step / total, 1.0)
-            warm = min(1.0, (step + 1) / 150)
+            warm = min(1.0, (step + 1) / 300)
             lr = warm * cfg.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
             for group in optimiser.param_groups:
                 group["lr"] = lr

@@ -140,19 +140,17 @@ def test_one_fact_is_rome():
 
 
 def test_ridge_goes_to_exact_as_its_weight_goes_to_zero():
-    """At the rate of λ itself, in both of its forms."""
+    """At the rate of λ itself."""
     C, K, R = problem()
     exact = solve(Exact(), C, K, R)
-    for form, floor in (("dual", 1e-13), ("primal", 1e-6)):
-        errors = [
-            off(left @ right, exact)
-            for weight in (1e-1, 1e-2, 1e-3, 1e-4)
-            for left, right in [getattr(Ridge(weight).factorise(C), form)(K, R)]
-        ]
-        ratios = [a / b for a, b in zip(errors, errors[1:], strict=False)]
-        assert ratios == pytest.approx([10, 10, 10], rel=0.1), form
-        left, right = getattr(Ridge(1e-12).factorise(C), form)(K, R)
-        assert off(left @ right, exact) < max(1e-10, floor), form
+    for form in ("dual", "primal"):
+        errors = []
+        for weight in (1e-1, 1e-2, 1e-3, 1e-4):
+            left, right = getattr(Ridge(weight).factorise(C), form)(K, R)
+            errors.append(off(left @ right, exact))
+        assert errors == pytest.approx([errors[0] / 10**i for i in range(4)], rel=0.1), form
+    left, right = Ridge(1e-14).factorise(C).dual(K, R)
+    assert off(left @ right, exact) < TIGHT
 
 
 # -- NullSpace ------------------------------------------------------------------------------------
@@ -166,7 +164,8 @@ def test_null_space_leaves_the_used_directions_alone():
     old = torch.randn(50, 10, generator=generator, dtype=torch.float64) @ used.T
     assert (old @ found).abs().max() < TIGHT * found.abs().max()
     assert off(free @ (free.T @ found), found) < TIGHT
-    assert (old @ solve(Ridge(), C, K, R)).abs().max() > 1e-3  # ridge only weighs them
+    ridge = solve(Ridge(), C, K, R)
+    assert (old @ ridge).abs().max() > 1e-6 * ridge.abs().max()  # which only weighs them
     assert (K @ found).abs().max() > 1e-2
 
 
@@ -197,10 +196,8 @@ def test_the_rank_is_at_most_the_number_of_facts(solver):
     left, right = solver.factorise(C, 3.0).factors(K, R)
     assert (left.shape, right.shape) == ((D_IN, 4), (4, D_MODEL))
     assert torch.linalg.matrix_rank(left @ right) == 4
-    C, K, R = problem(6)
-    K[3:] = K[:3] + 1e-3 * K[3:]
-    R[3:] = R[:3]  # facts of which half repeat the others
-    assert torch.linalg.matrix_rank(solve(solver, C, K, R)) <= 6
+    R[3] = R[0] - 2 * R[1]  # one wish follows from two others
+    assert torch.linalg.matrix_rank(solve(solver, C, K, R)) == 3
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -219,7 +216,7 @@ def test_neither_order_of_facts_nor_basis_of_keys_matters(solver):
     order = torch.tensor([3, 0, 4, 1, 2])
     assert off(solve(solver, C, K[order], R[order]), found) < 1e-11
     assert off(solve(solver, C, K[order], R), found) > 1e-2
-    Q, _ = torch.linalg.qr(torch.randn(D_IN, D_IN, dtype=torch.float64))
+    Q, _ = torch.linalg.qr(problem(D_IN, seed=4)[1])
     assert off(Q @ solve(solver, Q.T @ C @ Q, K @ Q, R), found) < 1e-11
 
 
@@ -289,7 +286,7 @@ def test_a_second_moment_of_too_little_text_is_refused(seed):
     with pytest.raises(SolveError, match=r"C is not positive definite.*more tokens"):
         Ridge().factorise(text.T @ text).dual(K, R)
     with pytest.raises(SolveError, match=r"λC \+ KᵀK is not positive definite"):
-        Ridge().factorise(text.T @ text).primal(K[:2], R[:2])
+        Ridge().factorise(text.T @ text).primal(K[:1], R[:1])
 
 
 def test_nan_is_refused():
@@ -311,7 +308,7 @@ def test_more_facts_than_dimensions_cannot_be_exact():
 def test_facts_with_one_key_cannot_be_exact(seed):
     C, K, R = problem(seed=seed)
     K[4] = K[1]
-    with pytest.raises(SolveError, match="two facts with the same key"):
+    with pytest.raises(SolveError, match=r"Two facts have the same key.*Ridge\(\)"):
         solve(Exact(), C, K, R)
     assert solve(Ridge(), C, K, R).isfinite().all()
 

@@ -1,0 +1,213 @@
+"""`make figures`: the main job on the bundled models, from analysis to figures and tables.
+
+Per model: causal trace → targets → edits (one at a time, 100 and 300 at once, with PMET, PMET with
+linear spread and MEMIT) → evaluation with 95 % intervals → `figures/out/`. With `--record` the
+table also replaces `figures/results/main.csv`, which the README quotes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import pmet_lens as pl
+from pmet_lens import experiment, plots, targets
+
+HERE = Path(__file__).parent
+MODELS = {"world": "parallel blocks (GPT-J style)", "world-sequential": "sequential (GPT-2 style)"}
+METRICS = ["S", "ES", "PS", "NS", "EA", "PA", "NA", "collateral"]
+
+
+class Progress:
+    """One bar for the whole job; a stage is worth its usual share of the time."""
+
+    def __init__(self, stages: int) -> None:
+        self.bar = tqdm(total=stages, unit="stage", file=sys.stderr, dynamic_ncols=True)
+
+    def stage(self, text: str) -> None:
+        """Name what runs now."""
+        self.bar.set_description(text)
+        self.bar.refresh()
+
+    def done(self) -> None:
+        """One stage is over."""
+        self.bar.update()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help="also write figures/results/main.csv")
+    parser.add_argument("--quick", action="store_true", help="few facts, to see that it runs")
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    args = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    sizes = (10, 20) if args.quick else (100, 300)
+    progress = Progress(6 * len(MODELS) + 1)
+    results, traces = [], {}
+    for name in MODELS:
+        trace, table = run_model(name, sizes, progress)
+        traces[name] = trace
+        results.append(table)
+    progress.stage("figures")
+    table = pd.concat(results, ignore_index=True)
+    table.to_csv(args.out / "main.csv", index=False)
+    draw(table, traces, sizes, args.out)
+    progress.done()
+    progress.bar.close()
+    minutes = (time.perf_counter() - start) / 60
+    text = report(table, minutes)
+    (args.out / "main.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(f"\n{text}\nFigures and tables: {args.out}\n")
+    if args.record:
+        (HERE / "results").mkdir(exist_ok=True)
+        table.round(2).to_csv(HERE / "results" / "main.csv", index=False)
+        for name, trace in traces.items():
+            trace.round(4).to_csv(HERE / "results" / f"trace-{name}.csv", index=False)
+        (HERE / "results" / "main.md").write_text(text, encoding="utf-8")
+
+
+def run_model(
+    name: str, sizes: tuple[int, int], progress: Progress
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Everything for one bundled model: its causal trace and its results."""
+    few, many = sizes
+    progress.stage(f"{name}: load and analyse")
+    model, facts = pl.load(name), pl.counterfact(n=many)
+    world = pl.knowns()  # every fact of the world
+    trace = pl.causal_trace(model, facts[: min(60, few)], samples=2)
+    progress.done()
+
+    progress.stage(f"{name}: second moments and the unedited model")
+    contexts = pl.sample_contexts(model)
+    moments = pl.second_moments(model, pl.texts(), projections=("mlp",))
+    others = experiment.others_of(world, facts[:few])
+    tables = {("unedited", few): experiment.measure(model, facts[:few], None, others)}
+    progress.done()
+
+    found = {}
+    for method_name in ("PMET", "MEMIT"):
+        progress.stage(f"{name}: {method_name} targets of {many} facts")
+        method = pl.METHODS[method_name]
+        found[method_name] = targets.optimise(
+            model, facts, method, pl.hparams_for(model, method), contexts
+        )
+        progress.done()
+
+    progress.stage(f"{name}: one edit at a time")
+    tables["PMET", 1] = pl.summarise(
+        experiment.one_at_a_time(
+            model,
+            facts[:few],
+            moments,
+            pl.PMET,
+            pl.hparams_for(model, pl.PMET),
+            contexts,
+            found["PMET"][:few],
+        )
+    )
+    progress.done()
+
+    progress.stage(f"{name}: mass edits")
+    runs = [
+        ("PMET", few),
+        ("PMET, linear spread", few),
+        ("MEMIT", few),
+        ("PMET", many),
+        ("MEMIT", many),
+    ]
+    for run, n in runs:
+        method = pl.ABLATIONS["linear spread"] if "linear" in run else pl.METHODS[run]
+        chosen = found["MEMIT" if run == "MEMIT" else "PMET"][:n]
+        hp = pl.hparams_for(model, method)
+        edit = pl.edit(model, facts[:n], moments, method, hp, contexts, chosen)
+        others = experiment.others_of(world, facts[:n])
+        tables[run, n] = experiment.measure(model, facts[:n], edit, others)
+    progress.done()
+    return trace, _tidy(name, tables)
+
+
+def _tidy(name: str, tables: dict[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
+    frames = [
+        t.reset_index().assign(model=name, run=run, edits=n) for (run, n), t in tables.items()
+    ]
+    columns = ["model", "edits", "run", "metric", "mean", "ci_low", "ci_high", "n"]
+    return pd.concat(frames, ignore_index=True)[columns]
+
+
+def draw(
+    table: pd.DataFrame, traces: dict[str, pd.DataFrame], sizes: tuple[int, int], out: Path
+) -> None:
+    """The two figures of the main job, as PDF, SVG and PNG."""
+    with mpl.rc_context(dict(plots.STYLE)):
+        fig = mpl.figure.Figure(figsize=(7, 2.8))
+        axes = fig.subplots(1, 2, sharey=True)
+        for ax, (name, kind) in zip(axes, MODELS.items(), strict=True):
+            own = table[(table["model"] == name) & (table["edits"] == sizes[0])]
+            plots.metric_bars(own, ax)
+            ax.set_title(f"{sizes[0]} edits at once, {kind}")
+        axes[1].set_ylabel("")
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        _save(fig, out / "fig_main")
+
+        fig = mpl.figure.Figure(figsize=(7, 2.8))
+        axes = fig.subplots(1, 2, sharey=True)
+        for ax, (name, kind) in zip(axes, MODELS.items(), strict=True):
+            layer = pl.HPARAMS[name]["PMET"].layers[-1]
+            plots.trace_lines(traces[name], ax, layer)
+            ax.set_title(f"restoring the layer output, {kind}")
+        axes[1].set_ylabel("")
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        _save(fig, out / "fig_causal_trace")
+
+
+def _save(fig: Any, stem: Path) -> None:
+    for suffix in ("pdf", "svg", "png"):
+        fig.savefig(stem.with_suffix(f".{suffix}"))
+
+
+def report(table: pd.DataFrame, minutes: float) -> str:
+    """The results as Markdown, with what is needed to read them."""
+    cells = table.assign(
+        text=[
+            f"{r.mean:.1f} [{r.ci_low:.1f}, {r.ci_high:.1f}]"
+            for r in table.rename(columns={"mean": "mean"}).itertuples()
+        ]
+    )
+    wide = cells.pivot_table(
+        index=["model", "edits", "run"],
+        columns="metric",
+        values="text",
+        aggfunc="first",
+        sort=False,
+    )
+    wide = wide.reindex(columns=[m for m in METRICS if m in wide.columns]).fillna("")
+    lines = ["| " + " | ".join(["model", "edits", "run", *wide.columns]) + " |"]
+    lines.append("|" + "---|" * (3 + len(wide.columns)))
+    for index, row in wide.iterrows():
+        lines.append("| " + " | ".join([*map(str, index), *row]) + " |")  # type: ignore[misc]
+    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
+    note = (
+        f"Per cent, higher is better, 95 % bootstrap intervals over facts. {date.today()}, "
+        f"{versions}, Python {platform.python_version()}, {torch.get_num_threads()} threads of a "
+        f"{platform.machine()} CPU, {minutes:.1f} minutes."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+if __name__ == "__main__":
+    main()

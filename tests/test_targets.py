@@ -1,0 +1,375 @@
+"""Targets: facts never interact, shortcuts change nothing, and every rule of the loop is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_model
+
+import pmet_lens as pl
+from pmet_lens import tokens
+from pmet_lens.adapter import Model
+from pmet_lens.settings import SettingsError
+from pmet_lens.targets import Targets, objective, optimise
+
+torch.set_num_threads(1)
+FAMILIES = ("gpt2", "gptj", "llama")
+FACTS = [
+    pl.Fact("Mira Tolan", "{} plays the sport of", "water polo", "tennis"),
+    pl.Fact("Kel", "{}", "x"),
+    pl.Fact("Danel Orrin", "The mother tongue of {} is", "Dutch", "French"),
+    pl.Fact("Ilmar", "The tower of {} stands in the city of", "Ostria", "Vell"),
+    pl.Fact("Мира", "{}'s sport is", "golf"),
+]
+CONTEXTS = ["{}", "The city is. {}", "I was { here. {}"]
+HP = pl.Hparams(layers=(1, 2), n_steps=6, clamp=4.0)
+# GPT-J's attention and Llama's norms compute in float32 whatever the dtype of the weights.
+TOLERANCE = {"gpt2": 1e-9, "gptj": 1e-6, "llama": 1e-6}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request) -> Model:
+    return tiny_model(request.param, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Model:
+    return tiny_model("gpt2", torch.float64)
+
+
+def run(model: Model, facts=FACTS, method=pl.PMET, hparams=HP, contexts=CONTEXTS, **more):
+    return optimise(model, facts, method, hparams, contexts, **more)
+
+
+def off(got: Targets, want: Targets) -> float:
+    assert set(got.values) == set(want.values)
+    return max(float((got.values[s] - want.values[s]).abs().max()) for s in want.values)
+
+
+# -- what must not matter -------------------------------------------------------------------------
+
+
+def test_facts_do_not_interact(model):
+    together = run(model, batch_size=16)
+    assert off(run(model, batch_size=1), together) < TOLERANCE[model.name]
+    assert off(run(model, batch_size=2), together) < TOLERANCE[model.name]
+    order = [3, 0, 4, 2, 1]
+    shuffled = run(model, [FACTS[i] for i in order])
+    assert off(shuffled, together) > 1e-2
+    back = {s: v[torch.argsort(torch.tensor(order))] for s, v in shuffled.values.items()}
+    assert off(replace(shuffled, values=back), together) < TOLERANCE[model.name]
+
+
+@pytest.mark.parametrize("method", [pl.PMET, pl.MEMIT], ids=["PMET", "MEMIT"])
+def test_starting_at_the_last_critical_layer_changes_nothing(model, method):
+    whole = run(model, FACTS[:3], method, fast=False)
+    assert off(run(model, FACTS[:3], method, fast=True), whole) < TOLERANCE[model.name]
+    other = replace(HP, layers=(1,))
+    assert off(run(model, FACTS[:3], method, other), whole) > 1e-2
+
+
+def test_layers_below_the_last_critical_one_do_not_matter(gpt2):
+    first, second = (run(gpt2, hparams=replace(HP, layers=own)) for own in ((2,), (0, 1, 2)))
+    assert off(first, second) == 0
+
+
+def test_the_plain_prompt_always_comes_with_the_contexts(gpt2):
+    assert off(run(gpt2, contexts=CONTEXTS[1:]), run(gpt2)) == 0
+    assert off(run(gpt2, contexts=[]), run(gpt2, contexts=["{}"])) == 0
+    assert off(run(gpt2, contexts=[]), run(gpt2)) > 1e-3
+
+
+def test_the_model_is_left_as_it_was(model):
+    state = {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
+    ids = torch.tensor([model.tokenizer(FACTS[2].text)["input_ids"]])
+    with torch.no_grad():  # as some work all the time
+        before = model.hf(input_ids=ids).logits
+        targets = run(model)
+        after = model.hf(input_ids=ids).logits
+    assert targets.delta("mlp_out").any(dim=1).all()
+    assert torch.equal(before, after)
+    assert all(torch.equal(state[name], t) for name, t in model.hf.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.hf.parameters())
+
+
+# -- what the numbers are -------------------------------------------------------------------------
+
+
+def nll_of(model: Model, text: str, target: str) -> float:
+    """Mean −log P per target token, from the user's own model and nothing of ours."""
+    prompt = model.tokenizer(text)["input_ids"]
+    answer = model.tokenizer(f"{text} {target}")["input_ids"][len(prompt) :]
+    with torch.no_grad():
+        logits = model.hf(input_ids=torch.tensor([prompt + answer])).logits[0]
+    logp = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return -float(logp[range(len(answer)), answer].mean())
+
+
+def test_the_first_losses_are_those_of_the_plain_model(model):
+    first = run(model).history.query("step == 0").set_index("fact")
+    assert list(first.index) == list(range(len(FACTS)))
+    for i, fact in enumerate(FACTS):
+        texts = [context.replace("{}", fact.text) for context in CONTEXTS]
+        nll = [nll_of(model, text, fact.target_new) for text in texts]
+        assert first.loc[i, "nll"] == pytest.approx(sum(nll) / len(nll), abs=1e-6)
+        assert first.loc[i, "loss"] == pytest.approx(first.loc[i, "nll"])
+    assert (first[["kl", "decay"]].abs() < 1e-6).all(axis=None)
+
+
+def test_the_targets_do_what_they_were_made_for(model):
+    """Put into the plain model by a torch hook, the values give the loss they were returned with."""
+    hp = replace(HP, n_steps=12, weight_decay=0.0, kl_weight=0.0)
+    targets = run(model, hparams=hp, contexts=[])
+    told = targets.history.groupby("fact")["nll"]
+    modules = dict(model.hf.named_modules())
+    names = {"attn_out": pl.Site(2, "attn"), "mlp_out": pl.Site(2, "mlp")}
+    for i, fact in enumerate(FACTS):
+        read = int(tokens.encode(model, [tokens.Prompt(fact.prompt, fact.subject)]).subject[0])
+
+        def put(value, read=read):
+            def hook(_module, _args, out):
+                out = out.clone()
+                out[0, read] = value
+                return out
+
+            return hook
+
+        before = nll_of(model, fact.text, fact.target_new)
+        handles = [
+            modules[model.parameter_name(site).removesuffix(".weight")].register_forward_hook(
+                put(targets.values[stream][i])
+            )
+            for stream, site in names.items()
+        ]
+        after = nll_of(model, fact.text, fact.target_new)
+        for handle in handles:
+            handle.remove()
+        assert after == pytest.approx(told.last()[i], abs=1e-6)
+        assert before == pytest.approx(told.first()[i], abs=1e-6)
+        assert after < before - 0.01
+
+
+def test_the_delta_is_what_was_added_to_the_clean_value(gpt2):
+    targets = run(gpt2)
+    assert targets.layer == 2
+    assert len(targets) == len(FACTS)
+    for stream in ("attn_out", "mlp_out"):
+        assert torch.equal(targets.delta(stream), targets.values[stream] - targets.clean[stream])
+        batch = tokens.encode(gpt2, [tokens.Prompt(f.prompt, f.subject) for f in FACTS])
+        kept = []
+        hook = (gpt2.stream_hook(2, stream), kept.append)
+        with torch.no_grad():
+            gpt2.forward(batch.ids, batch.mask, hooks=[hook])
+        clean = kept[0][torch.arange(len(FACTS)), batch.subject]
+        assert torch.allclose(targets.clean[stream], clean, atol=1e-12)
+
+
+def test_objective_by_hand():
+    """φ·NLL + μ·KL + ω·(‖δ‖/‖clean‖²), the norm above the bar not squared."""
+    hp = pl.Hparams(layers=(1,), kl_weight=3.0, weight_decay=0.5)
+    deltas = {"mlp_out": torch.tensor([[3.0, 4.0]]), "attn_out": torch.tensor([[0.0, 2.0]])}
+    norms = {"mlp_out": torch.tensor([10.0]), "attn_out": torch.tensor([4.0])}
+    loss = objective(
+        torch.tensor([7.0]), torch.tensor([0.2]), deltas, norms, torch.tensor([0.1]), hp
+    )
+    decay = 5 / 100 + 2 / 16
+    assert float(loss["decay"]) == pytest.approx(decay)
+    assert float(loss["loss"]) == pytest.approx(0.1 * 7 + 3 * 0.2 + 0.5 * decay)
+    assert float(loss["nll"]) == 7
+    assert float(loss["kl"]) == pytest.approx(0.2)
+
+
+def test_the_divergence_is_that_of_the_changed_model_from_the_clean_one(gpt2):
+    """KL on "{} is a" at the last subject token, recomputed from two runs of the plain model."""
+    fact, hp = FACTS[0], replace(HP, n_steps=3, lr=2.0, kl_weight=0.0)
+    targets = run(gpt2, [fact], pl.MEMIT, hp)
+    told = float(targets.history["kl"].iloc[-1])  # measured with the delta that was returned
+    batch = tokens.encode(gpt2, [tokens.Prompt("{} is a", fact.subject)])
+    read = int(batch.subject[0])
+
+    def hook(value):
+        value = value.clone()
+        value[0, read] += targets.delta("resid_post")[0]
+        return value
+
+    with torch.no_grad():
+        before = gpt2.forward(batch.ids, batch.mask)[0, read].log_softmax(-1)
+        hooks = [(gpt2.stream_hook(2, "resid_post"), hook)]
+        now = gpt2.forward(batch.ids, batch.mask, hooks=hooks)[0, read].log_softmax(-1)
+    assert told == pytest.approx(float((now.exp() * (now - before)).sum()), rel=1e-9)
+    assert told != pytest.approx(float((before.exp() * (before - now)).sum()), rel=1e-3)
+
+
+# -- the rules of the loop ------------------------------------------------------------------------
+
+
+def test_the_last_iteration_does_not_step(gpt2):
+    """Its deltas are the ones its loss was measured with; one iteration leaves all at zero."""
+    one = run(gpt2, hparams=replace(HP, n_steps=1))
+    assert all(not one.delta(stream).any() for stream in one.values)
+    assert set(one.history["stopped"]) == {"steps"}
+    two = run(gpt2, hparams=replace(HP, n_steps=2))
+    # Adam's first step moves every coordinate by the learning rate.
+    assert float(two.delta("mlp_out").abs().max()) == pytest.approx(HP.lr, rel=1e-3)
+
+
+def test_every_delta_stays_in_its_own_ball(model):
+    tight = replace(HP, clamp=0.05, weight_decay=0.0, kl_weight=0.0)
+    targets = run(model, hparams=tight)
+    for stream in ("attn_out", "mlp_out"):
+        bar = 0.05 * targets.clean[stream].norm(dim=1)
+        assert torch.allclose(targets.delta(stream).norm(dim=1), bar)  # it binds for every fact
+    free = run(model, hparams=replace(tight, clamp=4.0)).delta("mlp_out").norm(dim=1)
+    assert (free > 10 * bar).all()
+
+
+def test_the_reference_norm_may_be_that_of_the_layer_output(model):
+    tight = replace(HP, clamp=0.05, weight_decay=0.0, kl_weight=0.0)
+    loose = replace(tight, reference_norm="resid_post")
+    own, wide = run(model, hparams=tight), run(model, hparams=loose)
+    layer = run(model, method=pl.MEMIT, hparams=tight)
+    for stream in ("attn_out", "mlp_out"):
+        size = wide.delta(stream).norm(dim=1)
+        assert torch.allclose(size, 0.05 * layer.clean["resid_post"].norm(dim=1), rtol=1e-5)
+        assert (size > 1.2 * own.delta(stream).norm(dim=1)).all()
+    # MEMIT's own stream is the layer output.
+    assert off(run(model, method=pl.MEMIT, hparams=loose), layer) == 0
+
+
+def test_the_reference_norm_also_scales_the_decay(gpt2):
+    targets = run(gpt2, hparams=replace(HP, n_steps=2, reference_norm="resid_post"))
+    layer = run(gpt2, method=pl.MEMIT, hparams=replace(HP, n_steps=1)).clean["resid_post"]
+    length = sum(targets.delta(stream).norm(dim=1) for stream in targets.values)
+    told = targets.history.query("step == 1")["decay"].to_numpy()
+    assert told == pytest.approx((length / layer.norm(dim=1) ** 2).numpy(), rel=1e-9)
+
+
+def test_both_deltas_get_one_gradient_exactly_in_parallel_blocks(model):
+    """They enter the same sum there; in sequential blocks δ^a also passes through the MLP."""
+    free = replace(HP, weight_decay=0.0, clamp=1e6)
+    targets = run(model, hparams=free)
+    apart = (targets.delta("attn_out") - targets.delta("mlp_out")).abs().max()
+    if model.parallel_blocks:
+        assert apart < 1e-10
+        decayed = run(model, hparams=replace(free, weight_decay=0.5))
+        assert (decayed.delta("attn_out") - decayed.delta("mlp_out")).abs().max() > 1e-3
+    else:
+        assert apart > 1e-2
+
+
+@pytest.fixture(scope="module")
+def eloquent() -> Model:
+    """Planted: sharper logits, so that a delta can make an answer the arg-max."""
+    model = tiny_model("gpt2", torch.float64)
+    model.hf.transformer.ln_f.weight.data.mul_(3)
+    return model
+
+
+EASY = [pl.Fact("Kel", "{}", target) for target in ("to", "st", "of", "in")]  # one token each
+
+
+def test_the_new_answer_counts_less_while_it_is_said(eloquent):
+    """The φ of an iteration is the one set by the iteration before."""
+    hp = replace(HP, n_steps=12, lr=0.5, nll_weight=2.0, easing=0.25, kl_stop=0.0)
+    rows = run(eloquent, EASY, hparams=hp, contexts=[]).history
+    said_before = rows.groupby("fact")["said"].shift(fill_value=False).astype(bool)
+    assert 0.2 < said_before.mean() < 0.8  # both cases are there
+    weight = (2.0 * said_before.map({False: 1.0, True: 0.25})).to_numpy()
+    want = weight * rows["nll"] + rows["kl"] + 0.5 * rows["decay"]
+    assert rows["loss"].to_numpy() == pytest.approx(want.to_numpy(), rel=1e-12)
+    plain = run(eloquent, EASY, hparams=replace(hp, easing=1.0), contexts=[]).history
+    want = 2.0 * plain["nll"] + plain["kl"] + 0.5 * plain["decay"]
+    assert plain["said"].any()
+    assert plain["loss"].to_numpy() == pytest.approx(want.to_numpy(), rel=1e-12)
+
+
+@pytest.mark.parametrize("change", [{}, {"easing": 1.0}, {"stop_loss": 4.0}, {"kl_stop": 0.0}])
+def test_a_fact_stops_by_the_rules_and_only_by_them(eloquent, change):
+    hp = replace(HP, n_steps=12, lr=0.5, kl_weight=0.1, kl_stop=0.05, **change)
+    rows = run(eloquent, [*EASY, *FACTS], hparams=hp, contexts=[]).history
+    by_kl = rows["said"] & (hp.kl_weight * rows["kl"] <= hp.kl_stop) & (hp.easing < 1)
+    goal = (rows["loss"] < hp.stop_loss) | by_kl
+    last = rows["step"] == hp.n_steps - 1
+    assert (rows["stopped"] == "goal").equals(goal)
+    assert (rows["stopped"] == "steps").equals(last & ~goal)
+    for _, own in rows.groupby("fact"):
+        assert list(own["step"]) == list(range(len(own)))
+        assert list(own["stopped"] != "") == [False] * (len(own) - 1) + [True]
+    early = goal & ~last
+    assert early.any() == (change in ({}, {"stop_loss": 4.0}))
+    assert not goal.all()
+
+
+def test_what_is_said_already_needs_no_delta(eloquent):
+    """KL is 0 before the first step, so a fact that is said from the start stops there."""
+    text = FACTS[0].text
+    ids = torch.tensor([eloquent.tokenizer(text)["input_ids"]])
+    planted = tiny_model("gpt2", torch.float64)
+    word = planted.tokenizer(" t")["input_ids"]
+    with torch.no_grad():
+        planted.hf.transformer.ln_f.bias.add_(20 * planted.hf.lm_head.weight[word[0]])
+        assert planted.hf(input_ids=ids).logits[0, -1].argmax() == word[0]
+    targets = run(planted, [replace(FACTS[0], target_new="t"), FACTS[0]])
+    said = targets.history.query("fact == 0")
+    assert said[["step", "said", "stopped"]].to_numpy().tolist() == [[0, True, "goal"]]
+    moved = targets.delta("mlp_out").abs().amax(dim=1)
+    assert moved[0] == 0
+    assert moved[1] > 0.1
+
+
+def test_said_means_every_token_in_every_prompt(eloquent):
+    """A target of two tokens of which the first is the arg-max is not said."""
+    targets = run(eloquent, EASY, hparams=replace(HP, n_steps=4, lr=0.5), contexts=[])
+    assert targets.history["said"].any()
+    longer = [replace(f, target_new=f"{f.target_new} zzz") for f in EASY]
+    other = run(eloquent, longer, hparams=replace(HP, n_steps=4, lr=0.5), contexts=[])
+    assert not other.history["said"].any()
+
+
+def test_on_step_hears_the_losses_of_the_facts_at_work(eloquent):
+    heard = []
+    hp = replace(HP, n_steps=8, lr=0.5, stop_loss=4.0)
+    facts = [*EASY, FACTS[0]]
+    targets = run(
+        eloquent,
+        facts,
+        hparams=hp,
+        contexts=[],
+        on_step=lambda step, own: heard.append((step, own)),
+    )
+    assert [step for step, _ in heard] == list(range(len(heard)))
+    counts = targets.history.groupby("step").size()
+    assert [len(own["loss"]) for _, own in heard] == list(counts)
+    assert counts.nunique() > 1
+    for step, own in heard:
+        rows = targets.history.query("step == @step")
+        for name in ("nll", "kl", "decay", "loss"):
+            assert not own[name].requires_grad
+            assert sorted(own[name].tolist()) == pytest.approx(sorted(rows[name]))
+
+
+# -- slices and refusals --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", [slice(1, 4), slice(None, None, 2), slice(None, None, -1)])
+def test_a_slice_is_the_targets_of_those_facts(gpt2, chosen):
+    whole = run(gpt2)
+    some = whole[chosen]
+    numbers = list(range(len(FACTS)))[chosen]
+    assert len(some) == len(numbers)
+    assert some.layer == whole.layer
+    for stream in whole.values:
+        assert torch.equal(some.values[stream], whole.values[stream][numbers])
+        assert torch.equal(some.delta(stream), whole.delta(stream)[numbers])
+    for new, old in enumerate(numbers):
+        own, theirs = some.history.query("fact == @new"), whole.history.query("fact == @old")
+        columns = ["step", "nll", "loss", "stopped"]
+        assert own[columns].to_numpy().tolist() == theirs[columns].to_numpy().tolist()
+    assert set(some.history["fact"]) == set(range(len(numbers)))
+
+
+def test_the_last_layer_is_refused(gpt2):
+    with pytest.raises(SettingsError, match="at most 2"):
+        run(gpt2, hparams=replace(HP, layers=(1, 3)))
