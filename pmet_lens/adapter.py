@@ -105,7 +105,8 @@ class Model:
     @property
     def embedding(self) -> Float[Tensor, "vocab d_model"]:
         """The token embeddings, cut from autograd; a live view."""
-        return self.hf.get_input_embeddings().weight.detach()
+        hf: Any = self.hf
+        return hf.get_input_embeddings().weight.detach()
 
     @property
     def device(self) -> torch.device:
@@ -235,7 +236,7 @@ class Model:
             if layer is None or layer >= stop:
                 raise ModelError(f"hook {name!r} would never run: the pass stops at layer {stop}")
 
-    def _module(self, site: Site) -> nn.Module:
+    def _module(self, site: Site) -> Any:
         block = self.bridge.blocks[self.check_layer(site.layer)]
         return block.get_submodule(_MODULES[site.projection]).original_component
 

@@ -19,7 +19,7 @@ from pmet_lens import metrics, tokens
 from pmet_lens.adapter import Model, Stream
 from pmet_lens.facts import Fact, FactError
 
-OnCell = Callable[[int, int], None]
+OnCell = Callable[[int, int], object]
 PLACES = ("first subject token", "middle subject tokens", "last subject token", "between", "last")
 
 

@@ -82,7 +82,7 @@ def load(path: str | Path) -> dict[str, Any]:
         "dtype": getattr(torch, head["dtype"]),
         "facts": tuple(_fact(f) for f in head["facts"]),
         "method": Method(**method),
-        "hparams": Hparams(**head["hparams"]),
+        "hparams": Hparams(**{**head["hparams"], "layers": tuple(head["hparams"]["layers"])}),
         "contexts": tuple(head["contexts"]),
         "base": {Site.parse(s): digest for s, digest in head["base"].items()},
     }

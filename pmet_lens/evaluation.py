@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from pmet_lens import metrics, tokens
 from pmet_lens.adapter import Model
 from pmet_lens.facts import Fact, FactError
 
-OnPrompts = Callable[[int, int], None]
+OnPrompts = Callable[[int, int], object]
 KINDS = ("rewrite", "paraphrase", "neighbour")
 
 
@@ -108,10 +109,12 @@ def evaluate(
                 success=float(metrics.says_new(own.nll, other.nll)),
             )
     frame = pd.DataFrame(rows)
-    return pd.concat([frame, _generations(model, facts)]) if generate else frame
+    if not generate:
+        return frame
+    return pd.concat([frame, _generations(model, facts)], ignore_index=True)
 
 
-def _prompts(i: int, fact: Fact) -> list[dict[str, object]]:
+def _prompts(i: int, fact: Fact) -> list[dict[str, Any]]:
     """The scored prompts of one fact, with the answer that should win and its rival."""
     new, true = fact.target_new, fact.target_true
     wanted, rival = (new, true) if new is not None else (true, None)

@@ -14,7 +14,7 @@ from pmet_lens.linalg import Factor
 from pmet_lens.settings import Hparams, Method
 from pmet_lens.targets import Targets
 
-OnFact = Callable[[int, int], None]
+OnFact = Callable[[int, int], object]
 
 
 def measure(
@@ -80,4 +80,4 @@ def side_by_side(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One tidy frame of many `measure` tables: columns run, metric, mean, ci_low, ci_high, n."""
     frames = [t.reset_index().assign(run=name) for name, t in tables.items()]
     columns = ["run", "metric", "mean", "ci_low", "ci_high", "n"]
-    return pd.concat(frames, ignore_index=True)[columns]
+    return pd.concat(frames, ignore_index=True).reindex(columns=columns)

@@ -44,6 +44,6 @@ def current_values(
             tokens.Prompt(f.prompt, f.subject) for f in facts[start : start + FACTS_PER_BATCH]
         ]
         batch = tokens.encode(model, prompts)
-        wanted = {(layer, stream): batch.subject}
+        wanted: dict[tuple[int, Stream], Tensor] = {(layer, stream): batch.subject}
         kept.append(probes.read_streams(model, batch.ids, batch.mask, wanted)[layer, stream])
     return torch.cat(kept)

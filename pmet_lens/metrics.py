@@ -58,14 +58,16 @@ def bootstrap(
     """95 % percentile interval of a statistic over cases, resampled with replacement.
 
     `per_case` is `[case]` for "mean", `[case, part]` for "harmonic" (harmonic mean of the column
-    means). Deterministic in `seed`.
+    means). NaN marks a part a case does not have; resamples in which no case has some part are
+    left out. Deterministic in `seed`.
     """
     rng = np.random.default_rng(seed)
     n = len(per_case)
     values = []
     for _ in range(n_resamples):
         chosen = per_case[rng.integers(0, n, n)]
-        values.append(_statistic(chosen, statistic))
+        if not np.isnan(chosen).all(axis=0).any():
+            values.append(_statistic(chosen, statistic))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

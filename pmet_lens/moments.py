@@ -22,7 +22,7 @@ from torch import Tensor
 from pmet_lens.adapter import Model, Projection, Site
 from pmet_lens.hparams import known_hparams
 
-OnTokens = Callable[[int, int], None]
+OnTokens = Callable[[int, int], object]
 FORMAT = "pmet_lens moments 1"
 
 

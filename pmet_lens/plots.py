@@ -72,7 +72,7 @@ def trace_lines(table: pd.DataFrame, ax: Axes, layer: int | None = None) -> Axes
     """`analysis.causal_trace`: recovered share over layers, one line per place, 95 % bands;
     `layer` is marked (the last critical one)."""
     for place in PLACES:
-        own = table[table["place"] == place].sort_values("layer")
+        own = table.loc[table["place"] == place].sort_values(by="layer")
         if own.empty:
             continue
         colour = PLACE_COLOURS[place]
@@ -92,8 +92,8 @@ def losses(history: pd.DataFrame, ax: Axes, label: str = "PMET") -> Axes:
     """`Targets.history`: the loss of each fact over the optimisation, and their mean."""
     for _, own in history.groupby("fact"):
         ax.plot(own["step"], own["loss"], color=colour_of(label), alpha=0.25, lw=0.6)
-    mean = history.groupby("step")["loss"].mean()
-    ax.plot(mean.index, mean, color=colour_of(label), lw=1.8, label=f"{label}, mean")
+    mean = history.groupby("step", as_index=False).agg({"loss": "mean"})
+    ax.plot(mean["step"], mean["loss"], color=colour_of(label), lw=1.8, label=f"{label}, mean")
     ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats)")

@@ -60,7 +60,8 @@ def read(
 
 def name_of(hf: nn.Module) -> str:
     """The end of the path an instantiated model was read from, or its model type."""
-    return Path(getattr(hf.config, "_name_or_path", "") or hf.config.model_type).name
+    config: Any = hf.config
+    return Path(getattr(config, "_name_or_path", "") or config.model_type).name
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

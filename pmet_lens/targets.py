@@ -26,7 +26,7 @@ from pmet_lens.settings import Hparams, Method
 from pmet_lens.twin import Tail
 
 Losses = Mapping[str, Float[Tensor, " fact"]]
-OnStep = Callable[[int, Losses], None]
+OnStep = Callable[[int, Losses], object]
 
 ROWS_PER_BATCH = 128
 
@@ -56,7 +56,7 @@ class Targets:
         """The targets of a slice of the facts, so that one optimisation serves many edits."""
         chosen = range(len(self))[facts]
         rows = self.history[self.history["fact"].isin(chosen)]
-        rows = rows.assign(fact=rows["fact"].map({f: i for i, f in enumerate(chosen)}))
+        rows = rows.assign(fact=[chosen.index(i) for i in rows["fact"]])
         return Targets(
             {k: v[facts] for k, v in self.values.items()},
             {k: v[facts] for k, v in self.clean.items()},
@@ -126,9 +126,9 @@ def _gather(parts: list[tuple[list[int], Targets]], layer: int) -> Targets:
         return {s: torch.cat([of(t)[s] for _, t in parts])[back.to(first[s].device)] for s in first}
 
     history = pd.concat(
-        [t.history.assign(fact=t.history["fact"].map(dict(enumerate(c)))) for c, t in parts],
+        [t.history.assign(fact=[c[i] for i in t.history["fact"]]) for c, t in parts],
         ignore_index=True,
-    ).sort_values(["fact", "step"], ignore_index=True)
+    ).sort_values(by=["fact", "step"], ignore_index=True)
     return Targets(joined(lambda t: t.values), joined(lambda t: t.clean), layer, history)
 
 
@@ -157,14 +157,16 @@ class _Problem:
         self.is_kl = torch.arange(len(prompts), device=device) >= self.n * per_fact
         plain = owner * per_fact
         self.residual, clean = self._record()
-        self.clean = {s: v[plain] for s, v in clean.items() if s in self.streams}
-        reference = {
-            s: s if hparams.reference_norm == "own stream" else "resid_post" for s in clean
+        self.clean: dict[Stream, Tensor] = {
+            s: v[plain] for s, v in clean.items() if s in self.streams
         }
-        self.norms = {s: clean[reference[s]][plain].norm(dim=-1) for s in self.streams}
+        own = hparams.reference_norm == "own stream"
+        self.norms: dict[Stream, Tensor] = {
+            s: clean[s if own else "resid_post"][plain].norm(dim=-1) for s in self.streams
+        }
         self.tail = tail
         with torch.no_grad():
-            zero = {s: torch.zeros_like(v) for s, v in self.clean.items()}
+            zero: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in self.clean.items()}
             everyone = torch.ones(self.n, dtype=torch.bool, device=device)
             self.kl_before = self._log_probs(zero, everyone)[1]
 
@@ -185,7 +187,7 @@ class _Problem:
             batch = self.batch
             self.model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=self.layer + 1)
         rows = torch.arange(len(self.batch), device=self.model.device)
-        clean = {s: v[rows, self.batch.subject] for s, v in seen.items()}
+        clean: dict[Stream, Tensor] = {s: v[rows, self.batch.subject] for s, v in seen.items()}
         return seen["resid_pre"], clean
 
     def _log_probs(
@@ -235,8 +237,8 @@ class _Problem:
         # As released: the divergence *of* the changed model *from* the clean one.
         before = self.kl_before[active]
         kl = (kl_now.exp() * (kl_now - before)).sum(-1)
-        chosen = {s: d[active] for s, d in deltas.items()}
-        norms = {s: v[active] for s, v in self.norms.items()}
+        chosen: dict[Stream, Tensor] = {s: d[active] for s, d in deltas.items()}
+        norms: dict[Stream, Tensor] = {s: v[active] for s, v in self.norms.items()}
         return objective(nll, kl, chosen, norms, nll_weight[active], self.hparams), said
 
 
@@ -253,12 +255,14 @@ def _descend(problem: _Problem, on_step: OnStep | None) -> Targets:
     """Adam on the deltas until every fact has stopped. The order of the tests inside one iteration
     decides which deltas are returned; it is the released one."""
     hp = problem.hparams
-    deltas = {s: torch.zeros_like(v, requires_grad=True) for s, v in problem.clean.items()}
+    deltas: dict[Stream, Tensor] = {
+        s: torch.zeros_like(v, requires_grad=True) for s, v in problem.clean.items()
+    }
     optimiser = torch.optim.Adam(list(deltas.values()), lr=hp.lr)
     device = problem.model.device
     active = torch.ones(problem.n, dtype=torch.bool, device=device)
     weight = problem.norms[problem.streams[0]].new_full((problem.n,), hp.nll_weight)
-    final = {s: torch.zeros_like(v) for s, v in problem.clean.items()}
+    final: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in problem.clean.items()}
     rows: list[pd.DataFrame] = []
     for step in range(hp.n_steps):
         losses, said = problem.losses(deltas, weight, active)
@@ -285,7 +289,7 @@ def _descend(problem: _Problem, on_step: OnStep | None) -> Targets:
                 delta.grad = gradient
             optimiser.step()
             _project(deltas, problem.norms, hp.clamp)
-    values = {s: problem.clean[s] + final[s] for s in final}
+    values: dict[Stream, Tensor] = {s: problem.clean[s] + final[s] for s in final}
     return Targets(values, problem.clean, problem.layer, pd.concat(rows, ignore_index=True))
 
 

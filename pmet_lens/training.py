@@ -87,7 +87,7 @@ def build_model(cfg: TrainConfig, vocab: int) -> Any:
     import transformers
 
     torch.manual_seed(cfg.seed)
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=vocab,
         n_positions=256,
         n_embd=cfg.d_model,

@@ -30,7 +30,7 @@ def twin(hf: nn.Module) -> nn.Module:
     return copy.deepcopy(hf, {id(tensor): tensor for tensor in tensors}).eval()
 
 
-def drop_blocks(model: nn.Module, path: str, first: int) -> None:
+def drop_blocks(model: Any, path: str, first: int) -> None:
     """Let the block list at `path` begin at block `first`, in the modules and in the config.
 
     Changes `model` in place: a twin, never a user's model.

@@ -24,7 +24,7 @@ FACTS = [
     pl.Fact("Мира", "{}'s sport is", "golf"),
 ]
 CONTEXTS = ["{}", "The city is. {}", "I was { here. {}"]
-HP = pl.Hparams(layers=(1, 2), n_steps=6, clamp=4.0)
+HP = pl.Hparams(layers=(1, 2), n_steps=4, clamp=4.0)
 # GPT-J's attention and Llama's norms compute in float32 whatever the dtype of the weights.
 TOLERANCE = {"gpt2": 1e-9, "gptj": 1e-6, "llama": 1e-6}
 
@@ -37,6 +37,11 @@ def model(request) -> Model:
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
     return tiny_model("gpt2", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def whole(gpt2) -> Targets:
+    return run(gpt2)
 
 
 def run(model: Model, facts=FACTS, method=pl.PMET, hparams=HP, contexts=CONTEXTS, **more):
@@ -54,9 +59,8 @@ def off(got: Targets, want: Targets) -> float:
 def test_facts_do_not_interact(model):
     together = run(model, batch_size=16)
     assert off(run(model, batch_size=1), together) < TOLERANCE[model.name]
-    assert off(run(model, batch_size=2), together) < TOLERANCE[model.name]
     order = [3, 0, 4, 2, 1]
-    shuffled = run(model, [FACTS[i] for i in order])
+    shuffled = run(model, [FACTS[i] for i in order], batch_size=2)
     assert off(shuffled, together) > 1e-2
     back = {s: v[torch.argsort(torch.tensor(order))] for s, v in shuffled.values.items()}
     assert off(replace(shuffled, values=back), together) < TOLERANCE[model.name]
@@ -70,15 +74,15 @@ def test_starting_at_the_last_critical_layer_changes_nothing(model, method):
     assert off(run(model, FACTS[:3], method, other), whole) > 1e-2
 
 
-def test_layers_below_the_last_critical_one_do_not_matter(gpt2):
-    first, second = (run(gpt2, hparams=replace(HP, layers=own)) for own in ((2,), (0, 1, 2)))
-    assert off(first, second) == 0
+def test_layers_below_the_last_critical_one_do_not_matter(gpt2, whole):
+    assert off(run(gpt2, hparams=replace(HP, layers=(2,))), whole) == 0
 
 
-def test_the_plain_prompt_always_comes_with_the_contexts(gpt2):
-    assert off(run(gpt2, contexts=CONTEXTS[1:]), run(gpt2)) == 0
-    assert off(run(gpt2, contexts=[]), run(gpt2, contexts=["{}"])) == 0
-    assert off(run(gpt2, contexts=[]), run(gpt2)) > 1e-3
+def test_the_plain_prompt_always_comes_with_the_contexts(gpt2, whole):
+    assert off(run(gpt2, contexts=CONTEXTS[1:]), whole) == 0
+    alone = run(gpt2, contexts=[])
+    assert off(run(gpt2, contexts=["{}"]), alone) == 0
+    assert off(alone, whole) > 1e-3
 
 
 def test_the_model_is_left_as_it_was(model):
@@ -118,30 +122,31 @@ def test_the_first_losses_are_those_of_the_plain_model(model):
     assert (first[["kl", "decay"]].abs() < 1e-6).all(axis=None)
 
 
-def test_the_targets_do_what_they_were_made_for(model):
-    """Put into the plain model by a torch hook, the values give the loss they were returned with."""
-    hp = replace(HP, n_steps=12, weight_decay=0.0, kl_weight=0.0)
+def test_the_deltas_do_what_they_were_made_for(model):
+    """Added to the plain model's streams by torch hooks, they give the loss they stopped with."""
+    hp = replace(HP, n_steps=8, weight_decay=0.0, kl_weight=0.0)
     targets = run(model, hparams=hp, contexts=[])
     told = targets.history.groupby("fact")["nll"]
     modules = dict(model.hf.named_modules())
-    names = {"attn_out": pl.Site(2, "attn"), "mlp_out": pl.Site(2, "mlp")}
+    sites = {"attn_out": pl.Site(2, "attn"), "mlp_out": pl.Site(2, "mlp")}
+    written = {
+        s: modules[model.parameter_name(site)[: -len(".weight")]] for s, site in sites.items()
+    }
     for i, fact in enumerate(FACTS):
         read = int(tokens.encode(model, [tokens.Prompt(fact.prompt, fact.subject)]).subject[0])
 
-        def put(value, read=read):
+        def adding(delta, read=read):
             def hook(_module, _args, out):
                 out = out.clone()
-                out[0, read] = value
+                out[0, read] += delta
                 return out
 
             return hook
 
         before = nll_of(model, fact.text, fact.target_new)
         handles = [
-            modules[model.parameter_name(site).removesuffix(".weight")].register_forward_hook(
-                put(targets.values[stream][i])
-            )
-            for stream, site in names.items()
+            module.register_forward_hook(adding(targets.delta(stream)[i]))
+            for stream, module in written.items()
         ]
         after = nll_of(model, fact.text, fact.target_new)
         for handle in handles:
@@ -151,8 +156,8 @@ def test_the_targets_do_what_they_were_made_for(model):
         assert after < before - 0.01
 
 
-def test_the_delta_is_what_was_added_to_the_clean_value(gpt2):
-    targets = run(gpt2)
+def test_the_delta_is_what_was_added_to_the_clean_value(gpt2, whole):
+    targets = whole
     assert targets.layer == 2
     assert len(targets) == len(FACTS)
     for stream in ("attn_out", "mlp_out"):
@@ -287,7 +292,7 @@ def test_the_new_answer_counts_less_while_it_is_said(eloquent):
 
 @pytest.mark.parametrize("change", [{}, {"easing": 1.0}, {"stop_loss": 4.0}, {"kl_stop": 0.0}])
 def test_a_fact_stops_by_the_rules_and_only_by_them(eloquent, change):
-    hp = replace(HP, n_steps=12, lr=0.5, kl_weight=0.1, kl_stop=0.05, **change)
+    hp = replace(HP, n_steps=12, lr=0.5, kl_weight=0.1, **{"kl_stop": 0.2, **change})
     rows = run(eloquent, [*EASY, *FACTS], hparams=hp, contexts=[]).history
     by_kl = rows["said"] & (hp.kl_weight * rows["kl"] <= hp.kl_stop) & (hp.easing < 1)
     goal = (rows["loss"] < hp.stop_loss) | by_kl
@@ -344,7 +349,7 @@ def test_on_step_hears_the_losses_of_the_facts_at_work(eloquent):
     assert [len(own["loss"]) for _, own in heard] == list(counts)
     assert counts.nunique() > 1
     for step, own in heard:
-        rows = targets.history.query("step == @step")
+        rows = targets.history[targets.history["step"] == step]
         for name in ("nll", "kl", "decay", "loss"):
             assert not own[name].requires_grad
             assert sorted(own[name].tolist()) == pytest.approx(sorted(rows[name]))
@@ -353,9 +358,8 @@ def test_on_step_hears_the_losses_of_the_facts_at_work(eloquent):
 # -- slices and refusals --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", [slice(1, 4), slice(None, None, 2), slice(None, None, -1)])
-def test_a_slice_is_the_targets_of_those_facts(gpt2, chosen):
-    whole = run(gpt2)
+@pytest.mark.parametrize("chosen", [slice(1, 4), slice(None, None, 2)])
+def test_a_slice_is_the_targets_of_those_facts(whole, chosen):
     some = whole[chosen]
     numbers = list(range(len(FACTS)))[chosen]
     assert len(some) == len(numbers)
@@ -364,9 +368,9 @@ def test_a_slice_is_the_targets_of_those_facts(gpt2, chosen):
         assert torch.equal(some.values[stream], whole.values[stream][numbers])
         assert torch.equal(some.delta(stream), whole.delta(stream)[numbers])
     for new, old in enumerate(numbers):
-        own, theirs = some.history.query("fact == @new"), whole.history.query("fact == @old")
-        columns = ["step", "nll", "loss", "stopped"]
-        assert own[columns].to_numpy().tolist() == theirs[columns].to_numpy().tolist()
+        own = some.history[some.history["fact"] == new].drop(columns="fact")
+        theirs = whole.history[whole.history["fact"] == old].drop(columns="fact")
+        assert own.to_numpy().tolist() == theirs.to_numpy().tolist()
     assert set(some.history["fact"]) == set(range(len(numbers)))
 
 

@@ -1,0 +1,345 @@
+"""Published records become facts, bundled ones take the same way, and bad ones are named."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import random
+
+import jaxtyping
+import pytest
+import torch
+from tiny import tiny_model
+
+from pmet_lens import world
+from pmet_lens.datasets import DataError, counterfact, knowns, texts, zsre
+from pmet_lens.facts import Fact
+from pmet_lens.tokens import Prompt, encode
+
+torch.set_num_threads(1)
+
+COUNTERFACT = {
+    "case_id": 20952,
+    "pararel_idx": 5151,
+    "requested_rewrite": {
+        "prompt": "{} is located in",
+        "relation_id": "P30",
+        "target_new": {"str": "Antarctica", "id": "Q51"},
+        "target_true": {"str": "Africa", "id": "Q15"},
+        "subject": "Angola",
+    },
+    "paraphrase_prompts": ["Last updated on 4 February. Angola is a part of"],
+    "neighborhood_prompts": ["Ghana is in", "Côte d'Ivoire is located in"],
+    "attribute_prompts": ["Ross Island is located in"],
+    "generation_prompts": ["People around Angola speak the language of"],
+}
+ZSRE = {
+    "subject": "Call the Doctor",
+    "src": "What artist created Call the Doctor?",
+    "pred": "Riders in the Sky",
+    "rephrase": "Which artist created Call the Doctor?",
+    "alt": "The X-Files",
+    "answers": ["Sleater-Kinney"],
+    "loc": "nq question: who sang the theme song",
+    "loc_ans": "Tina",
+    "cond": "Riders in the Sky >> The X-Files || What artist created Call the Doctor?",
+}
+KNOWN = {
+    "known_id": 7,
+    "subject": "Vinson Massif",
+    "attribute": "Antarctica",
+    "template": "{} is located in the continent",
+    "prediction": " of Antarctica. It is the largest",
+    "prompt": "Vinson Massif is located in the continent of",
+    "relation_id": "P30",
+}
+LOADERS = {
+    "counterfact": (counterfact, COUNTERFACT),
+    "zsre": (zsre, ZSRE),
+    "knowns": (knowns, KNOWN),
+}
+
+
+@pytest.fixture(params=LOADERS)
+def loader(request):
+    return LOADERS[request.param]
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(records) -> str:
+        path = tmp_path / "records.json"
+        text = records if isinstance(records, str) else json.dumps(records, ensure_ascii=False)
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+# -- the published schemas ------------------------------------------------------------------------
+
+
+def test_counterfact(written):
+    assert counterfact(written([COUNTERFACT])) == [
+        Fact(
+            subject="Angola",
+            prompt="{} is located in",
+            target_new="Antarctica",
+            target_true="Africa",
+            paraphrases=("Last updated on 4 February. Angola is a part of",),
+            neighbours=(("Ghana is in", "Africa"), ("Côte d'Ivoire is located in", "Africa")),
+            attributes=("Ross Island is located in",),
+            generation=("People around Angola speak the language of",),
+            relation="P30",
+            case_id=20952,
+        )
+    ]
+
+
+def test_counterfact_of_many_edits_has_only_the_rewrite(written):
+    """MultiCounterFact records come with or without the prompts of the evaluation."""
+    short = {key: COUNTERFACT[key] for key in ("case_id", "requested_rewrite")}
+    (fact,) = counterfact(written([short]))
+    assert (fact.subject, fact.target_new, fact.neighbours) == ("Angola", "Antarctica", ())
+
+
+def test_zsre(written):
+    (fact,) = zsre(written([ZSRE]))
+    assert fact.prompt == "What artist created {}?"
+    assert fact.text == ZSRE["src"]
+    assert (fact.subject, fact.target_new, fact.target_true) == (
+        ZSRE["subject"],
+        "Sleater-Kinney",
+        None,
+    )
+    assert fact.paraphrases == (ZSRE["rephrase"],)
+    # The published evaluation puts the question mark behind the locality prompt.
+    assert fact.neighbours == (("nq question: who sang the theme song?", "Tina"),)
+
+
+def test_knowns(written):
+    (fact,) = knowns(written([KNOWN]))
+    # The template of these records may be shorter than their prompt.
+    assert fact.prompt == "{} is located in the continent of"
+    assert (fact.subject, fact.target_true, fact.target_new) == (
+        "Vinson Massif",
+        "Antarctica",
+        None,
+    )
+    assert (fact.relation, fact.case_id) == ("P30", 7)
+
+
+def test_a_subject_that_occurs_twice_is_marked_once(written):
+    record = {**ZSRE, "subject": "Or", "src": "Or what is Or?"}
+    (fact,) = zsre(written([record]))
+    assert fact.text == record["src"]
+    assert fact.prompt.count("{}") == 1
+
+
+def test_only_the_first_are_read(loader, written):
+    load, record = loader
+    path = written([record] * 5)
+    assert [len(load(path, n)) for n in (None, 0, 2, 5, 9)] == [5, 0, 2, 5, 5]
+    broken = written([record, record, {}])
+    assert len(load(broken, 2)) == 2  # what is not asked for does no harm
+    with pytest.raises(DataError, match="record 2 "):
+        load(broken)
+
+
+# -- bundled --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch) -> world.World:
+    """The bundled world in small: a fifth of the facts, made by the same code."""
+    smaller = world.build(per_relation=30)
+    monkeypatch.setattr(world, "build", lambda: smaller)
+    return smaller
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_bundled_world_is_read_like_a_file(name, written, small):
+    load, published = LOADERS[name]
+    records = getattr(small, name)()
+    assert load() == load(written(records))
+    assert len(load()) == len(records)
+    assert load(n=3) == load()[:3]
+    assert set(records[0]) <= set(published)
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+def test_texts_are_the_lines_that_hold_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("Ünë line. \n\n \t\nAnother\u2028one.\n  Last", encoding="utf-8")
+    assert list(texts(path)) == ["Ünë line.", "Another\u2028one.", "Last"]
+
+
+def test_the_worlds_text_has_no_end(small):
+    one_pass = len(list(small.documents(random.Random(0))))
+    first = list(itertools.islice(texts(), 2 * one_pass + 10))
+    assert len(first) == 2 * one_pass + 10
+    assert all(text.strip() for text in first)
+    assert list(itertools.islice(texts(), 100)) == first[:100]
+    assert first[one_pass : one_pass + 100] != first[:100]  # another pass, other phrasings
+
+
+def test_unreadable_text_is_refused(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("Ünë".encode("latin-1"))
+    with pytest.raises(DataError, match=r"text\.txt cannot be read as UTF-8"):
+        list(texts(path))
+    with pytest.raises(DataError, match="nowhere cannot be read"):
+        list(texts(tmp_path / "nowhere"))
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+NEEDED = {
+    "counterfact": [
+        ("case_id",),
+        ("requested_rewrite",),
+        ("requested_rewrite", "prompt"),
+        ("requested_rewrite", "subject"),
+        ("requested_rewrite", "target_new"),
+        ("requested_rewrite", "target_true", "str"),
+    ],
+    "zsre": [("subject",), ("src",), ("answers",), ("rephrase",), ("loc",), ("loc_ans",)],
+    "knowns": [("subject",), ("prompt",), ("attribute",), ("known_id",)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name, fields in NEEDED.items() for field in fields]
+)
+def test_a_missing_field_names_the_record_and_itself(name, field, written):
+    load, record = LOADERS[name]
+    damaged = copy.deepcopy(record)
+    inner = damaged
+    for key in field[:-1]:
+        inner = inner[key]
+    del inner[field[-1]]
+    words = rf"record 1 of .*records\.json does not have .*'{field[-1]}'.*check that this is"
+    with pytest.raises(DataError, match=words):
+        load(written([record, damaged, record]))
+
+
+def test_records_of_another_data_set_are_refused(loader, written):
+    load, own = loader
+    for _, record in LOADERS.values():
+        if record is not own:
+            with pytest.raises(DataError, match=r"record 0 .* does not have the expected fields"):
+                load(written([record]))
+
+
+@pytest.mark.parametrize("record", [None, [], 3, "text"])
+def test_records_that_are_no_records_are_refused(loader, written, record):
+    jaxtyping.config.update("jaxtyping_disable", True)  # a user has no type checker
+    try:
+        with pytest.raises(DataError, match=r"record 1 .* does not have the expected fields"):
+            loader[0](written([loader[1], record]))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({**ZSRE, "subject": "Doctor Who"}, "'Doctor Who' does not occur in"),
+        ({**ZSRE, "src": "What {} created Call the Doctor?"}, "2 places marked"),
+        ({**ZSRE, "answers": [""]}, "target_new .* is empty"),
+        ({**ZSRE, "answers": []}, "IndexError"),
+        ({**ZSRE, "subject": " "}, "empty subject"),
+    ],
+)
+def test_a_record_that_makes_no_fact_is_named(record, words, written):
+    with pytest.raises(DataError, match=rf"record 1 of .*records\.json .*{words}"):
+        zsre(written([ZSRE, record]))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_truncated_file_names_the_record_it_ends_in(loader, written, indent):
+    load, record = loader
+    whole = json.dumps([record] * 4, indent=indent)
+    one = len(json.dumps([record] * 2, indent=indent)) - len(json.dumps([record], indent=indent))
+    for n in (0, 1, 3):
+        cut = whole[: n * one + one // 2]
+        with pytest.raises(
+            DataError, match=rf"in record {n}; {n} records before it are whole.*cut"
+        ):
+            load(written(cut))
+    assert len(load(written(whole))) == 4
+
+
+def test_a_file_that_is_no_list_of_records_is_refused(loader, written, tmp_path):
+    load, record = loader
+    with pytest.raises(DataError, match="holds a JSON dict, not a list"):
+        load(written(record))
+    with pytest.raises(DataError, match=r"nowhere\.json cannot be read: No such file"):
+        load(tmp_path / "nowhere.json")
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        load(tmp_path)
+    (tmp_path / "latin.json").write_bytes('["Ünë"]'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.json is not UTF-8 text \(byte 2\)"):
+        load(tmp_path / "latin.json")
+    for text in ("", "not JSON"):
+        with pytest.raises(DataError, match="not valid JSON from line 1 on"):
+            load(written(text))
+
+
+# -- the real files -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reader(shared):
+    """A model that reads with GPT-2's own tokenizer; only `encode` is asked of it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    files = [str(shared / "data/tokenizer_gpt2" / name) for name in ("vocab.json", "merges.txt")]
+    bpe = Tokenizer(models.BPE.from_file(*files))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    model = tiny_model("gpt2")
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|endoftext|>")
+    return model
+
+
+REAL = {
+    "counterfact": ("data/counterfact/counterfact_500.json", 500),
+    "knowns": ("data/knowns/known_1000.json", 1209),
+    "zsre": ("data/zsre/zsre_mend_eval_500.json", 500),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_real_record_is_read_and_its_subject_found(name, shared, reader):
+    file, n = REAL[name]
+    facts = LOADERS[name][0](shared / file)
+    assert len(facts) == n
+    batch = encode(reader, [Prompt(f.prompt, f.subject, f.target_new) for f in facts])
+    decode = reader.tokenizer.decode
+    merged = 0
+    for fact, ids, subject, last in zip(facts, batch.ids, batch.subject, batch.last, strict=True):
+        wanted = fact.prompt.partition("{}")[0] + fact.subject
+        read = decode(ids[: subject + 1])
+        # One token may hold the subject's last bracket and what follows: "(Ontario Section)'".
+        merged += read != wanted
+        assert read == wanted or (read.startswith(wanted) and not wanted[-1].isalnum()), fact
+        assert not decode(ids[:subject]).startswith(wanted)
+        assert decode(ids[: last + 1]) == fact.text
+    assert merged <= 0.03 * n
+    if name != "knowns":
+        answers = [decode(row[row != -100]) for row in batch.labels]
+        assert answers == [f" {f.target_new}" for f in facts]
+    records = json.loads((shared / file).read_text("utf-8"))
+    texts = {
+        "counterfact": lambda r: r["requested_rewrite"]["prompt"].format(
+            r["requested_rewrite"]["subject"]
+        ),
+        "knowns": lambda r: r["prompt"],
+        "zsre": lambda r: r["src"],
+    }
+    assert [fact.text for fact in facts] == [texts[name](r) for r in records]
