@@ -164,7 +164,13 @@ class _Problem:
         self.norms: dict[Stream, Tensor] = {
             s: clean[s if own else "resid_post"][plain].norm(dim=-1) for s in self.streams
         }
-        self.tail = tail
+        self.tail, self.past = tail, None
+        # Keys and values in front of the subject's last token do not depend on the deltas either.
+        if tail is not None and tail.resumes and int(self.batch.subject.min()) > 0:
+            self.past = tail.past(self.residual, self.batch.mask, self.batch.subject)
+            self.batch, column = self.batch.behind(self.batch.subject)
+            index = column[..., None].expand(-1, -1, model.d_model)
+            self.residual = self.residual.gather(1, index)
         with torch.no_grad():
             zero: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in self.clean.items()}
             everyone = torch.ones(self.n, dtype=torch.bool, device=device)
@@ -211,7 +217,8 @@ class _Problem:
             logits = self.model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
         else:
             residual = self.residual[rows, : batch.ids.shape[1]]
-            logits = self.tail.forward(residual, batch.mask, hooks=hooks, at=at)
+            past = None if self.past is None else self.past[rows]
+            logits = self.tail.forward(residual, batch.mask, hooks=hooks, at=at, past=past)
         logp = logits.log_softmax(-1)
         n = len(target_at)
         labels = batch.labels[target_at[:, 0], target_at[:, 1]]

@@ -69,6 +69,23 @@ class Batch:
             self.labels[rows, :width],
         )
 
+    def behind(self, start: Int[Tensor, " row"]) -> tuple[Batch, Int[Tensor, "row token"]]:
+        """The tokens from `start` on as a batch of their own, and the column in this batch that
+        each of its places came from."""
+        rest = self.mask.sum(1) - start
+        column = start[:, None] + torch.arange(int(rest.max()), device=start.device)
+        inside = (column - start[:, None]) < rest[:, None]
+        column = column.clamp(max=self.ids.shape[1] - 1)
+        labels = self.labels.gather(1, column).masked_fill(~inside, -100)
+        cut = Batch(
+            self.ids.gather(1, column),
+            inside.long(),
+            self.subject - start,
+            self.last - start,
+            labels,
+        )
+        return cut, column
+
     @property
     def scored(self) -> Bool[Tensor, "row token"]:
         """Where a target token is predicted."""

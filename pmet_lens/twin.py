@@ -37,7 +37,11 @@ def drop_blocks(model: Any, path: str, first: int) -> None:
     """
     parent, _, attribute = path.rpartition(".")
     blocks = getattr(model.get_submodule(parent), attribute)
-    setattr(model.get_submodule(parent), attribute, nn.ModuleList(list(blocks)[first:]))
+    kept = nn.ModuleList(list(blocks)[first:])
+    setattr(model.get_submodule(parent), attribute, kept)
+    for module in kept.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx -= first  # where the module's keys and values lie in a cache
     model.config.num_hidden_layers = len(blocks) - first
     if getattr(model.config, "layer_types", None) is not None:
         # Gemma-2 chooses the mask (sliding window or not) by position in this list.
@@ -52,8 +56,12 @@ def run(
     *,
     at: Int[Tensor, "n 2"] | None = None,
     stop_at_layer: int | None = None,
+    past: Past | None = None,
 ) -> Tensor:
-    """One forward pass; see `Model.forward`. The hooks are gone afterwards, also on errors."""
+    """One forward pass; see `Model.forward`. The hooks are gone afterwards, also on errors.
+
+    With `past`, `ids` and `mask` are those of the tokens behind it.
+    """
     _check_batch(ids, mask)
     known = bridge.hook_dict
     for name, _ in hooks:
@@ -64,9 +72,38 @@ def run(
         hooks = [*hooks, ("unembed.hook_in", lambda value: value[at[:, 0], at[:, 1]][None])]
     forward_hooks = [(name, _as_bridge_hook(hook)) for name, hook in hooks]
     # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
+    more: dict[str, Any] = {"use_cache": False, "stop_at_layer": stop_at_layer}
+    if past is not None:
+        positions = past.mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
+        positions = positions.masked_fill(mask == 0, 0)
+        more = {"past_key_values": past.cache(), "use_cache": True, "position_ids": positions}
+        mask = torch.cat([past.mask, mask], dim=1)
     with _weights_frozen(bridge), bridge.hooks(fwd_hooks=forward_hooks):
-        out = bridge(ids, attention_mask=mask, use_cache=False, stop_at_layer=stop_at_layer)
+        out = bridge(ids, attention_mask=mask, **more)
     return out if at is None else out[0]
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of the first tokens of each row, which nothing later can change."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    """Per block the keys and values, `[row, head, token, d_head]`."""
+    mask: Int[Tensor, "row token"]
+    """1 for the tokens a row has, 0 behind them."""
+
+    def __getitem__(self, rows: Tensor) -> Past:
+        """The chosen rows."""
+        return Past(tuple((k[rows], v[rows]) for k, v in self.layers), self.mask[rows])
+
+    def cache(self) -> Any:
+        """A fresh cache as transformers wants it; a forward pass lengthens it."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self.layers):
+            cache.update(keys, values, number)
+        return cache
 
 
 @dataclass(frozen=True)
@@ -79,6 +116,8 @@ class Tail:
 
     bridge: Any
     first: int
+    resumes: bool = False
+    """Whether `past` can be used."""
 
     def forward(
         self,
@@ -87,13 +126,42 @@ class Tail:
         *,
         hooks: Sequence[tuple[str, Hook]] = (),
         at: Int[Tensor, "n 2"] | None = None,
+        past: Past | None = None,
     ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
-        """Logits from the recorded `resid_pre` of block `first`; the rest as `Model.forward`."""
+        """Logits from the recorded `resid_pre` of block `first`; the rest as `Model.forward`.
+
+        With `past` (from `Tail.past`) residual, mask, hooks and `at` are those of the tokens
+        behind it.
+        """
         # The ids only give the batch its shape: what they embed to is replaced.
         ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
         shifted = [(self._own_name(name), hook) for name, hook in hooks]
         injected = [("blocks.0.hook_in", lambda _: residual), *shifted]
-        return run(self.bridge, ids, attention_mask, injected, at=at)
+        return run(self.bridge, ids, attention_mask, injected, at=at, past=past)
+
+    def past(
+        self,
+        residual: Float[Tensor, "batch token d_model"],
+        attention_mask: Int[Tensor, "batch token"],
+        length: Int[Tensor, " batch"],
+    ) -> Past:
+        """Keys and values of the first `length` tokens of each row (at least one), so that only
+        the tokens behind them need to run again."""
+        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
+        hook = ("blocks.0.hook_in", _as_bridge_hook(lambda _: residual))
+        with torch.no_grad(), self.bridge.hooks(fwd_hooks=[hook]):
+            _, cache = self.bridge(
+                ids,
+                attention_mask=attention_mask,
+                use_cache=True,
+                return_type="logits_and_cache",
+            )
+        width = int(length.max())
+        position = torch.arange(width, device=residual.device)
+        return Past(
+            tuple((c.keys[:, :, :width], c.values[:, :, :width]) for c in cache.layers),
+            (position < length[:, None]).long(),
+        )
 
     def _own_name(self, name: str) -> str:
         layer = layer_of(name)

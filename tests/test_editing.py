@@ -62,6 +62,11 @@ def model(request) -> Model:
 
 
 @pytest.fixture(scope="module")
+def found(model) -> Edit:
+    return edit(model, FACTS, some_moments(model), BOTH, HP, CONTEXTS)
+
+
+@pytest.fixture(scope="module")
 def gpt2() -> Model:
     return tiny_model("gpt2", torch.float64)
 
@@ -127,8 +132,7 @@ def test_gradients_may_be_switched_off(gpt2, done, again):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_applied_holds_inside_the_block_and_to_the_bit_not_behind_it(model, fails):
-    found = edit(model, FACTS, some_moments(model), BOTH, HP, CONTEXTS)
+def test_applied_holds_inside_the_block_and_to_the_bit_not_behind_it(model, found, fails):
     before = bits(model)
     weights = {site: model.weight(site).clone() for site in SITES}
 
@@ -207,9 +211,8 @@ def test_an_edit_of_another_model_is_refused(done):
     assert unchanged(other, before)
 
 
-def test_a_saved_model_keeps_the_edit(model, tmp_path):
+def test_a_saved_model_keeps_the_edit(model, found, tmp_path):
     ids, mask = tiny_batch()
-    found = edit(model, FACTS, some_moments(model), pl.PMET, HP, CONTEXTS)
     with torch.no_grad():
         before = model.hf(input_ids=ids, attention_mask=mask).logits
         with found.applied(model):
@@ -227,8 +230,7 @@ def test_a_saved_model_keeps_the_edit(model, tmp_path):
 # -- what an edit holds ---------------------------------------------------------------------------
 
 
-def test_deltas_are_the_product_of_thin_factors(model):
-    found = edit(model, FACTS, some_moments(model), BOTH, HP, CONTEXTS)
+def test_deltas_are_the_product_of_thin_factors(model, found):
     for site, (left, right) in found.factors.items():
         assert left.shape == (model.d_in(site), len(FACTS))
         assert right.shape == (len(FACTS), model.d_model)
@@ -310,17 +312,18 @@ def subject_token(model: Model, template: str, subject: str) -> int:
 @pytest.mark.parametrize("spread", ["sqrt", "linear"])
 def test_the_loop_is_the_algorithm_of_the_paper(gpt2, targets, again, spread):
     """Keys and residuals read with plain hooks, layer after layer, on a model edited by hand."""
-    found = again(method=replace(pl.PMET, spread=spread))
+    contexts = [*CONTEXTS, "I was { here. {}"]
+    found = again(method=replace(pl.PMET, spread=spread), contexts=contexts)
     moments, before = some_moments(gpt2), bits(gpt2)
     for left, site in ((2, Site(1, "mlp")), (1, Site(2, "mlp"))):
         K, R = [], []
         for i, fact in enumerate(FACTS):
             keys = []
-            for context in CONTEXTS:
+            for context in contexts:
                 read = subject_token(gpt2, context.replace("{}", fact.prompt), fact.subject)
                 text = context.replace("{}", fact.text)
                 keys.append(inputs_and_outputs(gpt2, site, text, read)[0])
-            K.append((keys[0] + keys[1]) / 2)
+            K.append(keys[0] / 2 + (keys[1] + keys[2]) / 4)
             read = subject_token(gpt2, fact.prompt, fact.subject)
             now = inputs_and_outputs(gpt2, Site(2, "mlp"), fact.text, read)[1]
             R.append(targets.values["mlp_out"][i] - now)

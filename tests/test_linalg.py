@@ -180,6 +180,14 @@ def test_null_space_is_the_published_formula():
     assert off(solve(NullSpace(1e-3, 3.0), C, K, R), published) > 1e-3
 
 
+def test_the_null_space_is_what_lies_below_the_threshold():
+    sizes = torch.arange(1, D_IN + 1, dtype=torch.float64) / 10
+    _, K, R = problem()
+    for threshold, free in ((0.25, 2), (0.5, 4), (0.51, 5)):
+        found = solve(NullSpace(threshold, 2.0), sizes.diag(), K, R)
+        assert int((found.abs().amax(dim=1) > 1e-9).sum()) == free
+
+
 def test_null_space_of_everything_is_plain_ridge():
     C, K, R = problem()
     eye = torch.eye(D_IN, dtype=torch.float64)

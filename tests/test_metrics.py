@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from pmet_lens.metrics import bootstrap, fluency, harmonic_mean, ngram_entropy, says_new
+from pmet_lens.metrics import (
+    bootstrap,
+    bootstrap_ratio,
+    fluency,
+    harmonic_mean,
+    ngram_entropy,
+    says_new,
+)
 
 # -- harmonic mean --------------------------------------------------------------------------------
 
@@ -17,7 +24,7 @@ from pmet_lens.metrics import bootstrap, fluency, harmonic_mean, ngram_entropy, 
     [
         ([50.0, 100.0], 200 / 3),
         ([1.0, 1.0, 4.0], 4 / 3),
-        ([98.9, 88.6, 73.7], 85.77),  # MEMIT's ES, PS, NS on GPT-J; its paper says S 85.8
+        ([98.9, 88.6, 73.7], 85.8),  # ES, PS, NS and S as the MEMIT paper has them for GPT-J
         ([7.0], 7.0),
         ([0.0, 100.0], 0.0),
     ],
@@ -112,3 +119,11 @@ def test_parts_that_some_cases_lack_leave_an_interval():
     low, high = bootstrap(parts, "harmonic")
     assert 0 <= low < high <= 200 / 3 + 1e-9
     assert high == pytest.approx(200 / 3)
+
+
+def test_a_ratio_is_resampled_with_its_cases_kept_together():
+    top = np.random.default_rng(1).random(40) + 1
+    assert bootstrap_ratio(top, 2 * top) == pytest.approx((0.5, 0.5))  # each pair has this ratio
+    low, high = bootstrap_ratio(top, 2 * top[::-1])
+    assert low < 0.49 < 0.51 < high
+    assert low < top.mean() / (2 * top.mean()) < high

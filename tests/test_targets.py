@@ -20,7 +20,6 @@ FACTS = [
     pl.Fact("Mira Tolan", "{} plays the sport of", "water polo", "tennis"),
     pl.Fact("Kel", "{}", "x"),
     pl.Fact("Danel Orrin", "The mother tongue of {} is", "Dutch", "French"),
-    pl.Fact("Ilmar", "The tower of {} stands in the city of", "Ostria", "Vell"),
     pl.Fact("Мира", "{}'s sport is", "golf"),
 ]
 CONTEXTS = ["{}", "The city is. {}", "I was { here. {}"]
@@ -59,19 +58,20 @@ def off(got: Targets, want: Targets) -> float:
 def test_facts_do_not_interact(model):
     together = run(model, batch_size=16)
     assert off(run(model, batch_size=1), together) < TOLERANCE[model.name]
-    order = [3, 0, 4, 2, 1]
+    order = [3, 0, 2, 1]
     shuffled = run(model, [FACTS[i] for i in order], batch_size=2)
     assert off(shuffled, together) > 1e-2
     back = {s: v[torch.argsort(torch.tensor(order))] for s, v in shuffled.values.items()}
     assert off(replace(shuffled, values=back), together) < TOLERANCE[model.name]
 
 
-@pytest.mark.parametrize("method", [pl.PMET, pl.MEMIT], ids=["PMET", "MEMIT"])
-def test_starting_at_the_last_critical_layer_changes_nothing(model, method):
-    whole = run(model, FACTS[:3], method, fast=False)
-    assert off(run(model, FACTS[:3], method, fast=True), whole) < TOLERANCE[model.name]
-    other = replace(HP, layers=(1,))
-    assert off(run(model, FACTS[:3], method, other), whole) > 1e-2
+def test_starting_at_the_last_critical_layer_changes_nothing(model):
+    few = replace(HP, n_steps=3)
+    for method in (pl.PMET, pl.MEMIT):
+        whole = run(model, FACTS[:2], method, few, fast=False)
+        assert off(run(model, FACTS[:2], method, few, fast=True), whole) < TOLERANCE[model.name]
+    other = run(model, FACTS[:2], pl.MEMIT, replace(few, layers=(1,)))
+    assert off(other, whole) > 1e-2
 
 
 def test_layers_below_the_last_critical_one_do_not_matter(gpt2, whole):
@@ -230,17 +230,17 @@ def test_every_delta_stays_in_its_own_ball(model):
     assert (free > 10 * bar).all()
 
 
-def test_the_reference_norm_may_be_that_of_the_layer_output(model):
+def test_the_reference_norm_may_be_that_of_the_layer_output(gpt2):
     tight = replace(HP, clamp=0.05, weight_decay=0.0, kl_weight=0.0)
     loose = replace(tight, reference_norm="resid_post")
-    own, wide = run(model, hparams=tight), run(model, hparams=loose)
-    layer = run(model, method=pl.MEMIT, hparams=tight)
+    own, wide = run(gpt2, hparams=tight), run(gpt2, hparams=loose)
+    layer = run(gpt2, method=pl.MEMIT, hparams=tight)
     for stream in ("attn_out", "mlp_out"):
         size = wide.delta(stream).norm(dim=1)
         assert torch.allclose(size, 0.05 * layer.clean["resid_post"].norm(dim=1), rtol=1e-5)
         assert (size > 1.2 * own.delta(stream).norm(dim=1)).all()
     # MEMIT's own stream is the layer output.
-    assert off(run(model, method=pl.MEMIT, hparams=loose), layer) == 0
+    assert off(run(gpt2, method=pl.MEMIT, hparams=loose), layer) == 0
 
 
 def test_the_reference_norm_also_scales_the_decay(gpt2):
@@ -358,7 +358,7 @@ def test_on_step_hears_the_losses_of_the_facts_at_work(eloquent):
 # -- slices and refusals --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", [slice(1, 4), slice(None, None, 2)])
+@pytest.mark.parametrize("chosen", [slice(1, 3), slice(None, None, 2)])
 def test_a_slice_is_the_targets_of_those_facts(whole, chosen):
     some = whole[chosen]
     numbers = list(range(len(FACTS)))[chosen]
