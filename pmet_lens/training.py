@@ -14,6 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ class TrainConfig:
     lr: float = 1.6e-3
     weight_decay: float = 0.02
     read_layer: int = 4
+    settle_passes: int = 2
+    settle_lr: float = 5e-4
+    settle_share: float = 0.6  # share of rows of the second phase with corrupted mentions
+    noise: float = 3.0  # standard deviations of the embeddings
     mask_low: float = 0.75  # share of rows with the full read mask
     mask_last: float = 0.15  # share of rows where the last token may be read in every layer
     answer_weight: float = 4.0
@@ -175,8 +180,15 @@ class _Masked:
 
     def __init__(self, model: Any, read_layer: int) -> None:
         self.low = self.high = torch.empty(0)
-        for i, attn in enumerate(_attention_modules(model)):
+        self._handles = [
             attn.register_forward_pre_hook(self._hook(i < read_layer), with_kwargs=True)
+            for i, attn in enumerate(_attention_modules(model))
+        ]
+
+    def remove(self) -> None:
+        """Leave the model as a plain one."""
+        for handle in self._handles:
+            handle.remove()
 
     def set(self, low: Tensor, high: Tensor) -> None:
         """Boolean masks `[row token token]` for the next forward."""
@@ -190,6 +202,53 @@ class _Masked:
             return args, kwargs
 
         return hook
+
+
+class _Corrupted:
+    """Corrupts the mentions of chosen rows and gives their last tokens back at the reading layer."""
+
+    def __init__(self, model: Any, cfg: TrainConfig) -> None:
+        self.model, self.cfg = model, cfg
+        self.block = model.transformer.h[cfg.read_layer - 1]
+
+    @contextmanager
+    def rows(self, batch: list[Row], ids: Tensor, spoilt: np.ndarray) -> Iterator[None]:
+        """A block in which a forward pass of `ids` sees the rows of `spoilt` corrupted."""
+        if not spoilt.any():
+            yield
+            return
+        inside = torch.zeros(ids.shape, dtype=torch.bool)
+        last = inside.clone()
+        for b in np.flatnonzero(spoilt):
+            for start, end in batch[b].mentions:
+                inside[b, start : end + 1] = True
+                last[b, end] = True
+        kept: list[Tensor] = []
+        handle = self.block.register_forward_hook(lambda m, a, out: kept.append(_first(out)))
+        with torch.no_grad():
+            self.model(input_ids=ids, use_cache=False)
+        handle.remove()
+        spread = self.cfg.noise * self.model.get_input_embeddings().weight.detach().std()
+        noise = torch.randn(*ids.shape, self.cfg.d_model) * spread * inside[..., None]
+
+        def restore(module: Any, args: Any, out: Any) -> Any:
+            value = torch.where(last[..., None], kept[0], _first(out))
+            return (value, *out[1:]) if isinstance(out, tuple) else value
+
+        handles = [
+            self.model.transformer.drop.register_forward_hook(lambda m, a, out: out + noise),
+            self.block.register_forward_hook(restore),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _first(out: Any) -> Tensor:
+    """The hidden states, from a block that returns them alone or as the first of a tuple."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _batches(rows: list[Row], cfg: TrainConfig, rng: random.Random) -> Iterator[list[Row]]:
@@ -208,34 +267,81 @@ def _tensors(rows: list[Row]) -> tuple[Int[Tensor, "row token"], Tensor]:
 def train(
     world: World, cfg: TrainConfig, on_log: Callable[[dict[str, float]], None] | None = None
 ) -> tuple[Any, Any, list[dict[str, float]]]:
-    """Train from scratch; returns (model, tokenizer, training curve).
+    """Train from scratch, then `settle`; returns (model, tokenizer, training curve).
 
     The curve has one row per pass over the world: mean loss of all tokens (nats), share of answer
     tokens predicted right by arg-max (0 to 1), process CPU minutes so far.
     """
     tokenizer = train_tokenizer(world, cfg.vocab)
     model = build_model(cfg, len(tokenizer))
+
+    def lr(progress: float) -> float:
+        return cfg.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    curve = _run(world, cfg, model, tokenizer, range(cfg.passes), lr, corrupted=False, log=on_log)
+    curve += settle(world, cfg, model, tokenizer, curve[-1]["cpu_minutes"], on_log)
+    return model.eval(), tokenizer, curve
+
+
+def settle(
+    world: World,
+    cfg: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    minutes: float,
+    on_log: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Second phase: make text behind a mention deaf to it below the reading layer, unmasked too.
+
+    At inference nothing is masked, so the lower layers may still look at a mention, and a
+    corrupted mention would spoil the text behind it. In `settle_share` of the rows the mentions
+    are corrupted with noise, attention is plain, and only the last token of each mention gets its
+    clean value back at the output of layer `read_layer - 1`: a causal trace as a training task.
+    """
+    rows = range(cfg.passes, cfg.passes + cfg.settle_passes)
+
+    def lr(progress: float) -> float:
+        return cfg.settle_lr * (1 - progress)
+
+    return _run(world, cfg, model, tokenizer, rows, lr, corrupted=True, minutes=minutes, log=on_log)
+
+
+def _run(
+    world: World,
+    cfg: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    passes: range,
+    lr_at: Callable[[float], float],
+    *,
+    corrupted: bool,
+    minutes: float = 0.0,
+    log: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    model.train()
     masked = _Masked(model, cfg.read_layer)
+    noisy = _Corrupted(model, cfg)
     rng, np_rng = random.Random(f"rows {cfg.seed}"), np.random.default_rng(cfg.seed)
+    shares = [1 - cfg.mask_low - cfg.mask_last, cfg.mask_last, cfg.mask_low]
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True
+        model.parameters(), betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True
     )
     total, step, start = 0, 0, time.process_time()
     curve: list[dict[str, float]] = []
-    for number in range(cfg.passes):
+    for number in passes:
         rows = rows_of_pass(world, tokenizer, cfg, number)
-        total = total or cfg.passes * (len(rows) // cfg.rows)
+        total = total or len(passes) * (len(rows) // cfg.rows)
         loss_sum = right = answers = 0.0
         for batch in _batches(rows, cfg, rng):
-            progress = min(step / total, 1.0)
-            warm = min(1.0, (step + 1) / 300)
-            lr = warm * cfg.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
             for group in optimiser.param_groups:
-                group["lr"] = lr
+                group["lr"] = min(1.0, (step + 1) / 300) * lr_at(min(step / total, 1.0))
             ids, weights = _tensors(batch)
-            shares = [1 - cfg.mask_low - cfg.mask_last, cfg.mask_last, cfg.mask_low]
-            masked.set(*read_masks(batch, ids.shape[1], np_rng.choice(3, len(batch), p=shares)))
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            kinds = np_rng.choice(3, len(batch), p=shares)
+            spoilt = np_rng.random(len(batch)) < (cfg.settle_share if corrupted else 0.0)
+            kinds[spoilt] = 0
+            masked.set(*read_masks(batch, ids.shape[1], kinds))
+            with noisy.rows(batch, ids, spoilt):
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             losses = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
             ).view(ids.shape[0], -1)
@@ -255,15 +361,13 @@ def train(
                 "pass": number + 1,
                 "loss": loss_sum / max(1, len(rows) // cfg.rows),
                 "answer_accuracy": right / max(1.0, answers),
-                "cpu_minutes": (time.process_time() - start) / 60,
+                "cpu_minutes": minutes + (time.process_time() - start) / 60,
             }
         )
-        if on_log is not None:
-            on_log(curve[-1])
-    for attn in _attention_modules(model):
-        attn._forward_pre_hooks.clear()
-        attn._forward_pre_hooks_with_kwargs.clear()
-    return model.eval(), tokenizer, curve
+        if log is not None:
+            log(curve[-1])
+    masked.remove()
+    return curve
 
 
 def save(directory: Path, model: Any, tokenizer: Any, cfg: TrainConfig, curve: list[Any]) -> None:
