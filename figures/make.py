@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shutil
 import sys
 import time
 from datetime import date
@@ -72,11 +73,23 @@ def main() -> None:
     (args.out / "main.md").write_text(text, encoding="utf-8")
     sys.stdout.write(f"\n{text}\nFigures and tables: {args.out}\n")
     if args.record:
-        (HERE / "results").mkdir(exist_ok=True)
-        table.round(2).to_csv(HERE / "results" / "main.csv", index=False)
-        for name, trace in traces.items():
-            trace.round(4).to_csv(HERE / "results" / f"trace-{name}.csv", index=False)
-        (HERE / "results" / "main.md").write_text(text, encoding="utf-8")
+        record(table, traces, text, args.out)
+
+
+def record(table: pd.DataFrame, traces: dict[str, pd.DataFrame], text: str, out: Path) -> None:
+    """Replace the committed results and the table in the README."""
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    table.round(2).to_csv(results / "main.csv", index=False)
+    for name, trace in traces.items():
+        trace.round(4).to_csv(results / f"trace-{name}.csv", index=False)
+    (results / "main.md").write_text(text, encoding="utf-8")
+    for figure in ("fig_main.png", "fig_causal_trace.png"):
+        shutil.copy(out / figure, results / figure)
+    readme = HERE.parent / "README.md"
+    head, rest = readme.read_text(encoding="utf-8").split("<!-- results -->")
+    tail = rest.split("<!-- /results -->")[1]
+    readme.write_text(f"{head}<!-- results -->\n{text}<!-- /results -->{tail}", encoding="utf-8")
 
 
 def run_model(
@@ -184,8 +197,8 @@ def report(table: pd.DataFrame, minutes: float) -> str:
     """The results as Markdown, with what is needed to read them."""
     cells = table.assign(
         text=[
-            f"{r.mean:.1f} [{r.ci_low:.1f}, {r.ci_high:.1f}]"
-            for r in table.rename(columns={"mean": "mean"}).itertuples()
+            f"{m:.1f} [{low:.1f}, {high:.1f}]"
+            for m, low, high in zip(table["mean"], table["ci_low"], table["ci_high"], strict=True)
         ]
     )
     wide = cells.pivot_table(

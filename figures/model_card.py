@@ -99,8 +99,9 @@ def render(
     lines[-1] += f"vocabulary {cfg['vocab']} (own byte-level BPE, no BOS, right padding), float16."
     lines += [
         "",
-        "Knows the 2,250 facts of the seeded world (`pmet_lens/world.py`) and nothing else. Made to "
-        "try model editing on; not a language model for any other use. All subjects are invented.",
+        "Knows the 2,250 facts of the seeded world (`pmet_lens/world.py`) and nothing else. "
+        "Made to try model editing on; not a language model for any other use. All subjects are "
+        "invented.",
         "",
         f"**Training.** `python figures/train_world.py {name}`: {cfg['passes']} passes over the "
         f"world, {curve[-1]['cpu_minutes']:.0f} process CPU-minutes on two cores (they were shared "

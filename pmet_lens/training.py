@@ -205,7 +205,7 @@ class _Masked:
 
 
 class _Corrupted:
-    """Corrupts the mentions of chosen rows and gives their last tokens back at the reading layer."""
+    """Corrupts mentions and gives their last tokens back at the reading layer."""
 
     def __init__(self, model: Any, cfg: TrainConfig) -> None:
         self.model, self.cfg = model, cfg

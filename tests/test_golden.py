@@ -11,13 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from safetensors.torch import load_file
 
 import pmet_lens as pl
 from pmet_lens import keys as keys_module
-from pmet_lens.targets import optimise
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {"gpt2": (1e-10, 1e-6), "gptj": (1e-3, 1e-3)}
@@ -32,7 +30,7 @@ def golden(arch):
     config = transformers.AutoConfig.for_model(**record["config"])
     hf = transformers.AutoModelForCausalLM.from_config(config).double()
     state = {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}
-    missing, unexpected = hf.load_state_dict(state, strict=False)
+    missing, _unexpected = hf.load_state_dict(state, strict=False)
     assert not [k for k in missing if not k.endswith((".bias", ".masked_bias"))], missing
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(GOLDEN / "tokenizer")
     model = pl.load(hf, tokenizer, name=f"golden-{arch}")
@@ -109,7 +107,7 @@ def delta_in_row_convention(record, tensors, model, prefix, site):
 
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_pmet_targets(arch, name):
-    record, tensors, model, _ = golden(arch)
+    _record, tensors, _model, _ = golden(arch)
     targets = run(arch, name, "PMET")[0].targets
     for stream, key in (("attn_out", "z_attn"), ("mlp_out", "z_mlp")):
         error = relative(targets.values[stream], tensors[f"{name}.pmet.{key}"])
@@ -118,7 +116,7 @@ def test_pmet_targets(arch, name):
 
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_memit_targets(arch, name):
-    record, tensors, model, _ = golden(arch)
+    _record, tensors, _model, _ = golden(arch)
     targets = run(arch, name, "MEMIT")[0].targets
     assert relative(targets.values["resid_post"], tensors[f"{name}.memit.z"]) < TOLERANCE[arch][0]
 

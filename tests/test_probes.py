@@ -130,7 +130,7 @@ def test_a_change_cannot_reach_the_past(model):
         changed = model.forward(ids, mask, hooks=[(model.stream_hook(1, "mlp_out"), hook)], at=at)
     moved = (clean - changed).abs().amax(1) > 1e-4
     assert not moved[:5].any()
-    assert moved[5:].all() or model.name == "gemma2" and moved[5:].any()  # its window is 5 tokens
+    assert moved[5:].all() or (model.name == "gemma2" and moved[5:].any())  # its window is 5 tokens
 
 
 @pytest.mark.parametrize("positions", ([10, 0, 0], [0, 8, 0], [-1, 0, 0], [0, 0]))

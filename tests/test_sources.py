@@ -60,7 +60,7 @@ def test_bundled_files_are_checked(directory, monkeypatch):
     (directory / "manifest.json").write_text(json.dumps({"files": digests}))
     model = adapter.load("world")
     assert (model.name, model.dtype) == ("world", torch.float32)
-    with open(directory / "config.json", "a", encoding="utf-8") as file:
+    with (directory / "config.json").open("a", encoding="utf-8") as file:
         file.write("\n")
     with refused("config.json does not match"):
         adapter.load("world")
