@@ -265,8 +265,8 @@ def _tensors(rows: list[Row]) -> tuple[Int[Tensor, "row token"], Tensor]:
 
 
 def train(
-    world: World, cfg: TrainConfig, on_log: Callable[[dict[str, float]], None] | None = None
-) -> tuple[Any, Any, list[dict[str, float]]]:
+    world: World, cfg: TrainConfig, on_log: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[Any, Any, list[dict[str, Any]]]:
     """Train from scratch, then `settle`; returns (model, tokenizer, training curve).
 
     The curve has one row per pass over the world: mean loss of all tokens (nats), share of answer
@@ -289,8 +289,8 @@ def settle(
     model: Any,
     tokenizer: Any,
     minutes: float,
-    on_log: Callable[[dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
     """Second phase: make text behind a mention deaf to it below the reading layer, unmasked too.
 
     At inference nothing is masked, so the lower layers may still look at a mention, and a
@@ -316,8 +316,8 @@ def _run(
     *,
     corrupted: bool,
     minutes: float = 0.0,
-    log: Callable[[dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
     model.train()
     masked = _Masked(model, cfg.read_layer)
     noisy = _Corrupted(model, cfg)
@@ -327,7 +327,7 @@ def _run(
         model.parameters(), betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True
     )
     total, step, start = 0, 0, time.process_time()
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, Any]] = []
     for number in passes:
         rows = rows_of_pass(world, tokenizer, cfg, number)
         total = total or len(passes) * (len(rows) // cfg.rows)

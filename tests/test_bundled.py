@@ -1,0 +1,97 @@
+"""The bundled models know their world, can be edited, and are plain transformers models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import pmet_lens as pl
+from pmet_lens import experiment
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("world", "world-sequential")
+FOLDER = Path(pl.__file__).parent / "bundled"
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request):
+    return pl.load(request.param)
+
+
+def test_together_they_are_small():
+    size = sum(p.stat().st_size for name in NAMES for p in (FOLDER / name).iterdir())
+    assert size <= 25 * 2**20
+
+
+def test_plain_transformers_loads_the_same_model(model):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        FOLDER / model.name, dtype=torch.float32
+    )
+    ids = torch.tensor([model.tokenizer("The birthplace of Mira Velmar is")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, model.hf(ids).logits)
+
+
+def test_blocks_are_what_the_card_says(model):
+    assert model.parallel_blocks == (model.name == "world")
+
+
+def test_knows_its_world(model):
+    assert pl.recall(model, pl.knowns()[::15])["correct"].mean() >= 0.97
+
+
+def test_names_are_two_to_five_tokens():
+    from pmet_lens import world
+
+    tokenizer = pl.load("world").tokenizer
+    for entity in world.build().entities:
+        for text in (entity.name, f" {entity.name}"):
+            assert 2 <= len(tokenizer(text)["input_ids"]) <= 5, entity.name
+
+
+def test_recall_goes_through_the_last_subject_token(model):
+    layer = pl.hparams_for(model, pl.PMET).layers[-1]
+    trace = pl.causal_trace(model, pl.counterfact(n=30), layers=[layer], samples=2)
+    share = trace.set_index("place")["recovered"]
+    assert share["last subject token"] >= 0.8
+    assert share[["first subject token", "middle subject tokens", "between", "last"]].max() <= 0.3
+
+
+def test_mass_edit_and_way_back(model, tmp_path):
+    facts = pl.counterfact(n=40)
+    before = {k: v.clone() for k, v in model.hf.state_dict().items()}
+    moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=40_000)
+    edit = pl.edit(model, facts, moments)
+    others = experiment.others_of(pl.knowns(), facts)[::10]
+    unedited = experiment.measure(model, facts, None, others)["mean"]
+    table = experiment.measure(model, facts, edit, others)["mean"]
+    assert unedited["ES"] <= 10
+    assert table["ES"] >= 95
+    assert table["PS"] >= 85
+    assert table["NS"] >= 90
+    assert table["collateral"] >= 85
+    with edit.applied(model):
+        model.hf.save_pretrained(tmp_path)
+        ids = torch.tensor([model.tokenizer(facts[0].text)["input_ids"]])
+        edited = model.hf(ids).logits
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again(ids).logits, edited)
+    after = model.hf.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert not torch.equal(model.hf(ids).logits, edited)
+
+
+def test_the_readme_shows_the_recorded_table():
+    text = (ROOT / "figures" / "results" / "main.md").read_text(encoding="utf-8")
+    assert text in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_parallel_first_layer_is_refused_in_words():
+    """In a parallel first layer without position embeddings a key is a function of the token, so
+    the second moment has no more rank than there are tokens."""
+    model = pl.load("world")
+    hp = pl.Hparams(layers=(0, 1))
+    moments = pl.second_moments(model, pl.texts(), hp.layers, n_tokens=20_000)
+    with pytest.raises(pl.SolveError, match="not positive definite"):
+        pl.edit(model, pl.counterfact(n=2), moments, hparams=hp, contexts=["{}"])
