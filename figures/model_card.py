@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 import pmet_lens as pl
 from pmet_lens import datasets, evaluation, plots, tokens, world
@@ -73,7 +74,7 @@ def draw_curve(curve: list[dict[str, float]], path: Path) -> None:
     """Loss and answer accuracy over the passes."""
     frame = pd.DataFrame(curve)
     with mpl.rc_context(dict(plots.STYLE)):
-        fig = mpl.figure.Figure(figsize=(5, 2.2))
+        fig = Figure(figsize=(5, 2.2))
         left, right = fig.subplots(1, 2)
         left.plot(frame["pass"], frame["loss"], color="#0072B2")
         left.set(xlabel="pass over the world", ylabel="loss (nats, weighted)", yscale="log")

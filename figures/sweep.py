@@ -120,6 +120,8 @@ def _sweep(args, model, facts, others, contexts, moments, hp, override) -> None:
         )
         logging.info("%s", rows[-1])
     TABLE.parent.mkdir(exist_ok=True)
+    # Read again: another sweep may have written meanwhile.
+    done = pd.read_csv(TABLE) if TABLE.exists() else done
     pd.concat([done, pd.DataFrame(rows)], ignore_index=True).to_csv(TABLE, index=False)
 
 
