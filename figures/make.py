@@ -86,7 +86,8 @@ def recorded(measured: int) -> pd.DataFrame:
     path = HERE / "results" / "main.csv"
     if not path.exists():
         return pd.DataFrame()
-    table = pd.read_csv(path)
+    # "NA" is the name of a metric here.
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     table = table[table["edits"] > max(measured, 100)]
     return table.assign(run=table["run"] + " (recorded)")
 
@@ -196,7 +197,7 @@ def draw(
         for ax, (name, kind) in zip(axes, MODELS.items(), strict=True):
             layer = pl.HPARAMS[name]["PMET"].layers[-1]
             plots.trace_lines(traces[name], ax, layer)
-            ax.set_title(f"restoring the layer output, {kind}")
+            ax.set_title(kind)
         axes[1].set_ylabel("")
         handles, labels = axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
