@@ -103,7 +103,7 @@ _HOME = {
     "recall": "evaluation",
     "summarise": "evaluation",
 }
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = sorted([*_HOME, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,8 @@ def drop_blocks(model: Any, path: str, first: int) -> None:
     blocks = getattr(model.get_submodule(parent), attribute)
     kept = nn.ModuleList(list(blocks)[first:])
     setattr(model.get_submodule(parent), attribute, kept)
-    for module in kept.modules():
+    modules: list[Any] = list(kept.modules())
+    for module in modules:
         if isinstance(getattr(module, "layer_idx", None), int):
             module.layer_idx -= first  # where the module's keys and values lie in a cache
     model.config.num_hidden_layers = len(blocks) - first
