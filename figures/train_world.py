@@ -1,4 +1,5 @@
-"""Train one bundled model: `python figures/train_world.py world` or `world-sequential`.
+"""Train one bundled model: `python figures/train_world.py world`, `world-sequential` or
+`world-unmasked` (the same as `world` without the read mask: for the study, not for editing).
 
 Writes a plain `transformers` directory to `pmet_lens/bundled/NAME` (or `--out`). Everything is
 seeded; on two CPU cores one model takes about half an hour.
@@ -18,7 +19,10 @@ from pmet_lens import training, world
 
 CONFIGS = {
     "world": training.TrainConfig("gptj"),
-    "world-sequential": training.TrainConfig("gpt2", settle_passes=5),
+    "world-sequential": training.TrainConfig("gpt2", settle_passes=7),
+    "world-unmasked": training.TrainConfig(
+        "gptj", passes=20, settle_passes=0, mask_low=0.0, mask_last=0.0
+    ),
 }
 
 

@@ -14,6 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pmet_lens.activations import Activations as Activations
+    from pmet_lens.activations import probe as probe
     from pmet_lens.adapter import Model as Model
     from pmet_lens.adapter import Projection as Projection
     from pmet_lens.adapter import Site as Site
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from pmet_lens.evaluation import summarise as summarise
     from pmet_lens.facts import Fact as Fact
     from pmet_lens.facts import FactError as FactError
+    from pmet_lens.geometry import answer_gain as answer_gain
+    from pmet_lens.geometry import drift as drift
     from pmet_lens.hparams import HPARAMS as HPARAMS
     from pmet_lens.hparams import hparams_for as hparams_for
     from pmet_lens.linalg import Exact as Exact
@@ -50,12 +54,18 @@ if TYPE_CHECKING:
     from pmet_lens.moments import load_moments as load_moments
     from pmet_lens.moments import save_moments as save_moments
     from pmet_lens.moments import second_moments as second_moments
+    from pmet_lens.patterns import attention_patterns as attention_patterns
+    from pmet_lens.patterns import pattern_similarity as pattern_similarity
+    from pmet_lens.readout import lens as lens
     from pmet_lens.settings import Hparams as Hparams
     from pmet_lens.settings import Method as Method
     from pmet_lens.settings import SettingsError as SettingsError
+    from pmet_lens.similarity import component_similarity as component_similarity
     from pmet_lens.sources import ModelError as ModelError
+    from pmet_lens.swapping import transfer as transfer
     from pmet_lens.targets import Targets as Targets
     from pmet_lens.tokens import sample_contexts as sample_contexts
+    from pmet_lens.variance import variance_split as variance_split
 
 __version__ = "0.1.0"
 
@@ -97,6 +107,16 @@ _HOME = {
     "edit": "editing",
     "EditError": "live",
     "causal_trace": "analysis",
+    "variance_split": "variance",
+    "transfer": "swapping",
+    "component_similarity": "similarity",
+    "pattern_similarity": "patterns",
+    "attention_patterns": "patterns",
+    "lens": "readout",
+    "drift": "geometry",
+    "answer_gain": "geometry",
+    "probe": "activations",
+    "Activations": "activations",
     "ask": "evaluation",
     "evaluate": "evaluation",
     "generate": "evaluation",

@@ -28,14 +28,21 @@ from pmet_lens.live import LiveEdits, restored
 from pmet_lens.sources import DTYPES, ModelError, name_of, read
 from pmet_lens.twin import Hook, Tail, drop_blocks, layer_of, run, twin
 
-Stream = Literal["attn_out", "mlp_out", "resid_pre", "resid_post"]
+Stream = Literal["attn_in", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
+"""What can be read at a layer, all `[batch, token, d_model]`. `attn_in` and `mlp_in` are what the
+component itself reads, behind its norm; `attn_out` and `mlp_out` what its output projection writes
+(in front of a post-norm, where there is one); `resid_pre`, `resid_mid` and `resid_post` the
+residual stream before, between and behind the two. Parallel blocks have no `resid_mid`."""
 Projection = Literal["attn", "mlp"]
 
 # `hook_attn_out` and `hook_mlp_out` are avoided: with post-norms (Gemma-2) they sit behind them.
 _STREAM_HOOKS = {
+    "attn_in": "attn.hook_in",
     "attn_out": "attn.o.hook_out",
+    "mlp_in": "mlp.hook_in",
     "mlp_out": "mlp.out.hook_out",
     "resid_pre": "hook_in",
+    "resid_mid": "hook_resid_mid",
     "resid_post": "hook_out",
 }
 _MODULES = {"attn": "attn.o", "mlp": "mlp.out"}
@@ -143,9 +150,26 @@ class Model:
         return layer
 
     def stream_hook(self, layer: int, stream: Stream) -> str:
-        """The hook name at which `stream` of `layer` is `[batch, token, d_model]`."""
+        """The hook name at which `stream` of `layer` is `[batch, token, d_model]`.
+
+        Raises `ModelError` for an unknown stream or layer, and for `resid_mid` of parallel blocks.
+        """
         _check_name("stream", stream, get_args(Stream))
-        return f"blocks.{self.check_layer(layer)}.{_STREAM_HOOKS[stream]}"
+        name = f"blocks.{self.check_layer(layer)}.{_STREAM_HOOKS[stream]}"
+        if name not in self.bridge.hook_dict:
+            raise ModelError(
+                f"the blocks of {self.name!r} are parallel, so nothing lies between attention and "
+                f"MLP: there is no {stream}; choose from resid_pre, resid_post"
+            )
+        return name
+
+    def pattern_hook(self, layer: int) -> str:
+        """The hook name at which the attention weights of `layer` are `[batch, head, query, key]`.
+
+        Some architectures compute weights nobody can see unless the model was loaded with
+        `attn_implementation="eager"`; the hook then never runs.
+        """
+        return f"blocks.{self.check_layer(layer)}.attn.hook_pattern"
 
     def key_hook(self, site: Site) -> str:
         """The hook name at which the input of the projection is `[batch, token, d_in]`."""

@@ -1,13 +1,13 @@
-"""What the components hold: the causal trace (more of the paper's study comes here).
+"""The causal trace: where a fact is recalled.
 
-A causal trace asks where a fact is recalled. The subject's tokens are corrupted with noise, so
-that the answer is lost; then one component's clean value is put back at one place, and the trace
-reports how much of the loss comes back (ROME, arXiv 2202.05262, section 2).
+The subject's tokens are corrupted with noise, so that the answer is lost; then one component's
+clean value is put back at one place, and the trace reports how much of the loss comes back (ROME,
+arXiv 2202.05262, section 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -38,59 +38,102 @@ def causal_trace(
     *,
     stream: Stream = "resid_post",
     layers: Sequence[int] | None = None,
+    window: int = 1,
     samples: int = 3,
     noise: float = 3.0,
     seed: int = 0,
+    batch_size: int = 50,
     on_cell: OnCell | None = None,
 ) -> pd.DataFrame:
     """Share of the lost answer probability that comes back when `stream` is restored.
 
     Every fact needs `target_true`. Noise of `noise` standard deviations of the token embeddings is
     added to the input of layer 0 at every subject token (ROME: 3), `samples` times per fact.
+    `window`: how many layers around each of `layers` are restored together (fewer at the ends);
+    ROME restores `attn_out` and `mlp_out` in windows of 10, because one layer alone does little.
+    `batch_size`: facts per pass; the result does not depend on it. `on_cell(done, all)` counts
+    facts.
 
     Returns a frame with one row per layer and place (`PLACES`; "between" are the tokens between
     subject and last prompt token, "last" the last prompt token): columns layer, place, stream,
-    recovered (0: nothing, 1: all; over facts mean(restored − corrupted) / mean(clean − corrupted)
-    of the answer's probability), ci_low, ci_high (95 % bootstrap over facts), n (facts that have
-    such a token), p_clean, p_corrupted (means over those facts).
+    window, noise, samples (as asked for), recovered (0: nothing, 1: all; over facts mean(restored −
+    corrupted) / mean(clean − corrupted) of the answer's probability), ci_low, ci_high (95 %
+    bootstrap over facts), n (facts that have such a token), p_clean, p_corrupted (means over them).
     """
     facts = [f for f in facts if f.target_true is not None]
     if not facts:
         raise FactError("causal_trace needs facts with target_true; there are none.")
+    if window < 1 or samples < 1:
+        raise FactError("window and samples must be at least 1.")
     layers = range(model.n_layers) if layers is None else layers
-    rows = _corrupted(model, facts, samples, noise, seed)
-    clean, kept = _clean_run(model, rows, stream, layers)
-    corrupted = _probability(model, rows, [])
-    places = {name: _place(rows, name) for name in PLACES}
-    table = []
-    for done, layer in enumerate(layers):
-        for place, chosen in places.items():
-            if not bool(chosen.any()):
-                continue
-            hook = (model.stream_hook(layer, stream), _restore(kept[layer], chosen))
-            restored = _probability(model, rows, [hook])
-            has = chosen.any(1).view(-1, samples)[:, 0]
-            parts = [p.view(-1, samples).mean(1)[has] for p in (clean, corrupted, restored)]
-            table.append({"layer": layer, "place": place, "stream": stream, **_share(*parts)})
+    around = {n: _window(n, window, model.n_layers) for n in layers}
+    cells: dict[tuple[int, str], list[tuple[Tensor, ...]]] = {}
+    for start in range(0, len(facts), batch_size):
+        own = range(start, min(start + batch_size, len(facts)))
+        rows = _corrupted(model, {i: facts[i] for i in own}, samples, noise, seed)
+        for (layer, place), parts in _restorations(model, rows, stream, around).items():
+            cells.setdefault((layer, place), []).append(parts)
         if on_cell is not None:
-            on_cell(done + 1, len(layers))
+            on_cell(own.stop, len(facts))
+    table = []
+    for layer in layers:
+        for place in PLACES:
+            parts = [torch.cat(p) for p in zip(*cells[layer, place], strict=True)]
+            has = parts[-1].view(-1, samples)[:, 0].bool()
+            if has.any():
+                how = {"window": window, "noise": noise, "samples": samples}
+                share = _share(*(p.view(-1, samples).mean(1)[has] for p in parts[:-1]))
+                table.append({"layer": layer, "place": place, "stream": stream, **how, **share})
     return pd.DataFrame(table)
 
 
-def _corrupted(model: Model, facts: Sequence[Fact], samples: int, noise: float, seed: int) -> _Rows:
+def _restorations(
+    model: Model, rows: _Rows, stream: Stream, around: Mapping[int, range]
+) -> dict[tuple[int, str], tuple[Tensor, ...]]:
+    """Per layer and place the answer's probability clean, corrupted and restored, and whether the
+    row has such a token, all `[row]`."""
+    clean, kept = _clean_run(model, rows, stream, sorted({n for w in around.values() for n in w}))
+    corrupted = _probability(model, rows, [])
+    out: dict[tuple[int, str], tuple[Tensor, ...]] = {}
+    for layer, window in around.items():
+        for place in PLACES:
+            chosen = _place(rows, place)
+            restored = corrupted
+            if bool(chosen.any()):
+                hooks = [(model.stream_hook(n, stream), _restore(kept[n], chosen)) for n in window]
+                restored = _probability(model, rows, hooks)
+            out[layer, place] = (clean, corrupted, restored, chosen.any(1))
+    return out
+
+
+def _window(layer: int, width: int, n_layers: int) -> range:
+    """`width` layers around `layer` (one more before than behind where it is even)."""
+    first = layer - width // 2
+    return range(max(0, first), min(n_layers, first + width))
+
+
+def _corrupted(
+    model: Model, facts: Mapping[int, Fact], samples: int, noise: float, seed: int
+) -> _Rows:
+    """The prompts of numbered facts. A fact's noise depends on its number and the seed alone."""
     prompts = [
-        tokens.Prompt(f.prompt, f.subject, f.target_true) for f in facts for _ in range(samples)
+        tokens.Prompt(f.prompt, f.subject, f.target_true)
+        for f in facts.values()
+        for _ in range(samples)
     ]
     batch = tokens.encode(model, prompts)
     starts = [tokens.subject_start(model, p) for p in prompts[::samples]]
     first = torch.tensor(starts, device=model.device).repeat_interleave(samples)
-    spread = model.embedding.detach().float().std()
-    generator = torch.Generator().manual_seed(seed)
-    size = (*batch.ids.shape, model.d_model)
-    drawn = torch.randn(size, generator=generator).to(batch.ids.device) * spread * noise
-    position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    inside = (position >= first[:, None]) & (position <= batch.subject[:, None])
-    return _Rows(batch, first, drawn * inside[..., None])
+    spread = noise * float(model.embedding.float().std())
+    drawn = torch.zeros(*batch.ids.shape, model.d_model)
+    for k, number in enumerate(facts):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
+        start, stop = starts[k], int(batch.subject[k * samples]) + 1
+        size = (samples, stop - start, model.d_model)
+        drawn[k * samples : (k + 1) * samples, start:stop] = spread * torch.randn(
+            size, generator=generator
+        )
+    return _Rows(batch, first, drawn.to(batch.ids.device))
 
 
 def _clean_run(

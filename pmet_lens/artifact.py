@@ -80,15 +80,9 @@ def load(path: str | Path) -> dict[str, Any]:
             Site.parse(s): (tensors[f"{s}.left"], tensors[f"{s}.right"]) for s in head["sites"]
         },
         "dtype": getattr(torch, head["dtype"]),
-        "facts": tuple(_fact(f) for f in head["facts"]),
+        "facts": tuple(Fact.from_record(f) for f in head["facts"]),
         "method": Method(**method),
         "hparams": Hparams(**{**head["hparams"], "layers": tuple(head["hparams"]["layers"])}),
         "contexts": tuple(head["contexts"]),
         "base": {Site.parse(s): digest for s, digest in head["base"].items()},
     }
-
-
-def _fact(record: dict[str, Any]) -> Fact:
-    listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
-    listed["neighbours"] = tuple((p, a) for p, a in record["neighbours"])
-    return Fact(**{**record, **listed})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class FactError(ValueError):
@@ -56,6 +57,13 @@ class Fact:
                 )
         if self.target_new is None and self.target_true is None:
             raise FactError(f"{self.text!r} has neither target_new nor target_true; give one.")
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Fact:
+        """The inverse of `dataclasses.asdict`, also behind JSON, which turns tuples into lists."""
+        listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
+        pairs = tuple((prompt, answer) for prompt, answer in record["neighbours"])
+        return cls(**{**record, **listed, "neighbours": pairs})
 
     @property
     def text(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 Numbers = npt.NDArray[np.float64]
 
@@ -85,3 +86,17 @@ def bootstrap_ratio(
     chosen = rng.integers(0, len(top), (n_resamples, len(top)))
     low, high = np.percentile(top[chosen].mean(1) / bottom[chosen].mean(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def means(frame: pd.DataFrame, by: Sequence[str], value: str, case: str = "fact") -> pd.DataFrame:
+    """Mean of column `value` per group of `by`, first within each `case`, then over cases: columns
+    `by`, mean, ci_low, ci_high (95 % bootstrap over cases) and n (cases)."""
+    rows = []
+    keys = [*by, case]
+    per_case = frame.groupby(keys, sort=False, dropna=False, as_index=False).agg({value: "mean"})
+    for key, own in per_case.groupby(list(by), sort=False, dropna=False):
+        values = own[value].dropna().to_numpy(dtype=np.float64)
+        if len(values):
+            mean, interval = float(values.mean()), bootstrap(values)
+            rows.append((*key, mean, *interval, len(values)))  # type: ignore[misc]
+    return pd.DataFrame(rows, columns=[*by, "mean", "ci_low", "ci_high", "n"])

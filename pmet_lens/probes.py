@@ -21,9 +21,9 @@ def read_streams(
     model: Model,
     ids: Int[Tensor, "batch token"],
     mask: Int[Tensor, "batch token"],
-    wanted: Mapping[tuple[int, Stream], Int[Tensor, " batch"]],
-) -> dict[tuple[int, Stream], Float[Tensor, "batch d_model"]]:
-    """The values of streams, each at one position per row, in one pass.
+    wanted: Mapping[tuple[int, Stream], Int[Tensor, "batch ..."]],
+) -> dict[tuple[int, Stream], Float[Tensor, "batch ... d_model"]]:
+    """The values of streams, each at one position per row (or at several of them), in one pass.
 
     `wanted` maps (layer, stream) to the positions. Raises `ModelError` for a layer or stream that
     does not exist, or a position outside the row's text.
@@ -92,16 +92,18 @@ def _read(
 
 
 def _rows_and(positions: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of `positions[row]` or `positions[row, k]` in `value[row, token]`."""
     rows = torch.arange(len(positions), device=value.device)
-    return rows, positions.to(value.device)
+    return rows.view(-1, *[1] * (positions.ndim - 1)), positions.to(value.device)
 
 
 def _check_positions(positions: Tensor, mask: Tensor) -> None:
     lengths = mask.sum(dim=1)
     if len(positions) != len(mask):
         raise ModelError(f"{len(positions)} positions do not fit a batch of {len(mask)} rows")
-    for row, (position, length) in enumerate(
-        zip(positions.tolist(), lengths.tolist(), strict=True)
-    ):
-        if not 0 <= position < length:
-            raise ModelError(f"row {row} has {length} tokens, so there is no position {position}")
+    outside = (positions < 0) | (positions >= lengths.view(-1, *[1] * (positions.ndim - 1)))
+    for row, *k in outside.nonzero().tolist():
+        position = int(positions[(row, *k)])
+        raise ModelError(
+            f"row {row} has {int(lengths[row])} tokens, so there is no position {position}"
+        )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
@@ -43,7 +44,9 @@ class Targets:
     """The layer of the streams: the last critical one."""
     history: pd.DataFrame = field(repr=False)
     """One row per fact and step: fact, step; nll, kl, decay, loss (nats); said (all target tokens
-    are the arg-max in all prompts); stopped ("" or "goal" or "steps")."""
+    are the arg-max in all prompts); stopped ("" or "goal" or "steps"); norm_STREAM (‖δ‖ relative to
+    the norm it is clamped by) and, with two streams, cosine and gradient_cosine (of the two deltas,
+    of the loss's gradients at them; missing where there is none: at the start, at the end)."""
 
     def delta(self, stream: Stream) -> Float[Tensor, "fact d_model"]:
         """What the optimisation added to `stream`."""
@@ -282,20 +285,22 @@ def _descend(problem: _Problem, on_step: OnStep | None) -> Targets:
         last = step == hp.n_steps - 1
         stopping = torch.zeros_like(active)
         stopping[active] = done | last
-        rows.append(_history(step, active, losses, said, done, last))
         if on_step is not None:
             on_step(step, {k: v.detach() for k, v in losses.items()})
         for stream, delta in deltas.items():
             final[stream][stopping] = delta.detach()[stopping]
-        if not last:
+        gradients: tuple[Tensor, ...] = ()
+        if not bool(stopping[active].all()):
             gradients = torch.autograd.grad(losses["loss"].sum(), list(deltas.values()))
-            active = active & ~stopping
-            if not bool(active.any()):
-                break
-            for delta, gradient in zip(deltas.values(), gradients, strict=True):
-                delta.grad = gradient
-            optimiser.step()
-            _project(deltas, problem.norms, hp.clamp)
+        told = _history(step, active, losses, said, done, last)
+        rows.append(told.assign(**_geometry(deltas, gradients, problem.norms, active)))
+        active = active & ~stopping
+        if not gradients:
+            break
+        for delta, gradient in zip(deltas.values(), gradients, strict=True):
+            delta.grad = gradient
+        optimiser.step()
+        _project(deltas, problem.norms, hp.clamp)
     values: dict[Stream, Tensor] = {s: problem.clean[s] + final[s] for s in final}
     return Targets(values, problem.clean, problem.layer, pd.concat(rows, ignore_index=True))
 
@@ -308,6 +313,29 @@ def _project(deltas: Mapping[Stream, Tensor], norms: Mapping[Stream, Tensor], cl
             length = delta.norm(dim=-1)
             scale = torch.where(length > limit, limit / length, torch.ones_like(length))
             delta.mul_(scale[:, None])
+
+
+def _geometry(
+    deltas: Mapping[Stream, Tensor],
+    gradients: Sequence[Tensor],
+    norms: Mapping[Stream, Tensor],
+    active: Tensor,
+) -> dict[str, Any]:
+    """The columns of `Targets.history` that tell where the deltas of the active facts are."""
+    found: dict[str, Tensor] = {
+        f"norm_{s}": (d.detach().norm(dim=-1) / norms[s])[active] for s, d in deltas.items()
+    }
+    if len(deltas) == 2:
+        found["cosine"] = _cosine([d.detach() for d in deltas.values()])[active]
+        if gradients:
+            found["gradient_cosine"] = _cosine(gradients)[active]
+    return {k: v.double().cpu().numpy() for k, v in found.items()}
+
+
+def _cosine(pair: Sequence[Tensor]) -> Float[Tensor, " fact"]:
+    """Cosine of the rows of two tensors; NaN where one of them is zero."""
+    a, b = pair
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
 def _history(

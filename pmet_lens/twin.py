@@ -71,7 +71,7 @@ def run(
     if at is not None:
         # Here and not before the final norm: GPT-2 reshapes to [batch, token] in between.
         hooks = [*hooks, ("unembed.hook_in", lambda value: value[at[:, 0], at[:, 1]][None])]
-    forward_hooks = [(name, _as_bridge_hook(hook)) for name, hook in hooks]
+    forward_hooks = [(name, _as_bridge_hook(hook, name)) for name, hook in hooks]
     # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
     more: dict[str, Any] = {"use_cache": False, "stop_at_layer": stop_at_layer}
     if past is not None:
@@ -149,7 +149,8 @@ class Tail:
         """Keys and values of the first `length` tokens of each row (at least one), so that only
         the tokens behind them need to run again."""
         ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
-        hook = ("blocks.0.hook_in", _as_bridge_hook(lambda _: residual))
+        name = "blocks.0.hook_in"
+        hook = (name, _as_bridge_hook(lambda _: residual, name))
         with torch.no_grad(), self.bridge.hooks(fwd_hooks=[hook]):
             _, cache = self.bridge(
                 ids,
@@ -177,9 +178,9 @@ def layer_of(hook_name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def _as_bridge_hook(function: Hook) -> Callable[..., Tensor | None]:
+def _as_bridge_hook(function: Hook, name: str) -> Callable[..., Tensor | None]:
     def bridge_hook(value: Tensor, hook: Any) -> Tensor | None:
-        if value.ndim < 4:
+        if value.ndim < 4 or name.endswith("hook_pattern"):
             return function(value)
         # The key of W_O comes as [batch, token, head, d_head].
         changed = function(value.flatten(2))

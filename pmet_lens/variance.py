@@ -1,0 +1,122 @@
+"""What a component's output depends on: the relation asked for, or the subject asked about.
+
+If MHSA held general extraction patterns, its output would be a function of the relation. Of the
+variance of a stream over facts, this module tells the share that other facts with the same relation
+(and another subject) predict, and the share that other facts with the same subject (and another
+relation) predict. No fact ever predicts itself: a fact's deviation from the mean is multiplied with
+the mean deviation of its *partners*, so noise and small groups add nothing on average, and without
+any dependence the share is 0 (slightly below it, because the mean is taken from the same facts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from pmet_lens import metrics
+from pmet_lens.activations import Activations, Position, probe
+from pmet_lens.adapter import Model, Stream
+from pmet_lens.facts import Fact, FactError
+
+FACTORS = ("relation", "relation, other phrasing", "subject")
+
+
+def variance_split(
+    model: Model,
+    facts: Sequence[Fact],
+    streams: Sequence[Stream] = ("attn_out", "mlp_out"),
+    position: Position = "last",
+    *,
+    layers: Sequence[int] | None = None,
+    n_permutations: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Share of the variance of each stream explained by relation and by subject, per layer.
+
+    Partners of a fact share its relation and not its subject ("relation"), do so in another prompt
+    template ("relation, other phrasing": what is asked, not the words), or share its subject and
+    not its relation ("subject"). Facts without such a partner do not count for that factor.
+
+    Returns columns layer, stream, position, factor, share (1: the partners' mean deviation is the
+    fact's own; 0: unrelated; can be negative), ci_low, ci_high (95 % bootstrap over facts), null
+    (95 % quantile of the share when labels are shuffled among the facts), p (share of shuffles that
+    reach the share), n (facts with a partner).
+
+    Raises `FactError` for a fact without a relation, and for a relation with a single fact.
+    """
+    return split(probe(model, facts, streams, layers, (position,)), n_permutations, seed)
+
+
+def split(found: Activations, n_permutations: int = 200, seed: int = 0) -> pd.DataFrame:
+    """`variance_split` of activations that are there already."""
+    _check(found.facts)
+    relation = _codes([str(f.relation) for f in found.facts])
+    subject = _codes([f.subject for f in found.facts])
+    prompt = _codes([f.prompt for f in found.facts])
+    rng = np.random.default_rng(seed)
+    shuffles = [rng.permutation(len(found.facts)) for _ in range(n_permutations)]
+    rows = []
+    for factor in FACTORS:
+        weights = _partners(factor, relation, subject, prompt)
+        has: np.ndarray = np.asarray(weights.any(axis=1))
+        if not has.any():
+            continue
+        for (stream, position), value in found.values.items():
+            for n, layer in enumerate(found.layers):
+                x = value[:, n].double().numpy()
+                gram = (x - x.mean(0)) @ (x - x.mean(0)).T
+                top, bottom = (weights * gram).sum(1)[has], np.diag(gram)[has]
+                # Shuffled labels are the same partners among shuffled facts.
+                null = [_shuffled(gram, weights, has, order) for order in shuffles]
+                share, interval = top.mean() / bottom.mean(), metrics.bootstrap_ratio(top, bottom)
+                p = (1 + sum(value >= share for value in null)) / (1 + len(null))
+                limit = float(np.quantile(null, 0.95)) if null else np.nan
+                cell = (layer, stream, position, factor)
+                rows.append((*cell, share, *interval, limit, p, int(has.sum())))
+    names = ["layer", "stream", "position", "factor", "share", "ci_low", "ci_high", "null", "p"]
+    return pd.DataFrame(rows, columns=[*names, "n"])
+
+
+def _check(facts: Sequence[Fact]) -> None:
+    counts: dict[str, int] = {}
+    for fact in facts:
+        if fact.relation is None:
+            raise FactError(f"{fact.text!r} has no relation; the variance split needs one.")
+        counts[fact.relation] = counts.get(fact.relation, 0) + 1
+    single = sorted(r for r, n in counts.items() if n == 1)
+    if single:
+        raise FactError(
+            f"The relation {single[0]!r} has a single fact, so nothing else can predict it; leave "
+            "it out or add facts."
+        )
+    if len(counts) < 2:
+        raise FactError("The variance split needs facts of at least two relations.")
+
+
+def _codes(names: Sequence[str]) -> np.ndarray:
+    return np.unique(np.array(names), return_inverse=True)[1]
+
+
+def _partners(
+    factor: str, relation: np.ndarray, subject: np.ndarray, prompt: np.ndarray
+) -> metrics.Numbers:
+    """`[fact, fact]`: row i averages over the partners of fact i; a row of 0 where it has none."""
+
+    def equal(codes: np.ndarray) -> np.ndarray:
+        return codes[:, None] == codes
+
+    chosen = {
+        "relation": equal(relation) & ~equal(subject),
+        "relation, other phrasing": equal(relation) & ~equal(subject) & ~equal(prompt),
+        "subject": equal(subject) & ~equal(relation),
+    }[factor].astype(np.float64)
+    return chosen / np.maximum(chosen.sum(1, keepdims=True), 1)
+
+
+def _shuffled(
+    gram: metrics.Numbers, weights: metrics.Numbers, has: np.ndarray, order: np.ndarray
+) -> float:
+    moved = gram[order[:, None], order]
+    return float((weights * moved).sum(1)[has].mean() / np.diag(moved)[has].mean())
