@@ -20,6 +20,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 figures: $(READY) ## the main job on the bundled models: figures and tables in figures/out
+	$(PY) figures/study.py
 	$(PY) figures/make.py
 
 test: lint ## lint, tests and notebooks, without a network
@@ -37,9 +38,10 @@ lab: $(READY) ## JupyterLab on notebooks/
 notebooks: $(READY) ## run the notebooks again and keep their outputs
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 --overwrite notebooks
 
-models: $(READY) ## train the two bundled models again (about 45 CPU-minutes each)
+models: $(READY) ## train the three bundled models again (about 45 CPU-minutes each)
 	$(PY) figures/train_world.py world
 	$(PY) figures/train_world.py world-sequential
+	$(PY) figures/train_world.py world-unmasked
 
 clean: ## remove what commands made: figures/out, caches and .venv
 	rm -rf $(VENV) figures/out .pytest_cache .ruff_cache *.egg-info build dist

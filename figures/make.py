@@ -1,6 +1,6 @@
 """`make figures`: the main job on the bundled models, from analysis to figures and tables.
 
-Per model: causal trace → targets → edits (one at a time and 100 at once, with PMET, PMET with
+Per model: targets → edits (one at a time and 100 at once, with PMET, PMET with
 linear spread and MEMIT) → evaluation with 95 % intervals → `figures/out/`. With `--record` also
 300 edits at once (about three minutes more), and everything replaces `figures/results/`, which the
 README quotes; without it the rows of 300 edits are the recorded ones, and say so.
@@ -16,61 +16,39 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from tqdm import tqdm
+from common import EDITED, HERE, OUT, Progress, legend, panels, save
 
 import pmet_lens as pl
 from pmet_lens import experiment, plots, targets
 
-HERE = Path(__file__).parent
-MODELS = {"world": "parallel blocks (GPT-J style)", "world-sequential": "sequential (GPT-2 style)"}
 METRICS = ["S", "ES", "PS", "NS", "EA", "PA", "NA", "collateral"]
-
-
-class Progress:
-    """One bar for the whole job; a stage is worth its usual share of the time."""
-
-    def __init__(self, stages: int) -> None:
-        self.bar = tqdm(total=stages, unit="stage", file=sys.stderr, dynamic_ncols=True)
-
-    def stage(self, text: str) -> None:
-        """Name what runs now."""
-        self.bar.set_description(text)
-        self.bar.refresh()
-
-    def done(self) -> None:
-        """One stage is over."""
-        self.bar.update()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help="all sizes, and keep the results")
     parser.add_argument("--quick", action="store_true", help="few facts, to see that it runs")
-    parser.add_argument("--out", type=Path, default=HERE / "out")
+    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     few, many = (10, 10) if args.quick else (100, 300 if args.record else 100)
     sizes = (few, many)
-    progress = Progress(6 * len(MODELS) + 1)
-    results, traces = [], {}
-    for name in MODELS:
-        trace, table = run_model(name, sizes, progress)
-        traces[name] = trace
-        results.append(table)
+    progress = Progress(5 * len(EDITED) + 1)
+    results = []
+    for name in EDITED:
+        results.append(run_model(name, sizes, progress))
     progress.stage("figures")
     table = pd.concat(results, ignore_index=True)
     if not args.record:
         table = pd.concat([table, recorded(few)], ignore_index=True)
     table.to_csv(args.out / "main.csv", index=False)
-    draw(table, traces, sizes, args.out)
+    draw(table, few, args.out)
     progress.done()
     progress.bar.close()
     minutes = (time.perf_counter() - start) / 60
@@ -78,7 +56,7 @@ def main() -> None:
     (args.out / "main.md").write_text(text, encoding="utf-8")
     sys.stdout.write(f"\n{text}\nFigures and tables: {args.out}\n")
     if args.record:
-        record(table, traces, text, args.out)
+        record(table, text, args.out)
 
 
 def recorded(measured: int) -> pd.DataFrame:
@@ -92,33 +70,24 @@ def recorded(measured: int) -> pd.DataFrame:
     return table.assign(run=table["run"] + " (recorded)")
 
 
-def record(table: pd.DataFrame, traces: dict[str, pd.DataFrame], text: str, out: Path) -> None:
+def record(table: pd.DataFrame, text: str, out: Path) -> None:
     """Replace the committed results and the table in the README."""
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     table.round(2).to_csv(results / "main.csv", index=False)
-    for name, trace in traces.items():
-        trace.round(4).to_csv(results / f"trace-{name}.csv", index=False)
     (results / "main.md").write_text(text, encoding="utf-8")
-    for figure in ("fig_main.png", "fig_causal_trace.png"):
-        shutil.copy(out / figure, results / figure)
+    shutil.copy(out / "fig_main.png", results / "fig_main.png")
     readme = HERE.parent / "README.md"
     head, rest = readme.read_text(encoding="utf-8").split("<!-- results -->")
     tail = rest.split("<!-- /results -->")[1]
     readme.write_text(f"{head}<!-- results -->\n{text}<!-- /results -->{tail}", encoding="utf-8")
 
 
-def run_model(
-    name: str, sizes: tuple[int, int], progress: Progress
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Everything for one bundled model: its causal trace and its results."""
+def run_model(name: str, sizes: tuple[int, int], progress: Progress) -> pd.DataFrame:
+    """All results of one bundled model."""
     few, many = sizes
-    progress.stage(f"{name}: load and analyse")
     model, facts = pl.load(name), pl.counterfact(n=many)
     world = pl.knowns()  # every fact of the world
-    trace = pl.causal_trace(model, facts[: min(60, few)], samples=2)
-    progress.done()
-
     progress.stage(f"{name}: second moments and the unedited model")
     contexts = pl.sample_contexts(model)
     moments = pl.second_moments(model, pl.texts(), projections=("mlp",))
@@ -165,7 +134,7 @@ def run_model(
         others = experiment.others_of(world, facts[:n])
         tables[run, n] = experiment.measure(model, facts[:n], edit, others)
     progress.done()
-    return trace, _tidy(name, tables)
+    return _tidy(name, tables)
 
 
 def _tidy(name: str, tables: dict[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
@@ -176,37 +145,17 @@ def _tidy(name: str, tables: dict[tuple[str, int], pd.DataFrame]) -> pd.DataFram
     return pd.concat(frames, ignore_index=True)[columns]
 
 
-def draw(
-    table: pd.DataFrame, traces: dict[str, pd.DataFrame], sizes: tuple[int, int], out: Path
-) -> None:
-    """The two figures of the main job, as PDF, SVG and PNG."""
+def draw(table: pd.DataFrame, n: int, out: Path) -> None:
+    """The figure of the main job, as PDF, SVG and PNG."""
     with mpl.rc_context(dict(plots.STYLE)):
-        fig = Figure(figsize=(7, 2.8))
-        axes = fig.subplots(1, 2, sharey=True)
-        for ax, (name, kind) in zip(axes, MODELS.items(), strict=True):
-            own = table[(table["model"] == name) & (table["edits"] == sizes[0])]
+        fig, axes = panels(7, 2.8, 1, len(EDITED), sharey=True)
+        for ax, (name, kind) in zip(axes[0], EDITED.items(), strict=True):
+            own = table[(table["model"] == name) & (table["edits"] == n)]
             plots.metric_bars(own, ax)
-            ax.set_title(f"{sizes[0]} edits at once, {kind}")
-        axes[1].set_ylabel("")
-        handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        _save(fig, out / "fig_main")
-
-        fig = Figure(figsize=(7, 2.8))
-        axes = fig.subplots(1, 2, sharey=True)
-        for ax, (name, kind) in zip(axes, MODELS.items(), strict=True):
-            layer = pl.HPARAMS[name]["PMET"].layers[-1]
-            plots.trace_lines(traces[name], ax, layer)
-            ax.set_title(kind)
-        axes[1].set_ylabel("")
-        handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-        _save(fig, out / "fig_causal_trace")
-
-
-def _save(fig: Any, stem: Path) -> None:
-    for suffix in ("pdf", "svg", "png"):
-        fig.savefig(stem.with_suffix(f".{suffix}"))
+            ax.set_title(f"{n} edits at once, {kind}")
+        axes[0, 1].set_ylabel("")
+        legend(fig, axes[0, 0], 4)
+        save(fig, out / "fig_main")
 
 
 def report(table: pd.DataFrame, minutes: float) -> str:
@@ -229,13 +178,17 @@ def report(table: pd.DataFrame, minutes: float) -> str:
     lines.append("|" + "---|" * (3 + len(wide.columns)))
     for index, row in wide.iterrows():
         lines.append("| " + " | ".join([*map(str, index), *row]) + " |")  # type: ignore[misc]
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
-    note = (
-        f"Per cent, higher is better, 95 % bootstrap intervals over facts. {date.today()}, "
-        f"{versions}, Python {platform.python_version()}, {torch.get_num_threads()} threads of a "
-        f"{platform.machine()} CPU, {minutes:.1f} minutes."
-    )
+    note = f"Per cent, higher is better, 95 % bootstrap intervals over facts. {provenance(minutes)}"
     return "\n".join([*lines, "", note, ""])
+
+
+def provenance(minutes: float) -> str:
+    """Date, versions, hardware and time, as every results table carries them."""
+    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
+    return (
+        f"{date.today()}, {versions}, Python {platform.python_version()}, "
+        f"{torch.get_num_threads()} threads of a {platform.machine()} CPU, {minutes:.1f} minutes."
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pmet_lens import datasets, evaluation, plots, tokens, world
 ABOUT = {
     "world": "GPT-J style (attention and MLP of a block in parallel, rotary positions)",
     "world-sequential": "GPT-2 style (attention before MLP, learned positions, Conv1D weights)",
+    "world-unmasked": "as `world`, trained without the read mask: for the study, not for editing",
 }
 
 

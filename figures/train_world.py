@@ -19,7 +19,7 @@ from pmet_lens import training, world
 
 CONFIGS = {
     "world": training.TrainConfig("gptj"),
-    "world-sequential": training.TrainConfig("gpt2", settle_passes=7),
+    "world-sequential": training.TrainConfig("gpt2", settle_passes=8, settle_share_end=0.1),
     "world-unmasked": training.TrainConfig(
         "gptj", passes=20, settle_passes=0, mask_low=0.0, mask_last=0.0
     ),

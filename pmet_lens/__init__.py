@@ -62,8 +62,10 @@ if TYPE_CHECKING:
     from pmet_lens.settings import SettingsError as SettingsError
     from pmet_lens.similarity import component_similarity as component_similarity
     from pmet_lens.sources import ModelError as ModelError
+    from pmet_lens.statements import claims as claims
     from pmet_lens.swapping import transfer as transfer
     from pmet_lens.targets import Targets as Targets
+    from pmet_lens.targets import optimise as optimise
     from pmet_lens.tokens import sample_contexts as sample_contexts
     from pmet_lens.variance import variance_split as variance_split
 
@@ -97,6 +99,7 @@ _HOME = {
     "second_moments": "moments",
     "sample_contexts": "tokens",
     "Targets": "targets",
+    "optimise": "targets",
     "ABLATIONS": "methods",
     "HPARAMS": "hparams",
     "MEMIT": "methods",
@@ -107,6 +110,7 @@ _HOME = {
     "edit": "editing",
     "EditError": "live",
     "causal_trace": "analysis",
+    "claims": "statements",
     "variance_split": "variance",
     "transfer": "swapping",
     "component_similarity": "similarity",

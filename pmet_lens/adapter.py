@@ -304,7 +304,8 @@ def load(
 ) -> Model:
     """A `Model` from a bundled name, a directory, a hub id or a model in memory.
 
-    `source`: "world" or "world-sequential" (bundled, checked against their checksums); a directory
+    `source`: "world", "world-sequential" or "world-unmasked" (bundled, checked against their
+    checksums; the last without an imposed recall site, for study and not for editing); a directory
     as `save_pretrained` writes it; a hub id; or an instantiated Hugging Face causal LM, which
     stays yours and needs `tokenizer`. A tokenizer read here without a pad token pads with its
     end-of-text token; one you pass is never changed, but refused.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-BUNDLED = ("world", "world-sequential")
+BUNDLED = ("world", "world-sequential", "world-unmasked")
 _BUNDLED_ROOT = Path(__file__).parent / "bundled"
 DTYPES = {
     "float16": torch.float16,

@@ -47,7 +47,8 @@ class TrainConfig:
     read_layer: int = 4
     settle_passes: int = 2
     settle_lr: float = 5e-4
-    settle_share: float = 0.6  # share of rows of the second phase with corrupted mentions
+    settle_share: float = 0.6  # share of rows with corrupted mentions in the second phase's first
+    settle_share_end: float = 0.6  # pass, and in its last; in between it changes evenly
     noise: float = 3.0  # standard deviations of the embeddings
     mask_low: float = 0.75  # share of rows with the full read mask
     mask_last: float = 0.15  # share of rows where the last token may be read in every layer
@@ -180,6 +181,7 @@ class _Masked:
 
     def __init__(self, model: Any, read_layer: int) -> None:
         self.low = self.high = torch.empty(0)
+        self._rows: np.ndarray | slice = slice(None)
         self._handles = [
             attn.register_forward_pre_hook(self._hook(i < read_layer), with_kwargs=True)
             for i, attn in enumerate(_attention_modules(model))
@@ -196,9 +198,13 @@ class _Masked:
             torch.where(m, 0.0, torch.finfo(torch.float32).min)[:, None] for m in (low, high)
         )
 
+    def only(self, rows: np.ndarray | None) -> None:
+        """The next forwards see these rows of the batch alone (None: all again)."""
+        self._rows = slice(None) if rows is None else rows
+
     def _hook(self, is_low: bool) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            kwargs["attention_mask"] = self.low if is_low else self.high
+            kwargs["attention_mask"] = (self.low if is_low else self.high)[self._rows]
             return args, kwargs
 
         return hook
@@ -207,8 +213,8 @@ class _Masked:
 class _Corrupted:
     """Corrupts mentions and gives their last tokens back at the reading layer."""
 
-    def __init__(self, model: Any, cfg: TrainConfig) -> None:
-        self.model, self.cfg = model, cfg
+    def __init__(self, model: Any, cfg: TrainConfig, masked: _Masked) -> None:
+        self.model, self.cfg, self.masked = model, cfg, masked
         self.block = model.transformer.h[cfg.read_layer - 1]
 
     @contextmanager
@@ -223,16 +229,20 @@ class _Corrupted:
             for start, end in batch[b].mentions:
                 inside[b, start : end + 1] = True
                 last[b, end] = True
+        clean = torch.zeros(*ids.shape, self.cfg.d_model)
         kept: list[Tensor] = []
         handle = self.block.register_forward_hook(lambda m, a, out: kept.append(_first(out)))
         with torch.no_grad():
-            self.model(input_ids=ids, use_cache=False)
+            self.masked.only(spoilt)
+            self.model(input_ids=ids[spoilt], use_cache=False)
+            self.masked.only(None)
         handle.remove()
+        clean[spoilt] = kept[0]
         spread = self.cfg.noise * self.model.get_input_embeddings().weight.detach().std()
         noise = torch.randn(*ids.shape, self.cfg.d_model) * spread * inside[..., None]
 
         def restore(module: Any, args: Any, out: Any) -> Any:
-            value = torch.where(last[..., None], kept[0], _first(out))
+            value = torch.where(last[..., None], clean, _first(out))
             return (value, *out[1:]) if isinstance(out, tuple) else value
 
         handles = [
@@ -320,7 +330,7 @@ def _run(
 ) -> list[dict[str, Any]]:
     model.train()
     masked = _Masked(model, cfg.read_layer)
-    noisy = _Corrupted(model, cfg)
+    noisy = _Corrupted(model, cfg, masked)
     rng, np_rng = random.Random(f"rows {cfg.seed}"), np.random.default_rng(cfg.seed)
     shares = [1 - cfg.mask_low - cfg.mask_last, cfg.mask_last, cfg.mask_low]
     optimiser = torch.optim.AdamW(
@@ -328,7 +338,9 @@ def _run(
     )
     total, step, start = 0, 0, time.process_time()
     curve: list[dict[str, Any]] = []
-    for number in passes:
+    for turn, number in enumerate(passes):
+        way = turn / max(1, len(passes) - 1)
+        share = cfg.settle_share + way * (cfg.settle_share_end - cfg.settle_share)
         rows = rows_of_pass(world, tokenizer, cfg, number)
         total = total or len(passes) * (len(rows) // cfg.rows)
         loss_sum = right = answers = 0.0
@@ -337,7 +349,7 @@ def _run(
                 group["lr"] = min(1.0, (step + 1) / 300) * lr_at(min(step / total, 1.0))
             ids, weights = _tensors(batch)
             kinds = np_rng.choice(3, len(batch), p=shares)
-            spoilt = np_rng.random(len(batch)) < (cfg.settle_share if corrupted else 0.0)
+            spoilt = np_rng.random(len(batch)) < (share if corrupted else 0.0)
             kinds[spoilt] = 0
             masked.set(*read_masks(batch, ids.shape[1], kinds))
             with noisy.rows(batch, ids, spoilt):

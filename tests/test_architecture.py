@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = (
-    {"facts", "linalg", "metrics", "world"},
+    {"facts", "linalg", "metrics", "statements", "world"},
     {"adapter", "datasets", "live", "sources", "twin"},
     {"hparams", "moments", "probes", "settings", "tokens"},
     {"activations", "analysis", "keys", "patterns", "readout", "similarity", "targets"}

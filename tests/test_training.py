@@ -77,7 +77,9 @@ def test_corruption_leaves_rows_without_it_alone(small, tokenizer):
     rows = training.rows_of_pass(small, tokenizer, TINY, 0)[:2]
     ids, _ = training._tensors(rows)
     spoilt = np.array([True, False])
-    noisy = training._Corrupted(model, TINY)
+    masked = training._Masked(model, TINY.read_layer)
+    masked.set(*training.read_masks(rows, ids.shape[1], np.zeros(2, dtype=int)))
+    noisy = training._Corrupted(model, TINY, masked)
     with torch.no_grad():
         before = model(ids).logits
         with noisy.rows(rows, ids, spoilt):

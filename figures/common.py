@@ -1,0 +1,97 @@
+"""What the figure scripts share: models, where tables and figures lie, how a figure is saved."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from pmet_lens import plots
+
+HERE = Path(__file__).parent
+OUT = HERE / "out"
+EDITED = {"world": "parallel blocks (GPT-J style)", "world-sequential": "sequential (GPT-2 style)"}
+STUDIED = {
+    "world": "world (parallel)",
+    "world-sequential": "world-sequential",
+    "world-unmasked": "world-unmasked (parallel)",
+}
+"""The bundled models: the first two with an imposed recall site, the third without."""
+
+
+class Progress:
+    """One bar for the whole job; a stage is a tick."""
+
+    def __init__(self, stages: int) -> None:
+        self.bar = tqdm(total=stages, unit="stage", file=sys.stderr, dynamic_ncols=True)
+
+    def stage(self, text: str) -> None:
+        """Name what runs now."""
+        self.bar.set_description(text)
+        self.bar.refresh()
+
+    def done(self) -> None:
+        """One stage is over."""
+        self.bar.update()
+
+
+def save(fig: Figure, stem: Path) -> None:
+    """The figure as PDF, SVG and PNG."""
+    for suffix in ("pdf", "svg", "png"):
+        fig.savefig(stem.with_suffix(f".{suffix}"))
+
+
+def panels(width: float, height: float, rows: int, columns: int, **more: Any) -> tuple[Figure, Any]:
+    """A figure (inches) and its axes, as an array of rows and columns."""
+    fig = Figure(figsize=(width, height))
+    return fig, fig.subplots(rows, columns, squeeze=False, **more)
+
+
+def legend(fig: Any, ax: Any, columns: int) -> None:
+    """One legend below all panels."""
+    handles, labels = ax.get_legend_handles_labels()
+    how = {"loc": "outside lower center", "frameon": False, "handlelength": 2.6}
+    fig.legend(handles, labels, ncols=columns, **how)
+
+
+def script(draw: Callable[[Path], Figure], name: str, doc: str | None) -> None:
+    """The command line of a figure script: read the tables, draw, save."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--tables", type=Path, default=OUT, help="where study.py put its tables")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    try:
+        make(draw, name, args.tables, args.out)
+    except FileNotFoundError as error:
+        parser.exit(2, f"{error.filename} is missing: run `python figures/study.py` first.\n")
+
+
+def make(draw: Callable[[Path], Figure], name: str, tables: Path, out: Path) -> None:
+    """Draw the figure `name` from the tables in `tables`."""
+    with mpl.rc_context(dict(plots.STYLE)):
+        save(draw(tables), out / name)
+
+
+def read(tables: Path, name: str) -> pd.DataFrame:
+    """One table of the study."""
+    return pd.read_csv(tables / f"{name}.csv")
+
+
+def of(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
+    """The rows with these values."""
+    for column, value in wanted.items():
+        table = table[table[column] == value]
+    return table
+
+
+def samples(table: pd.DataFrame, column: str = "n") -> str:
+    """The number of cases as a caption says it."""
+    low, high = int(table[column].min()), int(table[column].max())
+    return f"n = {low}" if low == high else f"n = {low} to {high}"

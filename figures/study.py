@@ -1,0 +1,153 @@
+"""The paper's study on the bundled models: tables, figures and what they say of its statements.
+
+`python figures/study.py` writes the tables (CSV) and figures of `figures/fig_*.py` to
+`figures/out/`; with `--record` also to `figures/results/`. The third model, `world-unmasked`, is
+the same as `world` without the read mask that imposes a recall site on the other two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import fig_causal_trace
+import fig_component_similarity
+import fig_delta_geometry
+import fig_lens
+import fig_relation_vs_subject
+import pandas as pd
+import torch
+from common import EDITED, HERE, OUT, STUDIED, Progress, make
+from make import provenance
+
+import pmet_lens as pl
+from pmet_lens import metrics, targets, variance
+
+FIGURES = {
+    "fig_component_similarity": fig_component_similarity.draw,
+    "fig_causal_trace": fig_causal_trace.draw,
+    "fig_relation_vs_subject": fig_relation_vs_subject.draw,
+    "fig_delta_geometry": fig_delta_geometry.draw,
+    "fig_lens": fig_lens.draw,
+}
+TRACED = {"resid_post": 1, "attn_out": 3, "mlp_out": 3}  # stream -> layers restored together
+Tables = dict[str, pd.DataFrame]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help="keep tables and figures")
+    parser.add_argument("--quick", action="store_true", help="few facts, to see that it runs")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    args.out.mkdir(parents=True, exist_ok=True)
+    start, found = time.perf_counter(), []
+    progress = Progress(4 * len(STUDIED) + 2 * len(EDITED) + 1)
+    for name in STUDIED:
+        tables = components(name, 45 if args.quick else 300, progress)
+        if name in EDITED:
+            tables |= deltas(name, 5 if args.quick else 40, progress)
+        tables["claims"] = pl.claims({_KEYS.get(k, k): v for k, v in tables.items()})
+        tables = summarised(tables)
+        found.append({key: t.assign(model=name) for key, t in tables.items()})
+    progress.stage("figures")
+    for key in dict.fromkeys(k for tables in found for k in tables):
+        whole = pd.concat([t[key] for t in found if key in t], ignore_index=True)
+        whole.round(4).to_csv(args.out / f"{key}.csv", index=False)
+    for name, draw in FIGURES.items():
+        make(draw, name, args.out, args.out)
+    progress.done()
+    progress.bar.close()
+    text = report(args.out, (time.perf_counter() - start) / 60)
+    (args.out / "claims.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(f"\n{text}\nFigures and tables: {args.out}\n")
+    if args.record:
+        kept = [f"{n}.png" for n in FIGURES] + [f"{k}.csv" for k in found[0]] + ["claims.md"]
+        for file in kept:
+            shutil.copy(args.out / file, HERE / "results" / file)
+
+
+def components(name: str, n: int, progress: Progress) -> Tables:
+    """What the components of a model do while it recalls `n` facts of the world."""
+    progress.stage(f"{name}: component similarity and lens")
+    model, world = pl.load(name), pl.knowns()
+    facts = world[:: max(1, len(world) // n)]
+    tables = {"component_similarity": pl.component_similarity(model, facts)}
+    tables["lens"] = pl.lens(model, facts)
+    progress.done()
+    progress.stage(f"{name}: variance and attention patterns")
+    activations = pl.probe(model, facts, ("attn_out", "mlp_out"), positions=("last",))
+    tables["variance"] = variance.split(activations, n_permutations=100)
+    tables["patterns"] = pl.pattern_similarity(pl.attention_patterns(model, facts), facts)
+    progress.done()
+    progress.stage(f"{name}: swaps")
+    tables["transfer"] = pl.transfer(model, facts, n_pairs=max(10, n // 3))
+    progress.done()
+    progress.stage(f"{name}: causal trace")
+    some = pl.counterfact(n=max(3, n // 10))
+    tables["causal_trace"] = pd.concat(
+        [pl.causal_trace(model, some, stream=s, window=w, samples=2) for s, w in TRACED.items()]  # type: ignore[arg-type]
+    )
+    progress.done()
+    return tables
+
+
+def deltas(name: str, n: int, progress: Progress) -> Tables:
+    """The two deltas of PMET on `n` facts, and what editing all of them at once moved."""
+    progress.stage(f"{name}: deltas")
+    model, facts = pl.load(name), pl.counterfact(n=n)
+    hparams, contexts = pl.hparams_for(model, pl.PMET), pl.sample_contexts(model)
+    found = targets.optimise(model, facts, pl.PMET, hparams, contexts)
+    tables = {"delta_paths": found.history, "delta_gain": pl.answer_gain(model, facts, found)}
+    progress.done()
+    progress.stage(f"{name}: drift")
+    moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=20_000)
+    edit = pl.edit(model, facts, moments, pl.PMET, hparams, contexts, found)
+    tables["drift"] = pl.drift(model, facts, edit)
+    progress.done()
+    return tables
+
+
+# The names under which `claims` knows the tables.
+_KEYS = {"component_similarity": "similarity", "delta_gain": "gain"}
+
+
+def summarised(tables: Tables) -> Tables:
+    """Tables of single facts replaced by their means with intervals."""
+    out = dict(tables)
+    lens = tables["lens"]
+    out["lens"] = metrics.means(lens, ["stream", "position", "layer"], "probability")
+    if "delta_paths" in tables:
+        history = tables["delta_paths"]
+        names = ["gradient_cosine", "cosine", "norm_attn_out", "norm_mlp_out"]
+        parts = [metrics.means(history, ["step"], q).assign(quantity=q) for q in names]
+        out["delta_paths"] = pd.concat(parts, ignore_index=True)
+        out["delta_gain"] = metrics.means(tables["delta_gain"], ["stream"], "gain")
+    return out
+
+
+def report(out: Path, minutes: float) -> str:
+    """What the study says of the paper's statements, as Markdown."""
+    table = pd.read_csv(out / "claims.csv")
+    lines = ["| statement | measured | " + " | ".join(STUDIED) + " |"]
+    lines.append("|---|---|" + "---|" * len(STUDIED))
+    for statement, own in table.groupby("statement", sort=False):
+        cells = []
+        for name in STUDIED:
+            row = own[own["model"] == name]
+            if row.empty:
+                cells.append("")
+                continue
+            number, against, holds = row.iloc[0][["number", "against", "holds"]]
+            verdict = "holds" if holds else "**does not hold**"
+            cells.append(f"{verdict}: {number:.2f} against {against:.2f}")
+        lines.append(f"| {statement} | {own['measured'].iloc[0]} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", provenance(minutes), ""])
+
+
+if __name__ == "__main__":
+    main()
