@@ -57,8 +57,7 @@ def panels(width: float, height: float, rows: int, columns: int, **more: Any) ->
 def legend(fig: Any, ax: Any, columns: int) -> None:
     """One legend below all panels."""
     handles, labels = ax.get_legend_handles_labels()
-    how = {"loc": "outside lower center", "frameon": False, "handlelength": 2.6}
-    fig.legend(handles, labels, ncols=columns, **how)
+    fig.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def script(draw: Callable[[Path], Figure], name: str, doc: str | None) -> None:

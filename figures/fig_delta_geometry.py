@@ -27,14 +27,14 @@ def draw(tables: Path) -> Figure:
             plots.delta_lines(of(paths, model=name), ax, quantity, STYLES[name], name)
         ax.set_ylabel(label)
         ax.set_ylim(min(0.85, ax.get_ylim()[0]), 1.01)
-        ax.legend(frameon=False, fontsize=6)
+        ax.legend(fontsize=6)
     for name in EDITED:
         for (quantity, label), style in zip(NORMS.items(), ("-", "--"), strict=True):
             own = of(paths, model=name)
             plots.delta_lines(own, axes[0, 2], quantity, STYLES[name], f"{label}, {name}")
             axes[0, 2].lines[-1].set_linestyle(style)
     axes[0, 2].set_ylabel("‖δ‖ / norm it is clamped by")
-    axes[0, 2].legend(frameon=False, fontsize=6, handlelength=2.6)
+    axes[0, 2].legend(fontsize=6)
     ax = axes[1, 0]
     for i, (stream, component) in enumerate(plots.COMPONENT_NAMES.items()):
         own = of(gain, stream=stream).set_index("model").reindex(list(EDITED))
@@ -46,13 +46,13 @@ def draw(tables: Path) -> Figure:
         ax.bar(at, own["mean"], 0.35, yerr=error, error_kw=style, color=colour, label=label)
     ax.set_xticks(range(len(EDITED)), list(EDITED))
     ax.set_ylabel("gain of log P(new answer) from δ (nats)")
-    ax.legend(frameon=False, fontsize=6)
+    ax.legend(fontsize=6)
     for ax, name in zip(axes[1, 1:], EDITED, strict=True):
         plots.drift_lines(of(drift, model=name), ax)
         ax.set_title(name, fontsize=7)
     axes[1, 1].set_ylabel("relative change at the last token")
     axes[1, 2].set_ylabel("")
-    axes[1, 1].legend(frameon=False, fontsize=5.5, handlelength=2.6)
+    axes[1, 1].legend(fontsize=5.5)
     fig.suptitle(
         f"PMET on {samples(gain)} facts (lines above: those still being optimised); drift: "
         f"{samples(drift)} edited facts at once; 95 % bootstrap intervals",

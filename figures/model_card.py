@@ -94,7 +94,9 @@ def render(
     """The card as Markdown."""
     cfg, curve = training["config"], training["curve"]
     n = sum(p.numel() for p in model.hf.parameters())
-    layer = pl.HPARAMS[name]["PMET"].layers[-1]
+    masked = cfg["mask_low"] + cfg["mask_last"] > 0
+    # The unmasked twin has no settings of its own: it is compared at the layer of `world`.
+    layer = pl.HPARAMS[name if masked else "world"]["PMET"].layers[-1]
     at = trace[trace["layer"] == layer].set_index("place")
     lines = [f"# `{name}`", "", f"{ABOUT[name]}, {n / 1e6:.1f} M parameters: {cfg['n_layers']} "]
     lines[-1] += f"layers, d_model {cfg['d_model']}, {cfg['n_heads']} heads, MLP {cfg['d_mlp']}, "
@@ -108,9 +110,7 @@ def render(
         f"**Training.** `python figures/train_world.py {name}`: {cfg['passes']} passes over the "
         f"world, {curve[-1]['cpu_minutes']:.0f} process CPU-minutes on two cores (they were shared "
         f"with other work), AdamW {cfg['lr']} cosine, {cfg['rows']} rows of {cfg['row_tokens']} "
-        f"tokens. {100 * cfg['mask_low']:.0f} % of the rows with the read mask below layer "
-        f"{cfg['read_layer']}, {100 * cfg['mask_last']:.0f} % with only the last name token "
-        "visible, the rest plain.",
+        f"tokens. {how_masked(cfg)}",
         "",
         "![training curve](training_curve.png)",
         "",
@@ -129,7 +129,8 @@ def render(
         f"**Causal trace.** Corrupting the subject (noise of 3 standard deviations, 100 facts, 3 "
         f"samples) lowers the answer's probability from {at['p_clean'].mean():.2f} to "
         f"{at['p_corrupted'].mean():.2f}. Restoring the output of layer {layer} (the last critical "
-        "layer) brings back this share of the loss, with 95 % intervals:",
+        f"layer{'' if masked else ' of `world`'}) brings back this share of the loss, with 95 % "
+        "intervals:",
         "",
         "| restored at | share | interval | facts |",
         "|---|---|---|---|",
@@ -141,11 +142,32 @@ def render(
         )
     lines += [
         "",
-        "**Limits.** The recall site is *imposed* by the read mask in training, so the trace is a "
-        "check of the model, not evidence about large models. One training seed.",
+        "**Limits.** "
+        + (
+            "The recall site is *imposed* by the read mask in training, so the trace is a check of "
+            "the model, not evidence about large models."
+            if masked
+            else "It reads a name from all its tokens, so that an edit at the last one does little."
+        )
+        + " One training seed.",
         "",
     ]
     return "\n".join(lines)
+
+
+def how_masked(cfg: dict) -> str:
+    """The mixture of rows in the two phases of training."""
+    if cfg["mask_low"] + cfg["mask_last"] == 0:
+        return "All rows plain: no read mask, no second phase."
+    settled = cfg["settle_share"], cfg.get("settle_share_end", cfg["settle_share"])
+    falling = f" falling to {100 * settled[1]:.0f} %" if settled[1] != settled[0] else ""
+    return (
+        f"{100 * cfg['mask_low']:.0f} % of the rows with the read mask below layer "
+        f"{cfg['read_layer']}, {100 * cfg['mask_last']:.0f} % with only the last name token "
+        f"visible, the rest plain; then {cfg['settle_passes']} passes in which "
+        f"{100 * settled[0]:.0f} %{falling} of the rows have corrupted names, restored at the last "
+        "token only."
+    )
 
 
 if __name__ == "__main__":

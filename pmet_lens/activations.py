@@ -58,7 +58,7 @@ class Activations:
         self, stream: Stream | None = None, position: Position | None = None
     ) -> pd.DataFrame:
         """One row per fact, stream, position and layer (None: all): columns fact (number), subject,
-        relation, stream, position, layer, then the activation itself in columns 0 to d_model−1."""
+        relation, stream, position, layer, then the activation (float32) in columns 0, 1, 2 …"""
         frames = []
         for (s, p), value in self.values.items():
             if stream in (None, s) and position in (None, p):
@@ -99,7 +99,7 @@ class Activations:
             with safe_open(str(path), framework="pt") as file:
                 head = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
                 found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ModelError(f"{path} cannot be read as activations: {error}") from error
         if head.get("format") != FORMAT:
             raise ModelError(f"{path} is a safetensors file, but not activations of pmet_lens")
@@ -172,7 +172,8 @@ def read(
         found = probes.read_streams(model, batch.ids, batch.mask, wanted)
         for (layer, stream), value in found.items():
             for k, position in enumerate(positions):
-                values[stream, position][chosen, list(layers).index(layer)] = value[:, k].cpu()
+                for at_layer in (i for i, n in enumerate(layers) if n == layer):
+                    values[stream, position][chosen, at_layer] = value[:, k].cpu()
         done += len(chosen)
         if on_facts is not None:
             on_facts(done, len(prompts))

@@ -7,6 +7,7 @@ arXiv 2202.05262, section 2).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ def causal_trace(
     if window < 1 or samples < 1:
         raise FactError("window and samples must be at least 1.")
     layers = range(model.n_layers) if layers is None else layers
-    around = {n: _window(n, window, model.n_layers) for n in layers}
+    around = {n: _window(model.check_layer(n), window, model.n_layers) for n in layers}
     cells: dict[tuple[int, str], list[tuple[Tensor, ...]]] = {}
     for start in range(0, len(facts), batch_size):
         own = range(start, min(start + batch_size, len(facts)))
@@ -189,9 +190,10 @@ def _share(clean: Tensor, corrupted: Tensor, restored: Tensor) -> dict[str, floa
     """Recovered share, a ratio of means over facts, with a bootstrap interval over facts."""
     gained = (restored - corrupted).double().cpu().numpy()
     lost = (clean - corrupted).double().cpu().numpy()
+    # Where nothing was lost, no share of it can come back: NaN.
     low, high = metrics.bootstrap_ratio(gained, lost)
     return {
-        "recovered": float(gained.mean() / lost.mean()),
+        "recovered": float(gained.mean() / lost.mean()) if lost.mean() else math.nan,
         "ci_low": low,
         "ci_high": high,
         "n": len(gained),

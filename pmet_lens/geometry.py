@@ -42,12 +42,12 @@ def answer_gain(
     for start in range(0, len(facts), FACTS_PER_PASS):
         chosen = slice(start, start + FACTS_PER_PASS)
         rows += _gains(model, facts[chosen], targets[chosen], points, start)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).sort_values(by="fact", kind="stable", ignore_index=True)
 
 
 def _gains(
     model: Model, facts: Sequence[Fact], targets: Targets, points: int, first: int
-) -> list[dict[str, float | str]]:
+) -> list[dict[str, float | int | str]]:
     deltas: dict[Stream, Tensor] = {s: targets.delta(s) for s in targets.values}
     batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject, f.target_new) for f in facts])
     total = {s: torch.zeros(len(facts), dtype=torch.float64) for s in deltas}
@@ -60,7 +60,7 @@ def _gains(
     change = (ends[1] - ends[0]).double().cpu()
     zero: dict[Stream, Tensor] = {s: torch.zeros_like(d) for s, d in deltas.items()}
     initial = _gradients(model, batch, targets.layer, zero)
-    rows: list[dict[str, float | str]] = []
+    rows: list[dict[str, float | int | str]] = []
     for stream, delta in deltas.items():
         cosine = torch.cosine_similarity(initial[stream], delta, dim=-1).cpu()
         for i in range(len(facts)):

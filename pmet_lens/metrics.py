@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -62,29 +62,50 @@ def bootstrap(
     means). NaN marks a part a case does not have; resamples in which no case has some part are
     left out. Deterministic in `seed`.
     """
-    rng = np.random.default_rng(seed)
-    n = len(per_case)
-    values = []
-    for _ in range(n_resamples):
-        chosen = per_case[rng.integers(0, n, n)]
-        if not np.isnan(chosen).all(axis=0).any():
-            values.append(_statistic(chosen, statistic))
-    low, high = np.percentile(values, [2.5, 97.5])
+    values = [
+        _statistics(per_case[chosen], statistic)
+        for chosen in _resamples(len(per_case), n_resamples, seed)
+    ]
+    found = np.concatenate(values)
+    low, high = np.percentile(found[~np.isnan(found)], [2.5, 97.5])
     return float(low), float(high)
 
 
-def _statistic(per_case: Numbers, statistic: str) -> float:
-    means = np.nanmean(per_case, axis=0)
-    return float(means) if statistic == "mean" else harmonic_mean(list(means))
+def _resamples(n: int, n_resamples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Indices of resamples of `n` cases, `[resample, case]`, a bounded number at a time."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, 1_000_000 // max(1, n))
+    for start in range(0, n_resamples, rows):
+        yield rng.integers(0, n, (min(rows, n_resamples - start), n))
+
+
+def _statistics(chosen: Numbers, statistic: str) -> Numbers:
+    """The statistic of each resample, `[resample, case]` or `[resample, case, part]`; NaN where no
+    case has some part."""
+    there = ~np.isnan(chosen)
+    count = there.sum(axis=1)
+    total = np.where(there, chosen, 0.0).sum(axis=1)
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    if statistic == "mean":
+        return means
+    lowest = means.min(axis=1, keepdims=True)
+    positive = np.where(lowest > 0, means, 1.0)
+    harmonic = means.shape[1] / (1 / positive).sum(axis=1)
+    return np.where(np.isnan(lowest[:, 0]), np.nan, np.where(lowest[:, 0] > 0, harmonic, 0.0))
 
 
 def bootstrap_ratio(
     top: Numbers, bottom: Numbers, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of mean(top) / mean(bottom) over cases, resampled together."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(0, len(top), (n_resamples, len(top)))
-    low, high = np.percentile(top[chosen].mean(1) / bottom[chosen].mean(1), [2.5, 97.5])
+    """95 % percentile interval of mean(top) / mean(bottom) over cases, resampled together; NaN
+    where bottom is 0 throughout."""
+    if not np.any(bottom):
+        return math.nan, math.nan
+    ratios = [
+        top[chosen].mean(1) / bottom[chosen].mean(1)
+        for chosen in _resamples(len(top), n_resamples, seed)
+    ]
+    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -43,6 +43,8 @@ def attention_patterns(
     if not facts:
         raise FactError("There are no facts to look at; pass at least one Fact.")
     layers = range(model.n_layers) if layers is None else layers
+    if not layers:
+        raise ModelError("attention_patterns needs at least one layer")
     prompts = [tokens.Prompt(f.prompt, f.subject) for f in facts]
     frames = []
     for chosen, batch in batches(model, prompts, batch_tokens):
@@ -73,9 +75,13 @@ def pattern_similarity(patterns: pd.DataFrame, facts: Sequence[Fact]) -> pd.Data
     one would take words for knowledge.
 
     `patterns`: of `attention_patterns` for these `facts`. Columns layer, pair, mean, ci_low,
-    ci_high (95 % bootstrap over facts), n (facts that have such a partner).
+    ci_high (95 % bootstrap over facts), n (facts that have such a partner). Raises `FactError` for
+    a fact without a relation.
     """
-    relation = np.array([str(f.relation) for f in facts])
+    for fact in facts:
+        if fact.relation is None:
+            raise FactError(f"{fact.text!r} has no relation; comparing relations needs one.")
+    relation = np.array([f.relation for f in facts])
     prompt, subject = np.array([f.prompt for f in facts]), np.array([f.subject for f in facts])
     alike = relation[:, None] == relation
     same_words = prompt[:, None] == prompt

@@ -17,6 +17,8 @@ STYLE: Mapping[str, object] = {
     "axes.titlesize": 9,
     "axes.labelsize": 8,
     "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,  # so that dashes can be told from full lines
     "axes.spines.top": False,
     "axes.spines.right": False,
     "pdf.fonttype": 42,
@@ -131,7 +133,7 @@ def before_after(before: pd.DataFrame, after: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_xticks(range(len(kinds)), kinds)
     ax.set_ylim(-1.05, 1.05)
     ax.set_ylabel("P(wanted) − P(rival)")
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
 
 
@@ -174,7 +176,8 @@ def transfer_bars(table: pd.DataFrame, ax: Axes) -> Axes:
             yerr=error.clip(0), error_kw={"elinewidth": 0.8, "capsize": 1.5},
         )  # fmt: skip
     ax.set_xticks(range(len(KINDS)), [k.replace(", ", ",\n") for k in KINDS])
-    ax.set_ylim(0, 1.05)
+    ax.set_ylim(0, 1.2)
+    ax.set_yticks(np.linspace(0, 1, 6))
     ax.set_ylabel("answer follows the donor")
     return ax
 

@@ -46,8 +46,12 @@ def transfer(
     Returns columns kind (`KINDS`), stream, layer (missing: swapped at all `layers` at once),
     outcome (`OUTCOMES`), share (0 to 1), ci_low, ci_high (95 % bootstrap over pairs), n (pairs).
 
-    Raises `FactError` where no pair of a kind exists (say, every subject has one fact).
+    Raises `FactError` for a fact without a relation, and where no pair of a kind exists (say, every
+    subject has one fact).
     """
+    for fact in facts:
+        if fact.relation is None:
+            raise FactError(f"{fact.text!r} has no relation; swapping between relations needs one.")
     layers = list(range(model.n_layers) if layers is None else layers)
     swaps = [[n] for n in layers] + ([layers] if len(layers) > 1 else [])
     wanted = first_tokens(model, facts)

@@ -1,0 +1,119 @@
+"""Read through the lens, the last residual is the model's answer; the rest is read the same way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, PARALLEL, plain_logits, refused, tiny_config, tiny_model, tiny_tokenizer
+
+import pmet_lens as pl
+from pmet_lens import readout
+from pmet_lens.activations import probe
+from pmet_lens.adapter import Model
+
+torch.set_num_threads(1)
+FACTS = [
+    pl.Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis", relation="sport"),
+    pl.Fact("Danel Orrin", "The mother tongue of {} is", "Dutch", "French", relation="tongue"),
+    pl.Fact("Ilmar", "The tower of {} stands in the city of", "Kel", "Vell", relation="city"),
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request) -> Model:
+    return tiny_model(request.param)
+
+
+def answers(model: Model) -> torch.Tensor:
+    """What the user's own model says after each prompt, alone: `[fact, vocab]`."""
+    rows = []
+    for fact in FACTS:
+        ids = torch.tensor([model.tokenizer(fact.text)["input_ids"]])
+        rows.append(plain_logits(model, ids, torch.ones_like(ids))[0, -1])
+    return torch.stack(rows)
+
+
+def test_the_last_residual_reads_as_the_models_logits(model):
+    states = probe(model, FACTS, ("resid_post",), positions=("last",))["resid_post", "last"]
+    said = readout.logits(model, states)
+    assert said.shape == (3, 4, 320)
+    assert torch.allclose(said[:, 3], answers(model), atol=1e-4)
+    assert not torch.allclose(said[:, 2], answers(model), atol=1e-2)
+
+
+def test_soft_caps_are_part_of_the_readout():
+    """Planted: a cap low enough to bite."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("gemma2")
+    config.final_logit_softcapping = 0.5
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hf = AutoModelForCausalLM.from_config(config).eval()
+        hf.lm_head.weight.data.normal_()
+    model = pl.load(hf, tiny_tokenizer(), name="capped")
+    states = probe(model, FACTS, ("resid_post",), (3,), ("last",))["resid_post", "last"]
+    said = readout.logits(model, states[:, 0])
+    assert 0.4 < said.abs().max() <= 0.5
+    assert torch.allclose(said, answers(model), atol=1e-4)
+
+
+def test_rank_probability_and_top_are_those_of_the_logits(model):
+    frame = readout.lens(model, FACTS, k=3)
+    found = probe(model, FACTS, readout.all_streams(model))
+    spelt = [model.tokenizer(f" {f.target_true}")["input_ids"][0] for f in FACTS]
+    assert len(frame) == len(found.values) * 4 * len(FACTS)
+    assert not frame.duplicated(["fact", "stream", "position", "layer"]).any()
+    for row in frame.itertuples(index=False):
+        logits = readout.logits(model, found[row.stream, row.position][row.fact, row.layer])
+        own = logits[spelt[row.fact]]
+        assert row.rank == 1 + int((logits > own).sum())
+        assert row.probability == pytest.approx(float(logits.softmax(0)[spelt[row.fact]]), abs=1e-6)
+        best = logits.topk(3).indices
+        assert row.top == tuple(model.tokenizer.decode([i]) for i in best.tolist())
+        assert (row.rank == 1) == (spelt[row.fact] == int(best[0]))
+        assert (row.subject, row.relation) == (FACTS[row.fact].subject, FACTS[row.fact].relation)
+    assert frame["rank"].nunique() > 5
+
+
+def test_there_is_a_middle_only_where_attention_comes_first(model):
+    parallel = model.name in PARALLEL
+    streams = set(readout.lens(model, FACTS, layers=(1,), positions=("last",))["stream"])
+    outer = {"attn_out", "mlp_out", "resid_pre", "resid_post"}
+    assert streams == (outer if parallel else outer | {"resid_mid"})
+    if parallel:
+        with refused(r"blocks of '\w+' are parallel, .* no resid_mid; choose from resid_pre"):
+            readout.lens(model, FACTS, ("resid_mid",))
+    else:
+        states = probe(model, FACTS, ("resid_mid", "resid_pre", "attn_out"), (1,), ("last",))
+        pre, mid, out = (states[s, "last"] for s in ("resid_pre", "resid_mid", "attn_out"))
+        # Gemma-2 norms what its attention writes once more.
+        assert torch.allclose(mid, pre + out, atol=1e-5) == (model.name != "gemma2")
+        assert not torch.allclose(mid, pre, atol=1e-2)
+
+
+def test_the_asked_answer_is_looked_up():
+    model = tiny_model("gpt2")
+    true, new = (readout.lens(model, FACTS, answer=a) for a in ("target_true", "target_new"))
+    assert (true["top"] == new["top"]).all()
+    assert (true["rank"] != new["rank"]).any()
+    known = [pl.Fact("Ilmar", "{} is", target_true="Kel")]
+    assert len(readout.lens(model, known, ("mlp_out",), (0,), ("last",))) == 1
+    with pytest.raises(pl.FactError, match="'Ilmar is' has no target_new"):
+        readout.lens(model, known, answer="target_new")
+
+
+def test_more_tokens_than_there_are_is_all_of_them():
+    model = tiny_model("gpt2")
+    (top,) = readout.lens(model, FACTS[:1], ("mlp_out",), (0,), ("last",), k=10_000)["top"]
+    assert len(top) == 320
+
+
+@pytest.mark.parametrize("name", ["world", "world-sequential"])
+def test_a_model_that_knows_says_so_at_its_end_and_not_at_its_beginning(name):
+    model = pl.load(name)
+    facts = pl.knowns()[::90]
+    frame = readout.lens(model, facts, ("resid_pre", "resid_post"), (0, 7), ("last",))
+    first = frame[frame["rank"] == 1].groupby(["stream", "layer"]).size() / len(facts)
+    assert first.get(("resid_post", 7), 0) >= 0.95
+    assert first.get(("resid_pre", 0), 0) <= 0.1

@@ -1,0 +1,141 @@
+"""Where the whole state is swapped the answer is the donor's; where nothing differs, nobody's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from tiny import refused
+
+import pmet_lens as pl
+from pmet_lens import metrics, swapping
+from pmet_lens.adapter import Model
+from pmet_lens.swapping import KINDS, OUTCOMES, transfer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
+    """Intervals are tested in test_metrics; here they would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "bootstrap", partial(metrics.bootstrap, n_resamples=50))
+        yield
+
+
+@pytest.fixture(scope="module")
+def world() -> Model:
+    return pl.load("world")
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[pl.Fact]:
+    """All statements about the first 30 subjects that have several."""
+    every = pl.knowns()
+    times = Counter(f.subject for f in every)
+    chosen = list(dict.fromkeys(f.subject for f in every if times[f.subject] > 1))[:30]
+    return [f for f in every if f.subject in chosen]
+
+
+def shares(frame):
+    return frame.set_index(["kind", "stream", "layer", "outcome"])["share"].sort_index()
+
+
+def test_the_whole_last_state_brings_the_donors_answer(world, facts):
+    frame = transfer(world, facts, ("resid_post",), [7], n_pairs=40)
+    columns = ["kind", "stream", "layer", "outcome", "share", "ci_low", "ci_high", "n"]
+    assert list(frame) == columns
+    assert list(zip(frame["kind"], frame["outcome"], strict=True)) == [
+        (kind, outcome) for kind in KINDS for outcome in OUTCOMES
+    ]
+    assert (frame["layer"] == 7).all()
+    assert frame["n"].between(5, 40).all()
+    for kind in KINDS:
+        assert shares(frame)[kind, "resid_post", 7].to_dict() == {"donor": 1, "other": 0, "own": 0}
+
+
+def test_a_state_that_is_the_same_changes_nothing(world, facts):
+    """Rotary positions: what enters layer 0 at the last token is that token's embedding alone."""
+    last = {f: world.tokenizer(f.text)["input_ids"][-1] for f in facts}
+    word, _ = Counter(last.values()).most_common(1)[0]
+    same = [f for f in facts if last[f] == word]
+    pairs = [f for f in same if any(f.subject == g.subject and f is not g for g in same)]
+    assert pairs  # else the second kind has nothing to swap
+    frame = transfer(world, same, ("resid_pre",), [0], n_pairs=40)
+    own = shares(frame).xs("own", level="outcome")
+    assert (own == 1).all()
+    other = shares(transfer(world, same, ("resid_pre",), [7], n_pairs=40))
+    assert (other.xs("own", level="outcome") < 1).all()
+
+
+def test_outcomes_are_shares_of_one_and_all_layers_together_come_last(world, facts):
+    frame = transfer(world, facts, ("mlp_out",), [2, 5], n_pairs=20)
+    sums = frame.groupby(["kind", "stream", "layer"], dropna=False)["share"].sum()
+    assert len(sums) == 2 * 3
+    assert sums.to_numpy() == pytest.approx(1, abs=1e-12)
+    assert frame["share"].between(0, 1).all()
+    assert ((frame["ci_low"] <= frame["share"]) & (frame["share"] <= frame["ci_high"])).all()
+    for _, own in frame.groupby(["kind", "stream"]):
+        assert own["layer"].isna().to_list() == 6 * [False] + 3 * [True]
+
+
+def test_all_layers_together_is_the_last_of_a_stream_that_holds_all(world, facts):
+    """Of the residual stream the last swap overwrites the earlier ones."""
+    frame = transfer(world, facts, ("resid_post",), [1, 7], n_pairs=20)
+    both = frame[frame["layer"].isna()].set_index(["kind", "outcome"])["share"]
+    last = frame[frame["layer"].eq(7).fillna(False)].set_index(["kind", "outcome"])["share"]
+    assert both.equals(last)
+    first = frame[frame["layer"].eq(1).fillna(False)].set_index(["kind", "outcome"])["share"]
+    assert not both.equals(first)
+
+
+def test_pairs_are_what_their_kind_says(world, facts):
+    wanted = swapping.first_tokens(world, facts)
+    known = [*range(0, len(facts), 2), 1, 3, 5]
+    for kind in KINDS:
+        pairs = swapping._pairs(facts, known, wanted, kind, 1000, 0)
+        assert len({i for i, _ in pairs}) == len(pairs) > 3
+        for i, j in pairs:
+            one, other = facts[i], facts[j]
+            assert {i, j} <= set(known)
+            assert wanted[i] != wanted[j]
+            by_relation = kind == "same relation, other subject"
+            assert (one.relation == other.relation) == by_relation
+            assert (one.subject != other.subject) == by_relation
+        assert swapping._pairs(facts, known, wanted, kind, 1000, 0) == pairs
+        assert swapping._pairs(facts, known, wanted, kind, 1000, 1) != pairs
+        assert swapping._pairs(facts, known, wanted, kind, 3, 0) == pairs[:3]
+
+
+def test_the_passes_and_the_model_do_not_change(world, facts, monkeypatch):
+    before = {k: v.clone() for k, v in world.hf.state_dict().items()}
+    whole = transfer(world, facts, ("mlp_out",), [3], n_pairs=20)
+    monkeypatch.setattr(swapping, "PAIRS_PER_PASS", 7)
+    assert transfer(world, facts, ("mlp_out",), [3], n_pairs=20).equals(whole)
+    assert all(torch.equal(v, before[k]) for k, v in world.hf.state_dict().items())
+    assert not any(point.fwd_hooks for point in world.bridge.hook_dict.values())
+
+
+def test_where_there_is_no_pair_it_is_said(world, facts):
+    once = list({f.subject: f for f in facts}.values())
+    with pytest.raises(pl.FactError, match="no two facts with the same subject, other relation"):
+        transfer(world, once, ("mlp_out",), [0])
+    one = [f for f in facts if f.relation == facts[0].relation][:1]
+    with pytest.raises(pl.FactError, match="no two facts with the same relation, other subject"):
+        transfer(world, one, ("mlp_out",), [0])
+    with pytest.raises(pl.FactError, match="has no target_true"):
+        transfer(world, [pl.Fact("Ilmar", "{} is", target_new="Kel", relation="P1")])
+    with pytest.raises(pl.FactError, match="has no relation"):
+        transfer(world, [pl.Fact("Ilmar", "{} is", target_true="Kel")])
+    with refused("layer 8 does not exist"):
+        transfer(world, facts, layers=[8])
+
+
+def test_what_the_model_does_not_know_takes_no_part(world, facts):
+    lies = [pl.Fact(f.subject, f.prompt, target_true="zzz", relation=f.relation) for f in facts]
+    only, too = (transfer(world, f, ("mlp_out",), [3]) for f in (facts, [*lies, *facts]))
+    assert too["n"].equals(only["n"])
+    with pytest.raises(pl.FactError, match="no two facts"):
+        transfer(world, lies, ("mlp_out",), [3])
