@@ -46,7 +46,8 @@ def draw(tables: Path) -> Figure:
         ax.bar(at, own["mean"], 0.35, yerr=error, error_kw=style, color=colour, label=label)
     ax.set_xticks(range(len(EDITED)), list(EDITED))
     ax.set_ylabel("gain of log P(new answer) from δ (nats)")
-    ax.legend(fontsize=6)
+    ax.set_ylim(0, 1.2 * float(gain["ci_high"].max()))
+    ax.legend(fontsize=6, ncols=2, loc="upper center")
     for ax, name in zip(axes[1, 1:], EDITED, strict=True):
         plots.drift_lines(of(drift, model=name), ax)
         ax.set_title(name, fontsize=7)

@@ -20,7 +20,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 import torch
-from common import EDITED, HERE, OUT, Progress, legend, panels, save
+from common import EDITED, HERE, OUT, Progress, into_readme, legend, panels, save
 
 import pmet_lens as pl
 from pmet_lens import experiment, plots, targets
@@ -77,10 +77,7 @@ def record(table: pd.DataFrame, text: str, out: Path) -> None:
     table.round(2).to_csv(results / "main.csv", index=False)
     (results / "main.md").write_text(text, encoding="utf-8")
     shutil.copy(out / "fig_main.png", results / "fig_main.png")
-    readme = HERE.parent / "README.md"
-    head, rest = readme.read_text(encoding="utf-8").split("<!-- results -->")
-    tail = rest.split("<!-- /results -->")[1]
-    readme.write_text(f"{head}<!-- results -->\n{text}<!-- /results -->{tail}", encoding="utf-8")
+    into_readme("results", text)
 
 
 def run_model(name: str, sizes: tuple[int, int], progress: Progress) -> pd.DataFrame:

@@ -20,7 +20,7 @@ import fig_lens
 import fig_relation_vs_subject
 import pandas as pd
 import torch
-from common import EDITED, HERE, OUT, STUDIED, Progress, make
+from common import EDITED, HERE, OUT, STUDIED, Progress, into_readme, make
 from make import provenance
 
 import pmet_lens as pl
@@ -48,7 +48,7 @@ def main() -> None:
     start, found = time.perf_counter(), []
     progress = Progress(4 * len(STUDIED) + 2 * len(EDITED) + 1)
     for name in STUDIED:
-        tables = components(name, 45 if args.quick else 300, progress)
+        tables = components(name, 70 if args.quick else 300, progress)
         if name in EDITED:
             tables |= deltas(name, 5 if args.quick else 40, progress)
         tables["claims"] = pl.claims({_KEYS.get(k, k): v for k, v in tables.items()})
@@ -69,13 +69,16 @@ def main() -> None:
         kept = [f"{n}.png" for n in FIGURES] + [f"{k}.csv" for k in found[0]] + ["claims.md"]
         for file in kept:
             shutil.copy(args.out / file, HERE / "results" / file)
+        into_readme("study", text)
 
 
 def components(name: str, n: int, progress: Progress) -> Tables:
-    """What the components of a model do while it recalls `n` facts of the world."""
+    """What the components of a model do while it recalls about `n` facts of the world: all facts
+    of one in so many subjects."""
     progress.stage(f"{name}: component similarity and lens")
     model, world = pl.load(name), pl.knowns()
-    facts = world[:: max(1, len(world) // n)]
+    chosen = set(list(dict.fromkeys(f.subject for f in world))[:: max(1, len(world) // n)])
+    facts = [f for f in world if f.subject in chosen]
     tables = {"component_similarity": pl.component_similarity(model, facts)}
     tables["lens"] = pl.lens(model, facts)
     progress.done()

@@ -70,8 +70,10 @@ def second_moments(
         on_tokens: called with (tokens so far, `n_tokens` or 0) after every batch.
 
     Raises:
-        MomentError: if the texts hold no token, or a key is not finite.
+        MomentError: if the texts hold no token or are one string, or a key is not finite.
     """
+    if isinstance(texts, str):
+        raise MomentError("texts is one string; pass a list of texts, or pl.texts(path).")
     if layers is None:
         layers = known_hparams(model, "PMET").layers
     sites = [Site(model.check_layer(n), p) for n in sorted(set(layers)) for p in projections]

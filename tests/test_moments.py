@@ -207,3 +207,8 @@ def test_keys_that_are_not_finite_are_refused(neuron, value):
 def test_layers_that_do_not_exist_are_refused(gpt2):
     with pytest.raises(pl.ModelError, match="layers 0 to 3"):
         second_moments(gpt2, TEXTS, [4])
+
+
+def test_one_string_is_not_read_letter_by_letter():
+    with pytest.raises(MomentError, match="one string"):
+        second_moments(tiny_model("gpt2"), "The tower of Ilmar", [0])
