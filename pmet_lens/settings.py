@@ -18,6 +18,8 @@ ReferenceNorm = Literal["own stream", "resid_post"]
 
 STREAM_OF: dict[Projection, Stream] = {"attn": "attn_out", "mlp": "mlp_out"}
 """The stream a projection writes."""
+DELTA_AT: tuple[Stream, ...] = ("attn_out", "mlp_out", "resid_post")
+"""The streams that can get a delta: what a layer writes, and its output."""
 
 
 class SettingsError(ValueError):
@@ -40,7 +42,7 @@ class Method:
 
     def __post_init__(self) -> None:
         for name, values, known in (
-            ("delta_at", self.delta_at, get_args(Stream)),
+            ("delta_at", self.delta_at, DELTA_AT),
             ("write", self.write, get_args(Projection)),
             ("spread", (self.spread,), get_args(Spread)),
         ):
@@ -50,8 +52,6 @@ class Method:
                     f"{name} must be a choice of {', '.join(known)}, each at most once; "
                     f"got {values!r}."
                 )
-        if "resid_pre" in self.delta_at:
-            raise SettingsError("delta_at takes attn_out, mlp_out or resid_post, not resid_pre.")
         if self.write == ("mlp", "attn"):
             raise SettingsError("write both projections as ('attn', 'mlp'): attn comes first.")
         for projection in self.write:

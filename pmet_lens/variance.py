@@ -55,28 +55,43 @@ def split(found: Activations, n_permutations: int = 200, seed: int = 0) -> pd.Da
     relation = _codes([str(f.relation) for f in found.facts])
     subject = _codes([f.subject for f in found.facts])
     prompt = _codes([f.prompt for f in found.facts])
+    cells = [
+        (layer, stream, position, _gram(value[:, n].double().numpy()))
+        for (stream, position), value in found.values.items()
+        for n, layer in enumerate(found.layers)
+    ]
+    grams = np.stack([gram for *_, gram in cells])
     rng = np.random.default_rng(seed)
-    shuffles = [rng.permutation(len(found.facts)) for _ in range(n_permutations)]
     rows = []
     for factor in FACTORS:
         weights = _partners(factor, relation, subject, prompt)
         has: np.ndarray = np.asarray(weights.any(axis=1))
         if not has.any():
             continue
-        for (stream, position), value in found.values.items():
-            for n, layer in enumerate(found.layers):
-                x = value[:, n].double().numpy()
-                gram = (x - x.mean(0)) @ (x - x.mean(0)).T
-                top, bottom = (weights * gram).sum(1)[has], np.diag(gram)[has]
-                # Shuffled labels are the same partners among shuffled facts.
-                null = [_shuffled(gram, weights, has, order) for order in shuffles]
-                share, interval = top.mean() / bottom.mean(), metrics.bootstrap_ratio(top, bottom)
-                p = (1 + sum(value >= share for value in null)) / (1 + len(null))
-                limit = float(np.quantile(null, 0.95)) if null else np.nan
-                cell = (layer, stream, position, factor)
-                rows.append((*cell, share, *interval, limit, p, int(has.sum())))
+        # One order serves all layers and streams: what is slow is to reorder the weights.
+        orders = [rng.permutation(len(has)) for _ in range(n_permutations)]
+        null = np.array([_shares(grams, weights[o[:, None], o], has[o]) for o in orders])
+        for cell, (layer, stream, position, gram) in enumerate(cells):
+            top, bottom = (weights * gram).sum(1)[has], np.diag(gram)[has]
+            share, interval = top.mean() / bottom.mean(), metrics.bootstrap_ratio(top, bottom)
+            shuffled = null[:, cell] if n_permutations else np.empty(0)
+            p = (1 + int((shuffled >= share).sum())) / (1 + n_permutations)
+            limit = float(np.quantile(shuffled, 0.95)) if n_permutations else np.nan
+            key = (layer, stream, position, factor)
+            rows.append((*key, share, *interval, limit, p, int(has.sum())))
     names = ["layer", "stream", "position", "factor", "share", "ci_low", "ci_high", "null", "p"]
     return pd.DataFrame(rows, columns=[*names, "n"])
+
+
+def _gram(x: metrics.Numbers) -> metrics.Numbers:
+    centred = x - x.mean(0)
+    return centred @ centred.T
+
+
+def _shares(grams: metrics.Numbers, weights: metrics.Numbers, has: np.ndarray) -> metrics.Numbers:
+    """The share of each gram matrix `[cell, fact, fact]` for these partners."""
+    top = grams.reshape(len(grams), -1) @ weights.ravel()
+    return top / np.diagonal(grams, axis1=1, axis2=2)[:, has].sum(1)
 
 
 def _check(facts: Sequence[Fact]) -> None:
@@ -113,10 +128,3 @@ def _partners(
         "subject": equal(subject) & ~equal(relation),
     }[factor].astype(np.float64)
     return chosen / np.maximum(chosen.sum(1, keepdims=True), 1)
-
-
-def _shuffled(
-    gram: metrics.Numbers, weights: metrics.Numbers, has: np.ndarray, order: np.ndarray
-) -> float:
-    moved = gram[order[:, None], order]
-    return float((weights * moved).sum(1)[has].mean() / np.diag(moved)[has].mean())
