@@ -34,7 +34,7 @@ PMET = Method(("attn_out", "mlp_out"), ("mlp",), "sqrt", Ridge())
         ({"delta_at": ()}, "delta_at must be a choice of attn_out, mlp_out"),
         ({"delta_at": ("mlp_out", "mlp_out")}, "each at most once"),
         ({"delta_at": ("ffn_out",)}, "delta_at must be a choice of"),
-        ({"delta_at": ("resid_pre",)}, "delta_at must be a choice of attn_out, mlp_out, resid_post"),
+        ({"delta_at": ("resid_pre",)}, "choice of attn_out, mlp_out, resid_post"),
         ({"write": ()}, "write must be a choice of attn, mlp"),
         ({"write": ("W_out",)}, "write must be a choice of attn, mlp"),
         ({"write": ("mlp", "mlp")}, "each at most once"),
