@@ -236,8 +236,8 @@ def test_layers_streams_and_projections_are_checked(gpt2):
         gpt2.weight(Site(4, "mlp"))
     with refused("layers 0 to 3"):
         gpt2.stream_hook(-1, "mlp_out")
-    with refused("attn_out, mlp_out, resid_pre, resid_post"):
-        gpt2.stream_hook(1, "resid_mid")
+    with refused("attn_in, attn_out, mlp_in, mlp_out, resid_pre, resid_mid, resid_post"):
+        gpt2.stream_hook(1, "ffn_out")
     with refused("attn, mlp"):
         Site(1, "ffn")
     with refused("count from 0"):
