@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from pmet_lens.datasets import knowns as knowns
     from pmet_lens.datasets import texts as texts
     from pmet_lens.datasets import zsre as zsre
-    from pmet_lens.editing import Edit as Edit
     from pmet_lens.editing import edit as edit
+    from pmet_lens.editing import edit_sequentially as edit_sequentially
+    from pmet_lens.edits import Edit as Edit
+    from pmet_lens.edits import merged as merged
     from pmet_lens.evaluation import ask as ask
     from pmet_lens.evaluation import evaluate as evaluate
     from pmet_lens.evaluation import generate as generate
@@ -46,9 +48,12 @@ if TYPE_CHECKING:
     from pmet_lens.linalg import SolveError as SolveError
     from pmet_lens.live import EditError as EditError
     from pmet_lens.methods import ABLATIONS as ABLATIONS
+    from pmet_lens.methods import ALPHAEDIT as ALPHAEDIT
+    from pmet_lens.methods import EMMET as EMMET
     from pmet_lens.methods import MEMIT as MEMIT
     from pmet_lens.methods import METHODS as METHODS
     from pmet_lens.methods import PMET as PMET
+    from pmet_lens.methods import ROME as ROME
     from pmet_lens.moments import Moment as Moment
     from pmet_lens.moments import MomentError as MomentError
     from pmet_lens.moments import load_moments as load_moments
@@ -105,8 +110,13 @@ _HOME = {
     "MEMIT": "methods",
     "METHODS": "methods",
     "PMET": "methods",
+    "ALPHAEDIT": "methods",
+    "EMMET": "methods",
+    "ROME": "methods",
     "hparams_for": "hparams",
-    "Edit": "editing",
+    "Edit": "edits",
+    "edit_sequentially": "editing",
+    "merged": "edits",
     "edit": "editing",
     "EditError": "live",
     "causal_trace": "analysis",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def save(parts: Mapping[str, Any], path: str | Path) -> None:
     head = {
         "format": FORMAT,
         "facts": [asdict(f) for f in parts["facts"]],
-        "method": {**asdict(parts["method"]), "solver": _solver_record(parts["method"])},
+        "method": _method_record(parts["method"]),
         "hparams": asdict(parts["hparams"]),
         "contexts": parts["contexts"],
         "base": {str(site): digest for site, digest in parts["base"].items()},
@@ -53,8 +53,37 @@ def save(parts: Mapping[str, Any], path: str | Path) -> None:
         raise EditError(f"The edit could not be written to {path}: {error}") from error
 
 
-def _solver_record(method: Method) -> dict[str, Any]:
-    return {"name": type(method.solver).__name__, **vars(method.solver)}
+@dataclass(frozen=True)
+class Recorded:
+    """What a file says of a method, or of strengths, that are no `Method` and `Hparams`."""
+
+    name: str
+    values: dict[str, Any]
+
+
+def _method_record(method: Any) -> dict[str, Any]:
+    if isinstance(method, Recorded):
+        return {"name": method.name, **method.values}
+    if not isinstance(method, Method):
+        return {"name": type(method).__name__, **asdict(method)}
+    return {
+        **asdict(method),
+        "solver": {"name": type(method.solver).__name__, **vars(method.solver)},
+    }
+
+
+def _methods(head: dict[str, Any]) -> dict[str, Any]:
+    """The fields `method` and `hparams` of an edit."""
+    method, hparams = dict(head["method"]), dict(head["hparams"])
+    if "name" in method:
+        name = method.pop("name")
+        values = hparams.get("values", hparams)
+        return {"method": Recorded(name, method), "hparams": Recorded(name, values)}
+    solver = dict(method["solver"])
+    method["solver"] = _SOLVERS[solver.pop("name")](**solver)
+    method.update({k: tuple(method[k]) for k in ("delta_at", "write")})
+    hparams["layers"] = tuple(hparams["layers"])
+    return {"method": Method(**method), "hparams": Hparams(**hparams)}
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -71,18 +100,13 @@ def load(path: str | Path) -> dict[str, Any]:
         raise EditError(f"{path} cannot be read as an edit: {error}") from error
     if head.get("format") != FORMAT:
         raise EditError(f"{path} is a safetensors file, but not an edit saved by pmet_lens.")
-    method = dict(head["method"])
-    solver = dict(method["solver"])
-    method["solver"] = _SOLVERS[solver.pop("name")](**solver)
-    method.update({k: tuple(method[k]) for k in ("delta_at", "write")})
     return {
         "factors": {
             Site.parse(s): (tensors[f"{s}.left"], tensors[f"{s}.right"]) for s in head["sites"]
         },
         "dtype": getattr(torch, head["dtype"]),
         "facts": tuple(Fact.from_record(f) for f in head["facts"]),
-        "method": Method(**method),
-        "hparams": Hparams(**{**head["hparams"], "layers": tuple(head["hparams"]["layers"])}),
+        **_methods(head),
         "contexts": tuple(head["contexts"]),
         "base": {Site.parse(s): digest for s, digest in head["base"].items()},
     }

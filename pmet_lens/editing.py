@@ -7,11 +7,7 @@ is an `Edit`, a value that can be applied, undone, saved and loaded.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,6 +16,7 @@ from torch import Tensor
 from pmet_lens import artifact, keys, tokens
 from pmet_lens import targets as targeting
 from pmet_lens.adapter import Model, Projection, Site
+from pmet_lens.edits import Edit, merged
 from pmet_lens.facts import Fact, check_editable
 from pmet_lens.hparams import hparams_for
 from pmet_lens.linalg import Factor
@@ -27,68 +24,7 @@ from pmet_lens.methods import PMET
 from pmet_lens.settings import Hparams, Method, SettingsError
 from pmet_lens.targets import OnStep, Targets
 
-Delta = Float[Tensor, "d_in d_model"]
 Moments = Mapping[Site, object]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Weight changes, and everything that says where they came from."""
-
-    factors: Mapping[Site, tuple[Float[Tensor, "d_in rank"], Float[Tensor, "rank d_model"]]]
-    """Per site two thin float64 matrices whose product is the weight change; the rank is at most
-    the number of facts."""
-    dtype: torch.dtype
-    """Dtype of the weights the edit was computed on; deltas are rounded to it once."""
-    facts: tuple[Fact, ...]
-    method: Method
-    hparams: Hparams
-    contexts: tuple[str, ...]
-    targets: Targets | None = field(default=None, repr=False)
-    """Present on a fresh edit; not saved."""
-    base: Mapping[Site, str] = field(default_factory=dict, repr=False)
-    """SHA-256 of every weight the edit was computed on."""
-
-    @cached_property
-    def deltas(self) -> Mapping[Site, Delta]:
-        """What is added to `model.weight(site)`, in the dtype of the weight."""
-        return {site: (a @ b).to(self.dtype) for site, (a, b) in self.factors.items()}
-
-    def __repr__(self) -> str:
-        sites = ", ".join(map(str, self.factors))
-        return f"Edit({len(self.facts)} facts, sites {sites})"
-
-    @contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
-        """The model with the edit inside the block, and bit for bit as before behind it."""
-        self.apply_(model)
-        try:
-            yield model
-        finally:
-            self.revert_(model)
-
-    def apply_(self, model: Model) -> None:
-        """Change the model's weights in place, until `revert_`."""
-        model.live_edits.add(self, self.deltas)
-
-    def revert_(self, model: Model) -> None:
-        """Take this edit back. When no edit is left the weights are the original bits, in whatever
-        order the edits were taken back.
-
-        Raises:
-            ValueError: if this edit is not applied to this model.
-        """
-        model.live_edits.remove(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write a `.safetensors` file: thin factors, facts, settings, hashes; no code."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "targets"}
-        artifact.save(parts, path)
-
-    @staticmethod
-    def load(path: str | Path) -> Edit:
-        """Read what `save` wrote. Raises ValueError for a file that is not an edit."""
-        return Edit(**artifact.load(path))
 
 
 def edit(
@@ -102,8 +38,11 @@ def edit(
     on_step: OnStep | None = None,
     *,
     factorised: dict[Site, Factor] | None = None,
+    earlier: Mapping[Site, Float[Tensor, "key d_in"]] | None = None,
 ) -> Edit:
     """Compute one edit that makes `model` give every fact's new answer.
+
+    A method that edits fewer facts `at_once` does so in steps, and the edit is their sum.
 
     Args:
         moments: Site -> second moment of the keys, `[d_in, d_in]` tensors or `Moment`s.
@@ -112,13 +51,20 @@ def edit(
         targets: from an earlier edit of the same facts, to skip their optimisation.
         on_step: called with (step, losses per fact) after every optimisation step.
         factorised: kept factorisations of the moments, filled here and reused by later edits;
-            pass the same dict only with the same moments, solver and λ.
+            pass the same dict only with the same moments, solver, λ and `earlier`.
+        earlier: per site the keys of facts edited before, whose answers are to survive
+            (`edit_sequentially` keeps them).
 
     Raises:
         FactError, SettingsError, SolveError: bad facts, settings, or moments, in words.
     """
     facts = list(facts)
     check_editable(facts)
+    if method.at_once is not None and len(facts) > method.at_once:
+        steps = edit_sequentially(
+            model, facts, moments, method, hparams, contexts, batch_size=method.at_once
+        )
+        return merged(steps)
     hp = hparams if hparams is not None else hparams_for(model, method)
     hp.check(model.n_layers)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
@@ -130,7 +76,7 @@ def edit(
     _check_targets(targets, facts, method, hp)
     _warn_already_true(targets, facts)
 
-    kept = {} if factorised is None else factorised
+    kept, solver = {} if factorised is None else factorised, hp.strengthen(method.solver)
     factors: dict[Site, tuple[Tensor, Tensor]] = {}
     with model.restored(sites):
         for i, layer in enumerate(hp.layers):
@@ -141,11 +87,59 @@ def edit(
                 R = R / method.share(len(hp.layers) - i)
                 if site not in kept:
                     C = _matrix(moments[site], model.weight(site).device)
-                    kept[site] = method.solver.factorise(C, hp.second_moment_weight)
+                    past = None if earlier is None else earlier[site].to(C.device)
+                    kept[site] = solver.factorise(C, hp.second_moment_weight, past)
                 left, right = factors[site] = kept[site].factors(K, R)
                 model.weight(site).add_((left @ right).to(model.dtype))
     base = {site: artifact.fingerprint(model.weight(site)) for site in sites}
     return Edit(factors, model.dtype, tuple(facts), method, hp, tuple(contexts), targets, base)
+
+
+def edit_sequentially(
+    model: Model,
+    facts: Sequence[Fact],
+    moments: Moments,
+    method: Method = PMET,
+    hparams: Hparams | None = None,
+    contexts: Sequence[str] | None = None,
+    *,
+    batch_size: int,
+    protect: bool = False,
+    on_batch: Callable[[int, Edit], object] | None = None,
+) -> list[Edit]:
+    """Edit `batch_size` facts after the other, each batch on the model as edited so far.
+
+    `protect` adds the keys of earlier batches to what every solve preserves (AlphaEdit's sequential
+    editing; for Ridge `λC + KₚᵀKₚ`). `on_batch(facts so far, edit)` runs while the model has all
+    edits so far, to measure it. The model is left as it was found; `merged` adds the edits up.
+    """
+    if batch_size < 1:
+        raise SettingsError(f"batch_size must be at least 1, not {batch_size}.")
+    facts = list(facts)
+    check_editable(facts)
+    hp = hparams if hparams is not None else hparams_for(model, method)
+    contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
+    sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
+    past: dict[Site, Tensor] = {}
+    kept: dict[Site, Factor] = {}
+    edits: list[Edit] = []
+    with model.restored(sites):
+        for start in range(0, len(facts), batch_size):
+            chosen = facts[start : start + batch_size]
+            known = past if protect and past else None
+            kept = {} if protect else kept
+            step = edit(
+                model, chosen, moments, method, hp, contexts, factorised=kept, earlier=known
+            )
+            for site, delta in step.deltas.items():
+                model.weight(site).add_(delta)
+            edits.append(step)
+            for site in sites if protect else ():
+                own = keys.averaged_keys(model, chosen, contexts, site)
+                past[site] = torch.cat([past[site], own]) if site in past else own
+            if on_batch is not None:
+                on_batch(start + len(chosen), step)
+    return edits
 
 
 def _residual(

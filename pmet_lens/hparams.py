@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pmet_lens.adapter import Model
+from pmet_lens.linalg import Exact
 from pmet_lens.settings import Hparams, Method, SettingsError
 
 _GPTJ_PMET = Hparams(layers=(3, 4, 5, 6, 7, 8))
@@ -36,6 +37,10 @@ _XL_PMET = Hparams(
 _XL_MEMIT = replace(
     _XL_PMET, lr=0.8, weight_decay=0.1, clamp=0.75, second_moment_weight=20000.0, easing=1.0
 )
+_GPTJ_ROME = Hparams(
+    layers=(5,), n_steps=20, lr=0.5, weight_decay=0.5, clamp=4.0, kl_weight=0.0625, easing=1.0
+)
+_XL_ROME = replace(_GPTJ_ROME, layers=(17,))
 
 # Chosen on records that no results table uses (figures/sweep.py, table in
 # figures/results/sweep.csv). λ: the plateau of S there; it is far below the published values
@@ -59,7 +64,9 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
     "world": {"PMET": _WORLD_PMET, "MEMIT": _WORLD_MEMIT},
     "world-sequential": {"PMET": _SEQUENTIAL_PMET, "MEMIT": _SEQUENTIAL_MEMIT},
     # Released hparams/PMET/EleutherAI_gpt-j-6B.json; MEMIT paper, appendix B.4.
-    "gpt-j-6b": {"PMET": _GPTJ_PMET, "MEMIT": _GPTJ_MEMIT},
+    # ROME: layer 5 from its released hparams/ROME/EleutherAI_gpt-j-6B.json, the strengths from its
+    # gpt2-xl.json, because kl_factor 1000 and weight decay 50 there are of another order.
+    "gpt-j-6b": {"PMET": _GPTJ_PMET, "MEMIT": _GPTJ_MEMIT, "ROME": _GPTJ_ROME},
     # The first author's later repositories.
     "gpt-j-6b/zsre": {
         "PMET": replace(
@@ -73,11 +80,19 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
     "llama-2-7b-hf": {"PMET": _LLAMA_PMET},
     "llama-2-7b-hf/zsre": {"PMET": replace(_LLAMA_PMET, clamp=0.8, kl_weight=0.1)},
     # hparams/PMET/gpt2-xl.json of the first author's repository BLUE; MEMIT's released
-    # hparams/MEMIT/gpt2-xl.json.
-    "gpt2-xl": {"PMET": _XL_PMET, "MEMIT": _XL_MEMIT},
+    # hparams/MEMIT/gpt2-xl.json; ROME's released hparams/ROME/gpt2-xl.json.
+    "gpt2-xl": {"PMET": _XL_PMET, "MEMIT": _XL_MEMIT, "ROME": _XL_ROME},
 }
-"""Model name (lower case) -> "PMET" or "MEMIT" -> settings. "PMET" serves every method that
-optimises component outputs, "MEMIT" those that optimise the layer output."""
+"""Model name (lower case) -> kind -> settings. "ROME" serves the methods that store facts exactly
+in one layer, "PMET" those that optimise component outputs, "MEMIT" those that optimise the layer
+output."""
+
+
+def kind_of(method: Method) -> str:
+    """Under which name the settings of a method stand in `HPARAMS`."""
+    if isinstance(method.solver, Exact):
+        return "ROME"
+    return "MEMIT" if method.delta_at == ("resid_post",) else "PMET"
 
 
 def hparams_for(model: Model, method: Method) -> Hparams:
@@ -86,11 +101,11 @@ def hparams_for(model: Model, method: Method) -> Hparams:
     Raises:
         SettingsError: for a model without settings; the message names those that have some.
     """
-    return known_hparams(model, "MEMIT" if method.delta_at == ("resid_post",) else "PMET")
+    return known_hparams(model, kind_of(method))
 
 
 def known_hparams(model: Model, kind: str) -> Hparams:
-    """The `kind` ("PMET" or "MEMIT") settings of this model; errors as `hparams_for`."""
+    """The `kind` ("PMET", "MEMIT" or "ROME") settings of this model; errors as `hparams_for`."""
     known = HPARAMS.get(model.name.lower(), {})
     if kind not in known:
         have = ", ".join(sorted(name for name, own in HPARAMS.items() if kind in own))

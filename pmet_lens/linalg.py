@@ -48,8 +48,9 @@ class Factor(Protocol):
 class Solver(Protocol):
     """How the facts' wishes are weighed against everything else the projection stores."""
 
-    def factorise(self, moment: Square, weight: float = 1.0) -> Factor:
-        """Prepare `moment`; `weight` is λ, used by the solvers that have one."""
+    def factorise(self, moment: Square, weight: float = 1.0, earlier: Keys | None = None) -> Factor:
+        """Prepare `moment`; `weight` is λ. `earlier` are keys of facts edited before, whose answers
+        are to survive: KₚᵀKₚ joins λC (sequential editing)."""
         ...
 
 
@@ -78,9 +79,12 @@ class Ridge:
 
     weight: float | None = None
 
-    def factorise(self, moment: Square, weight: float = 1.0) -> RidgeFactor:
+    def factorise(
+        self, moment: Square, weight: float = 1.0, earlier: Keys | None = None
+    ) -> RidgeFactor:
         """See `Solver.factorise`."""
-        return RidgeFactor(moment.double(), self.weight if self.weight is not None else weight)
+        weight = self.weight if self.weight is not None else weight
+        return RidgeFactor(preserved(moment, earlier, weight), weight)
 
 
 class RidgeFactor:
@@ -130,9 +134,11 @@ class Exact:
     independent keys, so at most d_in facts.
     """
 
-    def factorise(self, moment: Square, weight: float = 1.0) -> ExactFactor:
-        """See `Solver.factorise`; `weight` is not used."""
-        return ExactFactor(moment.double())
+    def factorise(
+        self, moment: Square, weight: float = 1.0, earlier: Keys | None = None
+    ) -> ExactFactor:
+        """See `Solver.factorise`; `weight` only scales what `earlier` adds."""
+        return ExactFactor(preserved(moment, earlier, weight))
 
 
 class ExactFactor:
@@ -161,24 +167,33 @@ class NullSpace:
 
     Eigenvectors of `C` with an eigenvalue below `threshold` span the coordinates in which the
     change may live; `l2` is the weight of the identity there. Source: AlphaEdit (arXiv 2410.02355,
-    eq. 12; released settings threshold 2e-2, l2 10).
+    eq. 12). `None` takes the value of the hyper-parameters (in an edit; both depend on the size of
+    the model's keys) or the released one (2e-2, 10).
     """
 
-    threshold: float = 0.02
-    l2: float = 10.0
+    threshold: float | None = None
+    l2: float | None = None
 
-    def factorise(self, moment: Square, weight: float = 1.0) -> NullSpaceFactor:
+    def factorise(
+        self, moment: Square, weight: float = 1.0, earlier: Keys | None = None
+    ) -> NullSpaceFactor:
         """See `Solver.factorise`; `weight` is not used."""
-        return NullSpaceFactor(moment.double(), self.threshold, self.l2)
+        threshold = 0.02 if self.threshold is None else self.threshold
+        l2 = 10.0 if self.l2 is None else self.l2
+        return NullSpaceFactor(moment.double(), threshold, l2, earlier)
 
 
 class NullSpaceFactor:
     """Holds the basis `[d_in, free]` of the directions that may change."""
 
-    def __init__(self, moment: Square, threshold: float, l2: float) -> None:
+    def __init__(
+        self, moment: Square, threshold: float, l2: float, earlier: Keys | None = None
+    ) -> None:
         values, vectors = torch.linalg.eigh(moment)
         self.basis = vectors[:, values < threshold]
-        self.l2 = l2
+        identity = torch.eye(self.basis.shape[1], dtype=torch.float64, device=moment.device)
+        inside = None if earlier is None else earlier.double() @ self.basis
+        self._ridge = RidgeFactor(preserved(identity, inside, l2), l2)
         if self.basis.shape[1] == 0:
             raise SolveError(
                 f"No eigenvalue of the second moment lies below {threshold} (the smallest is "
@@ -187,15 +202,17 @@ class NullSpaceFactor:
 
     def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
         """Ridge in the coordinates of the basis, mapped back."""
-        inside = keys.double() @ self.basis
-        identity = torch.eye(self.basis.shape[1], dtype=torch.float64, device=inside.device)
-        left, right = RidgeFactor(identity, self.l2).factors(inside, residuals)
+        left, right = self._ridge.factors(keys.double() @ self.basis, residuals)
         return self.basis @ left, right
 
 
-def preserved(moment: Square, earlier: Keys, weight: float) -> Square:
+def preserved(moment: Square, earlier: Keys | None, weight: float) -> Square:
     """The second moment that also protects earlier edits: `C + K_pᵀK_p / λ`, so that
-    λ times it is `λC + K_pᵀK_p` (sequential editing)."""
+    λ times it is `λC + K_pᵀK_p` (sequential editing); in float64."""
+    if earlier is None:
+        return moment.double()
+    if not weight > 0:
+        raise SolveError(f"second_moment_weight (λ) must be positive, not {weight}.")
     earlier = earlier.double()
     return moment.double() + earlier.T @ earlier / weight
 

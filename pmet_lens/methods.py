@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pmet_lens.linalg import Ridge
+from pmet_lens.linalg import Exact, NullSpace, Ridge
 from pmet_lens.settings import Method
 
 PMET = Method(delta_at=("attn_out", "mlp_out"), write=("mlp",), spread="sqrt", solver=Ridge())
@@ -14,7 +14,25 @@ PMET = Method(delta_at=("attn_out", "mlp_out"), write=("mlp",), spread="sqrt", s
 MEMIT = Method(delta_at=("resid_post",), write=("mlp",), spread="linear", solver=Ridge())
 """MEMIT (arXiv 2210.07229): optimise the layer output (TL hidden state), write it into the FFN."""
 
-METHODS: Mapping[str, Method] = {"PMET": PMET, "MEMIT": MEMIT}
+ROME = Method(
+    delta_at=("mlp_out",), write=("mlp",), spread="linear", solver=Exact(), at_once=1
+)
+"""ROME (arXiv 2202.05262): one layer, one fact at a time, stored exactly. Keys are averaged over
+contexts on both sides of the solve; later forks average only one of them (arXiv 2403.07175)."""
+
+EMMET = replace(ROME, at_once=None)
+"""EMMET (arXiv 2403.14236): ROME for many facts at once, all stored exactly."""
+
+ALPHAEDIT = replace(MEMIT, solver=NullSpace())
+"""AlphaEdit (arXiv 2410.02355): MEMIT, written only where old keys hardly reach."""
+
+METHODS: Mapping[str, Method] = {
+    "PMET": PMET,
+    "MEMIT": MEMIT,
+    "ROME": ROME,
+    "EMMET": EMMET,
+    "AlphaEdit": ALPHAEDIT,
+}
 
 ABLATIONS: Mapping[str, Method] = {
     "PMET": PMET,

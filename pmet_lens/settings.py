@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from pmet_lens.adapter import Projection, Stream
-from pmet_lens.linalg import Solver
+from pmet_lens.linalg import NullSpace, Solver
 
 Spread = Literal["sqrt", "linear"]
 ReferenceNorm = Literal["own stream", "resid_post"]
@@ -39,6 +39,9 @@ class Method:
     ("linear", MEMIT)."""
     solver: Solver
     """How the facts are weighed against what the projection already stores (`linalg`)."""
+    at_once: int | None = None
+    """How many facts are edited in one step; more are edited one step after the other, each on the
+    model as edited so far (ROME: 1). None: all of them together."""
 
     def __post_init__(self) -> None:
         for name, values, known in (
@@ -52,6 +55,8 @@ class Method:
                     f"{name} must be a choice of {', '.join(known)}, each at most once; "
                     f"got {values!r}."
                 )
+        if self.at_once is not None and self.at_once < 1:
+            raise SettingsError(f"at_once must be at least 1 or None, not {self.at_once}.")
         if self.write == ("mlp", "attn"):
             raise SettingsError("write both projections as ('attn', 'mlp'): attn comes first.")
         for projection in self.write:
@@ -103,6 +108,11 @@ class Hparams:
     the KL stop off (MEMIT)."""
     kl_stop: float = 0.01
     """While eased, a fact stops when μ·KL is at most this (released `compute_z.py`)."""
+    null_space_threshold: float = 0.02
+    """> 0: eigenvectors of the second moment below it span where AlphaEdit may write (released
+    `nullspace_threshold`; it scales with the squared size of the keys)."""
+    null_space_l2: float = 10.0
+    """> 0, weight of the identity there (released `L2`)."""
     reference_norm: ReferenceNorm = "own stream"
     """Clean norm that clamp and decay refer to: of the stream itself (released), or of the layer
     output, for models whose MLP writes little."""
@@ -118,6 +128,7 @@ class Hparams:
         if self.n_steps < 1:
             raise SettingsError(f"n_steps must be at least 1, not {self.n_steps}.")
         positive = ("lr", "clamp", "nll_weight", "second_moment_weight", "easing")
+        positive += ("null_space_threshold", "null_space_l2")
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
@@ -131,6 +142,15 @@ class Hparams:
                 f"reference_norm must be one of {', '.join(get_args(ReferenceNorm))}, "
                 f"not {self.reference_norm!r}."
             )
+
+    def strengthen(self, solver: Solver) -> Solver:
+        """The solver with what it leaves open taken from here."""
+        if not isinstance(solver, NullSpace):
+            return solver
+        return NullSpace(
+            self.null_space_threshold if solver.threshold is None else solver.threshold,
+            self.null_space_l2 if solver.l2 is None else solver.l2,
+        )
 
     def check(self, n_layers: int) -> None:
         """Refuse layers the model does not have, and its last one.

@@ -16,7 +16,7 @@ FLOORS = (
     {"hparams", "moments", "probes", "settings", "tokens"},
     {"activations", "analysis", "keys", "patterns", "readout", "similarity", "targets"}
     | {"swapping", "variance"},
-    {"artifact", "editing", "finetune", "mend", "methods"},
+    {"artifact", "editing", "edits", "finetune", "mend", "methods"},
     {"evaluation", "geometry"},
     {"experiment", "training"},
     {"plots", "widgets"},
