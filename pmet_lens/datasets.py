@@ -15,6 +15,8 @@ from pmet_lens import world
 from pmet_lens.facts import Fact, FactError
 
 Record = dict[str, Any]
+NQ = "nq question: "
+"""What the locality prompts of zsRE begin with: they are questions of Natural Questions."""
 
 
 class DataError(ValueError):
@@ -38,7 +40,9 @@ def zsre(path: str | Path | None = None, n: int | None = None) -> list[Fact]:
     """The first `n` facts (None: all) of zsRE in the MEND format (`zsre_mend_eval.json`).
 
     The question is the prompt, `answers[0]` the new answer, `rephrase` the paraphrase, and the
-    "nq question" with its answer the neighbour. See `counterfact` for `path` and errors.
+    "nq question: …" with its answer the neighbour; `benchmark` is "zsre". See `counterfact` for
+    `path` and errors. A record without such a locality prompt and its answer is refused, too:
+    specificity could not be measured on it.
     """
     return _facts(path, n, lambda: world.build().zsre(), _zsre)
 
@@ -143,8 +147,22 @@ def _zsre(record: Record) -> Fact:
         prompt=_template(record["src"], subject),
         target_new=record["answers"][0],
         paraphrases=(record["rephrase"],),
-        neighbours=((f"{record['loc']}?", record["loc_ans"]),),
+        neighbours=(_locality(record),),
+        benchmark="zsre",
     )
+
+
+def _locality(record: Record) -> tuple[str, str]:
+    """The locality prompt of a zsRE record, as the published evaluation writes it (with a question
+    mark behind it), and its answer."""
+    prompt, answer = record.get("loc"), record.get("loc_ans")
+    if not isinstance(prompt, str) or not prompt.removeprefix(NQ).strip(" ?"):
+        raise FactError("it has no locality prompt: `loc` must be a question, 'nq question: …'.")
+    if not prompt.startswith(NQ):
+        raise FactError(f"its locality prompt `loc` is {prompt!r}; it must begin with {NQ!r}.")
+    if not isinstance(answer, str) or not answer.strip():
+        raise FactError(f"its locality prompt {prompt!r} has no answer in `loc_ans`.")
+    return f"{prompt}?", answer
 
 
 def parse_known(record: Record) -> Fact:

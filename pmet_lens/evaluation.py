@@ -1,26 +1,36 @@
-"""Model and facts to a tidy table, one row per (fact, kind of prompt, prompt), and its summary.
+"""Model and facts to a tidy table, one row per (fact, kind of prompt, prompt).
 
 Two families are kept apart: *success* compares the likelihoods of two answers (ES, PS, NS),
-*accuracy* asks whether every token of the wanted answer is the arg-max (EA, PA, NA). Prompts of
-many facts share a forward pass, sorted by length; each distinct (prompt, answer) is scored once.
+*accuracy* asks whether every token of the wanted answer is the arg-max (EA, PA, NA), or how many
+are (zsRE). `summarise` (in `metrics.py`) turns the table into metrics.
+
+Prompts of many facts share a forward pass, sorted by length. Each distinct (prompt, answer) is
+scored once, and answers that need the same tokens to be read, as all answers of one token to one
+prompt do, share one row of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from pmet_lens import metrics, tokens
+from pmet_lens import metrics, tokens, world
 from pmet_lens.adapter import Model
 from pmet_lens.facts import Fact, FactError
+from pmet_lens.metrics import summarise as summarise
+from pmet_lens.sources import ModelError
 
 OnPrompts = Callable[[int, int], object]
+References = Mapping[tuple[str | None, str], Sequence[str]]
+"""(relation, answer) -> texts about subjects that have that answer, for consistency."""
 KINDS = ("rewrite", "paraphrase", "neighbour")
+_AT_ONCE = 2048  # prompts encoded together
 
 
 @dataclass(frozen=True)
@@ -40,34 +50,71 @@ def score(
     batch_tokens: int = 4096,
     on_prompts: OnPrompts | None = None,
 ) -> list[Score]:
-    """Score every prompt's target. Each distinct (text, target) is run once."""
+    """Score every prompt's target. Each distinct (text, target) is read once, and those that are
+    read in the same tokens share a row of the forward pass.
+
+    `batch_tokens`: padded tokens per forward pass (one row at least). `on_prompts`: called with
+    (scored so far, all), both of distinct (text, target).
+    """
     distinct = {(p.text, p.target): tokens.Prompt(p.text, None, p.target) for p in prompts}
-    keys = sorted(distinct, key=lambda key: (len(key[0]), key))
+    # The answers to one text stand side by side, and texts of about one length.
+    keys = sorted(distinct, key=lambda key: (len(key[0]), key[0], key[1] or ""))
     found: dict[tuple[str, str | None], Score] = {}
-    start = 0
-    while start < len(keys):
-        # About four characters are a token; a wrong guess costs memory or time, not truth.
-        width = max(8, len(keys[min(start + 64, len(keys) - 1)][0]) // 3)
-        stop = min(len(keys), start + max(1, batch_tokens // width))
-        batch = tokens.encode(model, [distinct[k] for k in keys[start:stop]])
-        found.update(zip(keys[start:stop], _score_batch(model, batch), strict=True))
-        start = stop
-        if on_prompts is not None:
-            on_prompts(stop, len(keys))
+    while len(found) < len(keys):
+        start = stop = len(found)
+        while stop < len(keys) and (stop < start + _AT_ONCE or keys[stop][0] == keys[stop - 1][0]):
+            stop += 1
+        batch = tokens.encode(model, [distinct[key] for key in keys[start:stop]])
+        for chosen, host in _shared_rows(batch, batch_tokens):
+            scores = _score_rows(model, batch, chosen, host)
+            found.update(zip([keys[start + i] for i in chosen], scores, strict=True))
+            if on_prompts is not None:
+                on_prompts(len(found), len(keys))
     return [found[p.text, p.target] for p in prompts]
 
 
-def _score_batch(model: Model, batch: tokens.Batch) -> list[Score]:
-    at = batch.scored.nonzero()
+def _shared_rows(batch: tokens.Batch, batch_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows of `batch` to be scored in one pass, and for each the row to read it from.
+
+    A row is read from one that begins with it: what follows cannot change it (causal attention).
+    """
+    ids = [row[:n] for row, n in zip(batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True)]
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    readers: dict[int, list[int]] = {}
+    host = -1
+    # In this order a row that begins others stands right before one of them.
+    for row in reversed(order):
+        if host < 0 or ids[host][: len(ids[row])] != ids[row]:
+            host = row
+        readers.setdefault(host, []).append(row)
+    hosts = sorted(readers, key=lambda row: (len(ids[row]), row))
+    while hosts:
+        n = 1
+        while n < len(hosts) and (n + 1) * len(ids[hosts[n]]) <= batch_tokens:
+            n += 1
+        pairs = [(row, own) for own in hosts[:n] for row in readers[own]]
+        yield [row for row, _ in pairs], [own for _, own in pairs]
+        hosts = hosts[n:]
+
+
+def _score_rows(
+    model: Model, batch: tokens.Batch, chosen: list[int], host: list[int]
+) -> list[Score]:
+    """The scores of the rows `chosen`, each read from the row `host` of the same place."""
+    on = batch.ids.device
+    rows, read = torch.unique(torch.tensor(host, device=on), return_inverse=True)
+    run, labels = batch[rows], batch.labels[torch.tensor(chosen, device=on)]
+    own, place = (labels != -100).nonzero(as_tuple=True)
+    at, which = torch.unique(torch.stack([read[own], place], 1), dim=0, return_inverse=True)
     with torch.no_grad():
-        logits = model.forward(batch.ids, batch.mask, at=at).float()
-    labels = batch.labels[at[:, 0], at[:, 1]]
-    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
-    right = (logits.argmax(-1) == labels).double()
-    n = torch.bincount(at[:, 0], minlength=len(batch))
-    zero = torch.zeros(len(batch), dtype=torch.float64, device=nll.device)
-    nll = zero.index_add(0, at[:, 0], nll) / n
-    right = zero.index_add(0, at[:, 0], right) / n
+        logits = model.forward(run.ids, run.mask, at=at)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wanted = labels[own, place]
+    nll = -logits.log_softmax(-1)[which, wanted].double()
+    right = (logits.argmax(-1)[which] == wanted).double()
+    n = torch.bincount(own, minlength=len(chosen))
+    zero = torch.zeros(len(chosen), dtype=torch.float64, device=on)
+    nll, right = (zero.index_add(0, own, values) / n for values in (nll, right))
     return [Score(a, b) for a, b in zip(nll.tolist(), right.tolist(), strict=True)]
 
 
@@ -76,6 +123,7 @@ def evaluate(
     facts: Sequence[Fact],
     generate: bool = False,
     *,
+    references: References | None = None,
     on_prompts: OnPrompts | None = None,
 ) -> pd.DataFrame:
     """One row per fact, kind of prompt and prompt.
@@ -85,15 +133,26 @@ def evaluate(
     should win and its rival; no rival: None), nll_wanted, nll_other (nats per token), margin (the
     difference of the probabilities, wanted minus other, −1 to 1), success (wanted likelier than
     other; NaN without a rival), correct (every token of wanted is the arg-max), token_accuracy
-    (share of its tokens that are). With `generate` also one row per generation prompt, of kind
-    "generation", with text and fluency (bits × 100).
+    (share of its tokens that are). If some facts have a `benchmark` also that.
 
     The wanted answer is `target_new` on rewrite and paraphrase prompts (`target_true` for facts
     without a new one) and the neighbour's own answer on neighbour prompts.
+
+    With `generate` also one row per generation prompt, of kind "generation", with text and fluency
+    (bits × 100), and consistency (0 to 100) where there are `references` for the fact: texts about
+    subjects that have the wanted answer, by (relation, wanted answer). It is one number per fact,
+    of all its texts together, repeated in each of their rows. None takes the references of the
+    bundled world for facts about its subjects; for other facts consistency is then absent.
+
+    Raises:
+        FactError: for no facts, or a prompt that cannot be read.
+        ModelError: with `generate`, for a tokenizer without an end-of-text token.
     """
     rows = [row for i, fact in enumerate(facts) for row in _prompts(i, fact)]
     if not rows:
         raise FactError("There are no facts to evaluate; pass at least one Fact.")
+    if generate:
+        _check_end(model)
     wanted = [tokens.Prompt(r["prompt"], None, r["wanted"]) for r in rows]
     rival = [tokens.Prompt(r["prompt"], None, r["other"]) for r in rows if r["other"] is not None]
     scores = score(model, [*wanted, *rival], on_prompts=on_prompts)
@@ -109,15 +168,19 @@ def evaluate(
                 success=float(metrics.says_new(own.nll, other.nll)),
             )
     frame = pd.DataFrame(rows)
-    if not generate:
-        return frame
-    return pd.concat([frame, _generations(model, facts)], ignore_index=True)
+    if generate:
+        frame = pd.concat(
+            [frame, _generations(model, facts, references, on_prompts)], ignore_index=True
+        )
+    if any(fact.benchmark for fact in facts):
+        frame["benchmark"] = [facts[i].benchmark for i in frame["fact"]]
+    return frame
 
 
 def _prompts(i: int, fact: Fact) -> list[dict[str, Any]]:
     """The scored prompts of one fact, with the answer that should win and its rival."""
-    new, true = fact.target_new, fact.target_true
-    wanted, rival = (new, true) if new is not None else (true, None)
+    new, true, wanted = fact.target_new, fact.target_true, _wanted(fact)
+    rival = true if new is not None else None
     cases = [("rewrite", fact.text, wanted, rival)]
     cases += [("paraphrase", p, wanted, rival) for p in fact.paraphrases]
     # The rival on a neighbour prompt is the edited answer, where the two answer the same relation.
@@ -133,31 +196,122 @@ def _prompts(i: int, fact: Fact) -> list[dict[str, Any]]:
     return rows
 
 
-def _generations(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
+def _wanted(fact: Fact) -> str:
+    return fact.target_new or fact.target_true or ""  # no fact is without both
+
+
+def _generations(
+    model: Model,
+    facts: Sequence[Fact],
+    references: References | None,
+    on_prompts: OnPrompts | None,
+) -> pd.DataFrame:
+    """The rows of the generation prompts; a prompt's seed is its place among those of its fact."""
+    asked = [(i, n, prompt) for i, f in enumerate(facts) for n, prompt in enumerate(f.generation)]
+    prompts, seeds = [prompt for *_, prompt in asked], [n for _, n, _ in asked]
+    texts = generate_batch(model, prompts, seeds, on_prompts=on_prompts)
+    told: dict[int, list[str]] = {}
     rows = []
-    for i, fact in enumerate(facts):
-        for index, prompt in enumerate(fact.generation):
-            text = generate(model, prompt, seed=index)
-            row = {"fact": i, "case_id": fact.case_id, "relation": fact.relation}
-            row.update(kind="generation", index=index, prompt=prompt, text=text)
-            rows.append({**row, "fluency": metrics.fluency([text])})
-    return pd.DataFrame(rows)
+    for (i, index, prompt), text in zip(asked, texts, strict=True):
+        told.setdefault(i, []).append(text)
+        row = {"fact": i, "case_id": facts[i].case_id, "relation": facts[i].relation}
+        row.update(kind="generation", index=index, prompt=prompt, text=text)
+        rows.append({**row, "fluency": metrics.fluency([text])})
+    frame = pd.DataFrame(rows)
+    found = _references([facts[i] for i in told], references)
+    rs = {
+        i: metrics.consistency(told[i], known)
+        for i, known in zip(told, found, strict=True)
+        if len(known)
+    }
+    return frame.assign(consistency=frame["fact"].map(rs)) if rs else frame
+
+
+def _references(facts: Sequence[Fact], given: References | None) -> list[Sequence[str]]:
+    """The reference texts of every fact, none where there are none."""
+    if given is not None:
+        return [given.get((f.relation, _wanted(f)), ()) for f in facts]
+    bundled = world.build()
+    known = {(f.subject.name, f.relation) for f in bundled.facts}
+    return [
+        bundled.references(f.relation, _wanted(f))
+        if (f.subject, f.relation) in known and (f.relation, _wanted(f)) in bundled.holders
+        else ()
+        for f in facts
+    ]
 
 
 def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed: int = 0) -> str:
     """`prompt` continued to `length` tokens in all, top-k sampled (1: greedy); stops at the
-    end-of-text token. Deterministic in `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    while ids.shape[1] < min(length, model.n_positions):
-        at = torch.tensor([[0, ids.shape[1] - 1]], device=model.device)
-        with torch.no_grad():
-            best = model.forward(ids, torch.ones_like(ids), at=at)[0].float().cpu().topk(top_k)
-        pick = best.indices[torch.multinomial(best.values.softmax(0), 1, generator=generator)]
-        if int(pick) == model.tokenizer.eos_token_id:
-            break
-        ids = torch.cat([ids, pick.to(model.device)[None]], dim=1)
-    return model.tokenizer.decode(ids[0], skip_special_tokens=True)
+    end-of-text token. Deterministic in `seed`. Raises as `generate_batch` does."""
+    return generate_batch(model, [prompt], [seed], length, top_k)[0]
+
+
+def generate_batch(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    length: int = 100,
+    top_k: int = 5,
+    *,
+    batch_tokens: int = 4096,
+    on_prompts: OnPrompts | None = None,
+) -> list[str]:
+    """Every prompt continued as `generate` does it alone, many in one forward pass.
+
+    A text follows from its prompt and its seed (every prompt has a generator of its own), not from
+    what else is in the batch, as far as rounding does not decide between two tokens.
+    `on_prompts`: called with (texts so far, all).
+
+    Raises:
+        ModelError: for a tokenizer without an end-of-text token, which no text could end with.
+        FactError: for a prompt without a token.
+    """
+    _check_end(model)
+    read = [list(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    if [] in read:
+        raise FactError(f"The prompt {prompts[read.index([])]!r} has no token to continue.")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    length = min(length, model.n_positions)
+    order = sorted(range(len(read)), key=lambda i: len(read[i]))
+    size = max(1, batch_tokens // max(1, length))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        going = [i for i in chosen if len(read[i]) < length]
+        while going:
+            best = _next_logits(model, [read[i] for i in going]).topk(top_k)
+            ended = set()
+            for i, values, ids in zip(going, best.values, best.indices, strict=True):
+                pick = torch.multinomial(values.softmax(0), 1, generator=generators[i])
+                if int(ids[pick]) == model.tokenizer.eos_token_id:
+                    ended.add(i)
+                else:
+                    read[i].append(int(ids[pick]))
+            going = [i for i in going if i not in ended and len(read[i]) < length]
+        if on_prompts is not None:
+            on_prompts(start + len(chosen), len(order))
+    return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in read]
+
+
+def _next_logits(model: Model, rows: Sequence[list[int]]) -> Tensor:
+    """Logits behind every row of token ids, `[row, vocab]`, float32 on the CPU."""
+    lengths = torch.tensor([len(ids) for ids in rows])
+    ids = torch.full((len(rows), int(lengths.max())), int(model.tokenizer.pad_token_id))
+    for own, values in zip(ids, rows, strict=True):
+        own[: len(values)] = torch.tensor(values)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    at = torch.stack([torch.arange(len(rows)), lengths - 1], dim=1)
+    with torch.no_grad():
+        on = model.device
+        return model.forward(ids.to(on), mask.to(on), at=at.to(on)).float().cpu()
+
+
+def _check_end(model: Model) -> None:
+    if model.tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {model.name!r} has no end-of-text token, so no text it generates "
+            "could end: set tokenizer.eos_token first"
+        )
 
 
 def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:
@@ -195,49 +349,3 @@ def recall(
         "correct": [float(s.right == 1) for s in scores],
     }
     return pd.DataFrame(columns)
-
-
-_COLUMNS: Mapping[str, tuple[str, str]] = {
-    "ES": ("rewrite", "success"),
-    "PS": ("paraphrase", "success"),
-    "NS": ("neighbour", "success"),
-    "EA": ("rewrite", "correct"),
-    "PA": ("paraphrase", "correct"),
-    "NA": ("neighbour", "correct"),
-    "EM": ("rewrite", "margin"),
-    "PM": ("paraphrase", "margin"),
-    "NM": ("neighbour", "margin"),
-    "GE": ("generation", "fluency"),
-}
-
-
-def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per metric (index), columns mean, ci_low, ci_high (95 % bootstrap over facts), n.
-
-    In per cent, higher is better: ES, PS, NS (success on rewrite, paraphrase and neighbour
-    prompts), S (their harmonic mean), EA, PA, NA (accuracies), EM, PM, NM (mean probability
-    margins, −100 to 100). GE (fluency) in bits × 100. Averaged per fact first, then over facts.
-    """
-    cases = {}
-    for name, (kind, column) in _COLUMNS.items():
-        if column in rows:
-            chosen = rows.loc[rows["kind"] == kind].dropna(subset=[column])
-            if len(chosen):
-                scale = 1 if name == "GE" else 100
-                cases[name] = scale * chosen.groupby("fact")[column].mean()
-    out = {name: _interval(values.to_numpy(), "mean") for name, values in cases.items()}
-    if {"ES", "PS", "NS"} <= set(cases):
-        parts = pd.concat([cases[k] for k in ("ES", "PS", "NS")], axis=1).to_numpy()
-        out["S"] = _interval(parts, "harmonic")
-    order = [k for k in ("S", *_COLUMNS) if k in out]
-    return pd.DataFrame(
-        [out[k] for k in order],
-        index=pd.Index(order, name="metric"),
-        columns=pd.Index(["mean", "ci_low", "ci_high", "n"]),
-    )
-
-
-def _interval(per_case: metrics.Numbers, statistic: str) -> tuple[float, float, float, int]:
-    means = np.nanmean(per_case, axis=0)
-    mean = float(means) if statistic == "mean" else metrics.harmonic_mean(list(means))
-    return (mean, *metrics.bootstrap(per_case, statistic), len(per_case))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+BENCHMARKS = ("zsre",)
+"""Benchmarks that are scored in their own way; see `Fact.benchmark`."""
 
 
 class FactError(ValueError):
@@ -38,6 +41,8 @@ class Fact:
     """Name of the relation, a Wikidata property id in CounterFact."""
     case_id: int | str | None = None
     """Identifier of the record in its data set."""
+    benchmark: str | None = None
+    """"zsre" for facts that `summarise` also scores as zsRE does; None for all others."""
 
     def __post_init__(self) -> None:
         if not self.subject.strip():
@@ -57,10 +62,16 @@ class Fact:
                 )
         if self.target_new is None and self.target_true is None:
             raise FactError(f"{self.text!r} has neither target_new nor target_true; give one.")
+        if self.benchmark is not None and self.benchmark not in BENCHMARKS:
+            raise FactError(
+                f"Unknown benchmark {self.benchmark!r}; leave it out, or choose from "
+                f"{', '.join(BENCHMARKS)}."
+            )
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Fact:
-        """The inverse of `dataclasses.asdict`, also behind JSON, which turns tuples into lists."""
+        """The inverse of `dataclasses.asdict`, also behind JSON, which turns tuples into lists.
+        Fields that came later than the record (`benchmark`) take their defaults."""
         listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
         pairs = tuple((prompt, answer) for prompt, answer in record["neighbours"])
         return cls(**{**record, **listed, "neighbours": pairs})
@@ -72,21 +83,53 @@ class Fact:
 
 
 def check_editable(facts: Sequence[Fact]) -> None:
-    """Refuse fact lists that no edit can satisfy.
+    """Refuse fact lists that no edit can satisfy, or that say one thing twice.
+
+    Two facts contradict each other if they ask for different answers to the same prompt about the
+    same subject, or to the same relation of the same subject in other words. The latter does not
+    hold where both had different true answers: then the relation admits several (Istanbul has more
+    than one twin city in CounterFact). Two facts are the same if at most their `case_id` differs;
+    asking for one answer in several phrasings is no repetition.
 
     Raises:
-        FactError: for an empty list, a fact without `target_new`, and two facts that ask for
-            different answers to the same question (same subject and prompt).
+        FactError: for an empty list, a fact without `target_new`, two facts that contradict each
+            other, and one that is there twice; the message names them.
     """
     if not facts:
         raise FactError("There are no facts to edit; pass at least one Fact.")
-    asked: dict[tuple[str, str], str] = {}
+    seen: set[str] = set()
+    asked: dict[tuple[str, str], Fact] = {}
+    related: dict[tuple[str, str], list[Fact]] = {}
     for fact in facts:
         if fact.target_new is None:
             raise FactError(f"{fact.text!r} has no target_new; an edit needs the new answer.")
-        first = asked.setdefault((fact.subject, fact.prompt), fact.target_new)
-        if first != fact.target_new:
+        first = asked.setdefault((fact.subject, fact.prompt), fact)
+        if first.target_new != fact.target_new:
             raise FactError(
-                f"Two facts contradict each other: {fact.text!r} should be both {first!r} and "
-                f"{fact.target_new!r}. Keep one of them."
+                f"Two facts contradict each other: {fact.text!r} should be both "
+                f"{first.target_new!r} and {fact.target_new!r}. Keep one of them."
             )
+        if fact.relation is not None:
+            others = related.setdefault((fact.subject, fact.relation), [])
+            for other in others:
+                _check_agree(other, fact)
+            others.append(fact)
+        one = repr(replace(fact, case_id=None))
+        if one in seen:
+            raise FactError(
+                f"A fact is there twice: {fact.text!r} should be {fact.target_new!r}. Keep one."
+            )
+        seen.add(one)
+
+
+def _check_agree(first: Fact, second: Fact) -> None:
+    """Refuse two answers to one relation of one subject, unless it is known to have several."""
+    several = None not in (first.target_true, second.target_true) and (
+        first.target_true != second.target_true
+    )
+    if first.target_new != second.target_new and not several:
+        raise FactError(
+            f"Two facts contradict each other: relation {first.relation!r} of {first.subject!r} "
+            f"should be both {first.target_new!r} ({first.text!r}) and {second.target_new!r} "
+            f"({second.text!r}). Keep one of them."
+        )

@@ -53,7 +53,16 @@ _WORLD_PMET = Hparams(
     reference_norm="resid_post",
     second_moment_weight=10.0,
 )
-_WORLD_MEMIT = replace(_GPTJ_MEMIT, layers=(1, 2, 3), second_moment_weight=30.0)
+_WORLD_MEMIT = replace(_GPTJ_MEMIT, layers=(1, 2, 3), second_moment_weight=30.0, null_space_l2=0.1)
+# One layer takes everything, so the bound is wider.
+_WORLD_ROME = Hparams(
+    layers=(3,),
+    weight_decay=0.02,
+    clamp=1.5,
+    kl_weight=0.0625,
+    reference_norm="resid_post",
+    easing=1.0,
+)
 # Positions are embedded here, so the first layer's keys tell names apart, and it can be critical.
 _SEQUENTIAL_PMET = replace(
     _WORLD_PMET, layers=(0, 1, 2, 3), n_steps=40, lr=0.1, second_moment_weight=30.0
@@ -61,8 +70,12 @@ _SEQUENTIAL_PMET = replace(
 _SEQUENTIAL_MEMIT = replace(_WORLD_MEMIT, layers=(0, 1, 2, 3))
 
 HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
-    "world": {"PMET": _WORLD_PMET, "MEMIT": _WORLD_MEMIT},
-    "world-sequential": {"PMET": _SEQUENTIAL_PMET, "MEMIT": _SEQUENTIAL_MEMIT},
+    "world": {"PMET": _WORLD_PMET, "MEMIT": _WORLD_MEMIT, "ROME": _WORLD_ROME},
+    "world-sequential": {
+        "PMET": _SEQUENTIAL_PMET,
+        "MEMIT": _SEQUENTIAL_MEMIT,
+        "ROME": _WORLD_ROME,
+    },
     # Released hparams/PMET/EleutherAI_gpt-j-6B.json; MEMIT paper, appendix B.4.
     # ROME: layer 5 from its released hparams/ROME/EleutherAI_gpt-j-6B.json, the strengths from its
     # gpt2-xl.json, because kl_factor 1000 and weight decay 50 there are of another order.

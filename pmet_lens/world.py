@@ -160,7 +160,13 @@ class World:
             yield from (doc.text for doc in self.documents(rng))
 
     def references(self, relation: str, obj: str, n: int = 5) -> list[str]:
-        """Up to `n` texts about pool-B subjects whose `relation` is `obj` (for consistency, RS)."""
+        """Up to `n` texts about pool-B subjects whose `relation` is `obj`: what texts about a
+        subject should be like after an edit to `obj` (for consistency, RS).
+
+        Raises `ValueError` where nobody in pool B has that relation to `obj`.
+        """
+        if (relation, obj) not in self.holders:
+            raise ValueError(f"Nobody in this world has {obj!r} as {relation!r}.")
         rng = random.Random(f"references {self.seed} {relation} {obj}")
         return [self.portrait(f.subject, rng).text for f in self.holders[relation, obj][:n]]
 

@@ -17,7 +17,7 @@ FLOORS = (
     {"activations", "analysis", "keys", "patterns", "readout", "similarity", "targets"}
     | {"swapping", "variance"},
     {"artifact", "editing", "edits", "finetune", "mend", "methods"},
-    {"evaluation", "geometry"},
+    {"ability", "evaluation", "geometry"},
     {"experiment", "training"},
     {"plots", "widgets"},
     {"cli", "__init__"},  # `import pmet_lens` is for the command line and for users
