@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ def read(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        hf = AutoModelForCausalLM.from_pretrained(where, dtype=chosen)
+        with _quiet(source in BUNDLED):
+            hf = AutoModelForCausalLM.from_pretrained(where, dtype=chosen)
         found = AutoTokenizer.from_pretrained(where) if tokenizer is None else tokenizer
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -56,6 +59,21 @@ def read(
         # This object is not the user's, and the mask hides what is padded with.
         found.pad_token = found.eos_token
     return hf, found, Path(where).name
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """A block without transformers' progress bars: a bundled model loads in a moment."""
+    from transformers.utils import logging
+
+    quiet = quiet and logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
 
 
 def name_of(hf: nn.Module) -> str:
