@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
-from pmet_lens import evaluation, metrics
+from pmet_lens import ability, evaluation, metrics
 from pmet_lens.adapter import Model, Site
-from pmet_lens.editing import Edit, Moments, edit
+from pmet_lens.editing import Moments, edit, edit_sequentially
+from pmet_lens.edits import Edit
 from pmet_lens.facts import Fact
 from pmet_lens.linalg import Factor
 from pmet_lens.settings import Hparams, Method
@@ -68,6 +69,60 @@ def one_at_a_time(
         if on_fact is not None:
             on_fact(i + 1, len(facts))
     return pd.concat(rows, ignore_index=True)
+
+
+def sequential(
+    model: Model,
+    facts: Sequence[Fact],
+    moments: Moments,
+    method: Method,
+    hparams: Hparams,
+    contexts: Sequence[str],
+    *,
+    batch_size: int,
+    protect: bool = False,
+    others: Sequence[Fact] = (),
+    collapse: float = 3.0,
+    on_fact: OnFact | None = None,
+) -> pd.DataFrame:
+    """Edit batch after batch and measure after each: does the model keep the earlier edits, and
+    does it hold together?
+
+    One row per number of edits and metric: edits, metric, mean, ci_low, ci_high, n, collapsed.
+    Metrics: those of `measure` on *all* facts edited so far; perplexity on held-out text of the
+    world (`ability.general_ability`); weight_norm, the largest ‖W + ΣΔ‖ / ‖W‖ of a written weight
+    (Frobenius, no interval). `edits` 0 is the model before. collapsed: from the first batch on
+    after which perplexity is more than `collapse` times what it was before, or not finite.
+
+    `protect`: see `edit_sequentially`. The model is left as it was found.
+    """
+    sites = [Site(layer, projection) for layer in hparams.layers for projection in method.write]
+    norms = {site: model.weight(site).norm() for site in sites}
+    tables: dict[int, pd.DataFrame] = {}
+
+    def look(done: int, _: Edit | None = None) -> None:
+        table = ability.general_ability(model, prompts=(), others=())
+        if done:
+            table = pd.concat([measure(model, facts[:done], None, others), table])
+        grown = max(float(model.weight(site).norm() / norms[site]) for site in sites)
+        table.loc["weight_norm"] = [grown, grown, grown, len(sites)]
+        tables[done] = table
+        if on_fact is not None:
+            on_fact(done, len(facts))
+
+    look(0)
+    edit_sequentially(
+        model, facts, moments, method, hparams, contexts,
+        batch_size=batch_size, protect=protect, on_batch=look,
+    )  # fmt: skip
+    limit = collapse * tables[0].loc["perplexity", "mean"]
+    broken = [n for n, t in tables.items() if not t.loc["perplexity", "mean"] <= limit]
+    frames = [
+        t.reset_index().assign(edits=n, collapsed=bool(broken) and n >= min(broken))
+        for n, t in tables.items()
+    ]
+    columns = ["edits", "metric", "mean", "ci_low", "ci_high", "n", "collapsed"]
+    return pd.concat(frames, ignore_index=True)[columns]
 
 
 def others_of(world: Sequence[Fact], edited: Sequence[Fact]) -> list[Fact]:
