@@ -233,12 +233,12 @@ def _references(facts: Sequence[Fact], given: References | None) -> list[Sequenc
         return [given.get((f.relation, _wanted(f)), ()) for f in facts]
     bundled = world.build()
     known = {(f.subject.name, f.relation) for f in bundled.facts}
-    return [
-        bundled.references(f.relation, _wanted(f))
-        if (f.subject, f.relation) in known and (f.relation, _wanted(f)) in bundled.holders
-        else ()
-        for f in facts
-    ]
+    found: list[Sequence[str]] = []
+    for fact in facts:
+        relation, wanted = fact.relation or "", _wanted(fact)
+        own = (fact.subject, relation) in known and (relation, wanted) in bundled.holders
+        found.append(bundled.references(relation, wanted) if own else ())
+    return found
 
 
 def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed: int = 0) -> str:

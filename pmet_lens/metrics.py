@@ -1,4 +1,4 @@
-"""Metrics as pure functions on numbers, strings and tables; range and direction in every docstring."""
+"""Metrics as pure functions on numbers, strings, tables; range and direction in every docstring."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def fluency(texts: Sequence[str]) -> float:
 
 def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
     """Consistency RS: cosine ×100 between the TF-IDF vectors of the generated texts, joined into
-    one, and of the reference texts, joined into one; 0 (no word in common) to 100, higher is better.
+    one, and of the reference texts, joined into one; from 0 (no word in common) to 100, higher is
+    better.
 
     The definition is that of ROME (arXiv 2202.05262, section 3.4) and MEMIT. Words are those of
     scikit-learn's `TfidfVectorizer` (lower case, two letters or more), whose document frequencies
@@ -184,7 +185,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """
     cases = _per_fact(rows, _COLUMNS)
     if "benchmark" in rows:
-        cases |= _per_fact(rows[rows["benchmark"] == "zsre"], _ZSRE)
+        cases |= _per_fact(rows.loc[rows["benchmark"] == "zsre"], _ZSRE)
     out = {name: _interval(values.to_numpy(), "mean") for name, values in cases.items()}
     for name, parts in _SCORES.items():
         if set(parts) <= set(cases):

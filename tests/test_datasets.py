@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import random
@@ -14,7 +15,7 @@ from tiny import tiny_model
 
 from pmet_lens import world
 from pmet_lens.datasets import DataError, counterfact, knowns, texts, zsre
-from pmet_lens.facts import Fact
+from pmet_lens.facts import Fact, FactError, check_editable
 from pmet_lens.tokens import Prompt, encode
 
 torch.set_num_threads(1)
@@ -116,6 +117,7 @@ def test_zsre(written):
     assert fact.paraphrases == (ZSRE["rephrase"],)
     # The published evaluation puts the question mark behind the locality prompt.
     assert fact.neighbours == (("nq question: who sang the theme song?", "Tina"),)
+    assert fact.benchmark == "zsre"
 
 
 def test_knowns(written):
@@ -206,7 +208,7 @@ NEEDED = {
         ("requested_rewrite", "target_new"),
         ("requested_rewrite", "target_true", "str"),
     ],
-    "zsre": [("subject",), ("src",), ("answers",), ("rephrase",), ("loc",), ("loc_ans",)],
+    "zsre": [("subject",), ("src",), ("answers",), ("rephrase",)],
     "knowns": [("subject",), ("prompt",), ("attribute",), ("known_id",)],
 }
 
@@ -259,6 +261,25 @@ def test_a_record_that_makes_no_fact_is_named(record, words, written):
         zsre(written([ZSRE, record]))
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"loc": None}, "has no locality prompt: `loc` must be a question, 'nq question: …'"),
+        ({"loc": "nq question: ?"}, "has no locality prompt"),
+        ({"loc": ""}, "has no locality prompt"),
+        ({"loc": "who sang it"}, "`loc` is 'who sang it'; it must begin with 'nq question: '"),
+        ({"loc_ans": " "}, "its locality prompt 'nq question: .*' has no answer in `loc_ans`"),
+        ({"loc_ans": ["Tina"]}, "has no answer in `loc_ans`"),
+        ({"loc_ans": None}, "has no answer in `loc_ans`"),
+    ],
+)
+def test_a_zsre_record_without_a_locality_prompt_is_named(changed, words, written):
+    """Its specificity could not be measured. `None` stands for a record without the field."""
+    record = {k: v for k, v in {**ZSRE, **changed}.items() if v is not None}
+    with pytest.raises(DataError, match=rf"record 1 of .*records\.json cannot be used: .*{words}"):
+        zsre(written([ZSRE, record]))
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_truncated_file_names_the_record_it_ends_in(loader, written, indent):
     load, record = loader
@@ -287,6 +308,68 @@ def test_a_file_that_is_no_list_of_records_is_refused(loader, written, tmp_path)
     for text in ("", "not JSON"):
         with pytest.raises(DataError, match="not valid JSON from line 1 on"):
             load(written(text))
+
+
+# -- lists that can be edited ---------------------------------------------------------------------
+
+SISTER = Fact("Istanbul", "{} is a twin city of", "Warsaw", "Cairo", relation="P190", case_id=1)
+
+
+def other(**changes) -> Fact:
+    return dataclasses.replace(SISTER, **{"case_id": 2, **changes})
+
+
+def test_two_answers_to_one_relation_are_refused():
+    again = other(prompt="The twin city of {} is", target_new="Bonn")
+    words = (
+        r"contradict each other: relation 'P190' of 'Istanbul' should be both 'Warsaw' "
+        r"\('Istanbul is a twin city of'\) and 'Bonn' \('The twin city of Istanbul is'\)"
+    )
+    with pytest.raises(FactError, match=words):
+        check_editable([SISTER, other(subject="Kel"), again])
+    unknown = [dataclasses.replace(f, target_true=None) for f in (SISTER, again)]
+    for pair in (unknown, (SISTER, unknown[1]), (unknown[0], again)):
+        with pytest.raises(FactError, match="contradict each other"):
+            check_editable(pair)
+
+
+def test_what_only_looks_like_a_contradiction_passes():
+    otherwise = other(prompt="The twin city of {} is")
+    check_editable([SISTER, otherwise])  # one answer in two phrasings
+    # A relation that had two true answers admits several, as CounterFact's twin cities do.
+    check_editable([SISTER, dataclasses.replace(otherwise, target_new="Bonn", target_true="Oslo")])
+    check_editable([SISTER, dataclasses.replace(otherwise, target_new="Bonn", relation="P36")])
+    questions = [dataclasses.replace(f, relation=None) for f in (SISTER, otherwise)]
+    check_editable([questions[0], dataclasses.replace(questions[1], target_new="Bonn")])
+
+
+def test_a_fact_that_is_there_twice_is_refused():
+    with pytest.raises(FactError, match=r"there twice: 'Istanbul is a twin .*' should be 'Warsaw'"):
+        check_editable([SISTER, other(subject="Kel"), other()])
+    check_editable([SISTER, other(subject="Kel")])
+
+
+@pytest.mark.parametrize("name", ["counterfact", "zsre"])
+def test_the_bundled_records_can_be_edited_together(name):
+    facts = LOADERS[name][0]()
+    assert len(facts) == 750
+    check_editable(facts)
+    with pytest.raises(FactError, match="there twice"):
+        check_editable([*facts, facts[-1]])
+
+
+@pytest.mark.parametrize("load", [counterfact, zsre])
+def test_facts_survive_their_way_through_a_file(load, small):
+    for fact in load(n=3):
+        record = json.loads(json.dumps(dataclasses.asdict(fact)))
+        assert Fact.from_record(record) == fact
+        del record["benchmark"]  # as in files of before there was one
+        assert Fact.from_record(record) == dataclasses.replace(fact, benchmark=None)
+
+
+def test_an_unknown_benchmark_is_refused():
+    with pytest.raises(FactError, match=r"Unknown benchmark 'zsRE'; leave it out, or .* zsre"):
+        other(benchmark="zsRE")
 
 
 # -- the real files -------------------------------------------------------------------------------
@@ -343,3 +426,17 @@ def test_every_real_record_is_read_and_its_subject_found(name, shared, reader):
         "zsre": lambda r: r["src"],
     }
     assert [fact.text for fact in facts] == [texts[name](r) for r in records]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [REAL["counterfact"][0], REAL["zsre"][0], "data/zsre/zsre_known_locality_150.json"],
+)
+def test_the_real_records_can_be_edited_together(file, shared):
+    load = counterfact if "counterfact" in file else zsre
+    facts = load(shared / file)
+    check_editable(facts)
+    assert all(f.benchmark == (None if load is counterfact else "zsre") for f in facts)
+    assert all(p.startswith("nq question: ") for f in facts for p, _ in f.neighbours if f.benchmark)
+    with pytest.raises(FactError, match="there twice"):
+        check_editable([*facts, facts[0]])

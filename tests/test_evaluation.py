@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from functools import partial
@@ -13,9 +14,17 @@ import torch
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import evaluation, metrics
+from pmet_lens import metrics, world
 from pmet_lens.adapter import Model
-from pmet_lens.evaluation import ask, evaluate, generate, recall, score, summarise
+from pmet_lens.evaluation import (
+    ask,
+    evaluate,
+    generate,
+    generate_batch,
+    recall,
+    score,
+    summarise,
+)
 from pmet_lens.tokens import Prompt
 
 torch.set_num_threads(1)
@@ -204,6 +213,102 @@ def test_the_batches_do_not_matter(gpt2, batch_tokens):
         assert found.right == right
 
 
+@pytest.fixture(scope="module")
+def exact() -> Model:
+    return tiny_model("gpt2", torch.float64)
+
+
+@pytest.fixture
+def forward_rows(monkeypatch) -> list[int]:
+    """The number of rows of every forward pass."""
+    ran: list[int] = []
+    forward = Model.forward
+
+    def spy(self, input_ids, attention_mask, **more):
+        ran.append(len(input_ids))
+        return forward(self, input_ids, attention_mask, **more)
+
+    monkeypatch.setattr(Model, "forward", spy)
+    return ran
+
+
+def answers(model: Model, n_tokens: int) -> list[str]:
+    """Answers of so many tokens behind a space."""
+    pieces = model.tokenizer.decode
+    single = [pieces([i])[1:] for i in range(320) if pieces([i])[:1] == " "]
+    single = [word for word in single if word.isalpha()]
+    found = [" ".join(single[i : i + n_tokens]) for i in range(len(single) - n_tokens)]
+    read = model.tokenizer
+    return [
+        a
+        for a in found
+        if len(read(f"Kel {a}")["input_ids"]) - len(read("Kel")["input_ids"]) == n_tokens
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "rows"),
+    [
+        (1, 1, 1),  # nothing of either answer is read
+        (1, 2, 1),  # the row of the longer one begins with that of the shorter
+        (2, 2, 2),  # their first tokens differ, and are read
+    ],
+)
+def test_answers_that_read_the_same_tokens_share_a_row(exact, forward_rows, one, other, rows):
+    words = {n: answers(exact, n) for n in (1, 2)}
+    a, b = words[one][0], words[other][-1]
+    assert a.split()[0] != b.split()[0]
+    texts = ["Kel is", "The tower of Ilmar stands in the harbour city of"]
+    prompts = [Prompt(text, None, answer) for text in texts for answer in (a, b)]
+    together = score(exact, prompts)
+    assert sum(forward_rows) == rows * len(texts)
+    forward_rows.clear()
+    alone = [score(exact, [prompt])[0] for prompt in prompts]
+    assert sum(forward_rows) == len(prompts)
+    assert len({s.nll for s in alone}) == len(prompts)
+    for now, then, prompt in zip(together, alone, prompts, strict=True):
+        assert now.nll == pytest.approx(then.nll, abs=1e-12)
+        assert now.right == then.right
+        assert now.nll == pytest.approx(naive(exact, prompt.text, prompt.target)[0], abs=1e-6)
+
+
+def test_two_answers_with_one_beginning_share_a_row(exact, forward_rows):
+    first, second = answers(exact, 2)[0].split()
+    third = next(w for w in answers(exact, 1) if w not in (first, second))
+    prompts = [Prompt("Kel is", None, f"{first} {last}") for last in (second, third)]
+    found = score(exact, prompts)
+    assert forward_rows == [1]
+    assert [s.nll for s in found] == pytest.approx(
+        [score(exact, [p])[0].nll for p in prompts], abs=1e-12
+    )
+
+
+def test_a_whole_table_is_the_same_however_rows_are_shared(exact, forward_rows, monkeypatch):
+    wanted, rival, *_ = answers(exact, 1)
+    fact = pl.Fact(
+        "Kel", "{} is", wanted, rival, paraphrases=("Vell is",), neighbours=(("Ilmar is", rival),)
+    )
+    together = evaluate(exact, [fact, FACTS[1]])
+    shared = sum(forward_rows)
+    forward_rows.clear()
+    scored = score
+    monkeypatch.setattr(
+        "pmet_lens.evaluation.score",
+        lambda model, prompts, **more: [scored(model, [p])[0] for p in prompts],
+    )
+    alone = evaluate(exact, [fact, FACTS[1]])
+    pd.testing.assert_frame_equal(together, alone, rtol=0, atol=1e-12)
+    assert sum(forward_rows) == 2 * len(alone)
+    assert shared <= sum(forward_rows) - 3  # one row for each prompt of the first fact
+
+
+def test_numbers_do_not_depend_on_how_many_prompts_are_read_at_once(gpt2, monkeypatch):
+    whole = score(gpt2, PROMPTS)
+    monkeypatch.setattr("pmet_lens.evaluation._AT_ONCE", 1)
+    for one, two in zip(score(gpt2, PROMPTS), whole, strict=True):
+        assert one.nll == pytest.approx(two.nll, abs=1e-5)
+
+
 def test_progress_is_told(gpt2):
     told = []
     score(gpt2, PROMPTS, batch_tokens=1, on_prompts=lambda *now: told.append(now))
@@ -282,6 +387,78 @@ def test_a_score_of_facts_of_which_some_lack_neighbours_has_an_interval():
     assert found.loc["S", "mean"] == pytest.approx(3 / (1 / 100 + 1 / 75 + 1 / 25))
 
 
+# -- zsRE -----------------------------------------------------------------------------------------
+
+ZSRE = [
+    pl.Fact(
+        "Kel",
+        "Where is {}?",
+        "Old Norse",
+        paraphrases=("In which land lies Kel?",),
+        neighbours=(("nq question: who sang it?", "Tina"),),
+        benchmark="zsre",
+    ),
+    pl.Fact("Vell", "Where is {}?", "open", benchmark="zsre"),
+]
+
+
+def zsre_table(rows: list[tuple[int, str, float]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=["fact", "kind", "token_accuracy"])
+    return frame.assign(correct=(frame["token_accuracy"] == 1).astype(float), benchmark="zsre")
+
+
+def test_the_zsre_summary_by_hand():
+    """Shares of tokens, per fact first; the whole answer counts for EA, PA and NA alone."""
+    rows = [(0, "rewrite", 1.0), (0, "paraphrase", 0.5), (0, "neighbour", 0.0)]
+    rows += [(1, "rewrite", 0.5), (1, "paraphrase", 0.25), (1, "neighbour", 0.5)]
+    rows += [(1, "paraphrase", 0.75)]
+    found = summarise(zsre_table(rows))
+    want = {"efficacy": 75, "paraphrase": 50, "specificity": 25, "EA": 50, "PA": 0, "NA": 0}
+    want["score"] = 3 / (1 / 75 + 1 / 50 + 1 / 25)
+    assert found["mean"].to_dict() == pytest.approx(want, abs=1e-9)
+    order = ["EA", "PA", "NA", "score", "efficacy", "paraphrase", "specificity"]
+    assert list(found.index) == order
+    assert set(found["n"]) == {2}
+    assert found.loc["efficacy", ["ci_low", "ci_high"]].tolist() == [50, 100]
+    assert (found["ci_low"] <= found["mean"]).all()
+    assert (found["mean"] <= found["ci_high"]).all()
+
+
+def test_zsre_scores_are_those_of_zsre_facts_alone(gpt2, rows):
+    """In a mixed list each family is told of the facts it belongs to, and CounterFact's is as
+    it would be without the others, but for the accuracies all facts have."""
+    mixed = evaluate(gpt2, [*FACTS, *ZSRE])
+    assert "benchmark" not in rows
+    pd.testing.assert_frame_equal(mixed[: len(rows)].drop(columns="benchmark"), rows, atol=1e-6)
+    assert mixed["benchmark"].fillna("").tolist() == [""] * len(rows) + ["zsre"] * 4
+    found, plain = summarise(mixed), summarise(rows)
+    only = summarise(evaluate(gpt2, ZSRE))
+    names = ["score", "efficacy", "paraphrase", "specificity"]
+    assert not set(names) & set(plain.index)
+    success = ["S", "ES", "PS", "NS", "EM", "PM", "NM"]
+    assert not set(success) & set(only.index)
+    assert found.loc[success].to_numpy() == pytest.approx(plain.loc[success].to_numpy(), abs=1e-4)
+    assert found.loc[names].equals(only.loc[names])
+    assert found.loc["efficacy", "n"] == 2
+    assert found.loc["specificity", "n"] == 1
+    assert found.loc["EA", "n"] == 6
+
+
+def test_zsre_rows_hold_the_share_of_right_tokens():
+    """The planted model says the first token of the answer to the question and all of the other."""
+    fact = ZSRE[0]
+    locality = fact.neighbours[0][0]
+    says = planted({fact.text: "Old Nort", locality: "Tina"})
+    table = evaluate(says, ZSRE[:1]).set_index("kind")
+    assert 0 < table.loc["rewrite", "token_accuracy"] < 1
+    assert table.loc["rewrite", "correct"] == 0
+    assert table.loc["neighbour", ["prompt", "wanted"]].tolist() == [locality, "Tina"]
+    assert table.loc["neighbour", "token_accuracy"] == 1
+    found = summarise(table.reset_index())["mean"]
+    assert found["specificity"] == 100
+    assert found["efficacy"] == 100 * table.loc["rewrite", "token_accuracy"]
+
+
 # -- text -----------------------------------------------------------------------------------------
 
 
@@ -329,10 +506,83 @@ def test_generation_ends_with_the_text_and_with_the_model(monkeypatch):
         assert "<|endoftext|>" not in text
 
 
-def test_generation_prompts_are_rows_of_their_own(gpt2, monkeypatch):
-    monkeypatch.setattr(
-        evaluation, "generate", lambda model, prompt, seed: f"{prompt} a b c {seed}"
+PROMPTED = ["Kel", "The tower of Ilmar stands in", "Mira", "Kel"]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 4096])
+def test_a_text_does_not_depend_on_its_batch(exact, batch_tokens):
+    alone = [generate(exact, p, length=15, seed=s) for s, p in enumerate(PROMPTED)]
+    batch = generate_batch(exact, PROMPTED, range(4), 15, batch_tokens=batch_tokens)
+    assert batch == alone
+    assert batch[0] != batch[3]  # one prompt, two seeds
+    back = generate_batch(exact, PROMPTED[::-1], range(4)[::-1], 15, batch_tokens=batch_tokens)
+    assert back == alone[::-1]
+
+
+def test_prompts_are_continued_together(gpt2, forward_rows):
+    read = [len(gpt2.tokenizer(p)["input_ids"]) for p in PROMPTED]
+    generate_batch(gpt2, PROMPTED, [0] * 4, length=max(read) + 2, top_k=1)
+    assert max(forward_rows) == 4
+    assert len(forward_rows) == max(read) + 2 - min(read)  # one pass per token of the longest run
+    told = []
+    size = 2 * (max(read) + 2)
+    generate_batch(
+        gpt2,
+        PROMPTED,
+        [0] * 4,
+        length=max(read) + 2,
+        batch_tokens=size,
+        on_prompts=lambda *now: told.append(now),
     )
+    assert told == [(2, 4), (4, 4)]
+    assert generate_batch(gpt2, [], []) == []
+
+
+def test_a_text_that_ended_is_not_continued_while_others_are(monkeypatch):
+    model = tiny_model("gpt2", torch.float64)
+    end, forward = model.tokenizer.eos_token_id, Model.forward
+    ends = model.tokenizer("Kel")["input_ids"]
+
+    def spy(self, input_ids, attention_mask, **more):
+        logits = forward(self, input_ids, attention_mask, **more)
+        logits[..., end] = -1e9
+        logits[(input_ids[:, : len(ends)] == torch.tensor(ends)).all(1), end] = 1e9
+        return logits
+
+    monkeypatch.setattr(Model, "forward", spy)
+    one, other = generate_batch(model, ["Kel", "Mira Tolan"], [0, 0], length=20)
+    assert one == "Kel"
+    assert len(model.tokenizer(other)["input_ids"]) > 10
+
+
+def test_generation_needs_an_end_and_a_beginning(gpt2):
+    endless = tiny_model("gpt2")
+    endless.tokenizer.eos_token = None
+    wordy = pl.Fact("Kel", "{} is", "open", generation=("Kel",))
+    for run in (
+        lambda: generate(endless, "Kel"),
+        lambda: generate_batch(endless, ["Kel"], [0]),
+        lambda: evaluate(endless, [wordy], generate=True),
+    ):
+        with pytest.raises(pl.ModelError, match=r"'gpt2' has no end-of-text token.*set tokenizer"):
+            run()
+    assert len(evaluate(endless, [wordy])) == 1  # nothing is generated here
+    with pytest.raises(pl.FactError, match="prompt '' has no token to continue"):
+        generate(gpt2, "")
+
+
+@pytest.fixture
+def parrot(monkeypatch):
+    """Generations that only repeat prompt and seed."""
+
+    def say(model, prompts, seeds, **_):
+        return [f"{p} a b c {s}" for p, s in zip(prompts, seeds, strict=True)]
+
+    monkeypatch.setattr("pmet_lens.evaluation.generate_batch", say)
+
+
+@pytest.mark.usefixtures("parrot")
+def test_generation_prompts_are_rows_of_their_own(gpt2):
     wordy = pl.Fact("Kel", "{} is", "open", generation=("Kel", "In Kel"))
     rows = evaluate(gpt2, [FACTS[1], wordy], generate=True)
     own = rows[rows["kind"] == "generation"]
@@ -341,9 +591,44 @@ def test_generation_prompts_are_rows_of_their_own(gpt2, monkeypatch):
     words = [metrics.fluency([text]) for text in own["text"]]
     assert own["fluency"].tolist() == words
     assert rows.index.is_unique
-    assert summarise(rows).loc["GE", "mean"] == pytest.approx(np.mean(words))
+    found = summarise(rows)
+    assert found.loc["GE", "mean"] == pytest.approx(np.mean(words))
+    # Nobody told what texts about the new answer are like.
+    assert "consistency" not in rows
+    assert "RS" not in found.index
     silent = evaluate(gpt2, FACTS[1:2], generate=True)
     assert "GE" not in summarise(silent).index
+
+
+@pytest.mark.usefixtures("parrot")
+def test_consistency_compares_all_texts_of_a_fact_with_its_references(gpt2):
+    first = pl.Fact("Kel", "{} is", "open", "shut", generation=("Kel", "In Kel"), relation="P1")
+    second = pl.Fact("Vell", "{} is", "open", generation=("Vell",), relation="P2")
+    known = {("P1", "open"): ["Kel is open", "so is Vell"], ("P2", "shut"): ["Not asked"]}
+    rows = evaluate(gpt2, [first, second], generate=True, references=known)
+    own = rows[rows["kind"] == "generation"]
+    told = own.loc[own["fact"] == 0, "text"].tolist()
+    rs = metrics.consistency(told, known["P1", "open"])
+    assert 0 < rs < 100
+    assert own["consistency"].tolist()[:2] == [rs, rs]
+    assert math.isnan(own["consistency"].tolist()[2])  # no texts for (P2, open)
+    found = summarise(rows)
+    assert found.loc["RS", ["mean", "n"]].tolist() == [pytest.approx(rs), 1]
+    assert found.loc["GE", "n"] == 2
+
+
+@pytest.mark.usefixtures("parrot")
+def test_the_bundled_world_brings_its_own_references(gpt2):
+    fact = dataclasses.replace(pl.counterfact(n=1)[0], paraphrases=(), neighbours=())
+    stranger = dataclasses.replace(fact, subject="Kel")
+    rows = evaluate(gpt2, [fact, stranger], generate=True)
+    own = rows[rows["kind"] == "generation"].set_index("fact")
+    texts = world.build().references(fact.relation, fact.target_new)
+    rs = metrics.consistency(own.loc[0, "text"].tolist(), texts)
+    assert own.loc[0, "consistency"].tolist() == pytest.approx([rs] * len(fact.generation))
+    assert own.loc[1, "consistency"].isna().all()
+    none = evaluate(gpt2, [fact], generate=True, references={})
+    assert "consistency" not in none
 
 
 def test_ask_tells_the_likeliest_next_tokens(model):

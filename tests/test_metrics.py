@@ -10,6 +10,7 @@ import pytest
 from pmet_lens.metrics import (
     bootstrap,
     bootstrap_ratio,
+    consistency,
     fluency,
     harmonic_mean,
     ngram_entropy,
@@ -77,6 +78,38 @@ def test_fluency_by_hand():
     assert fluency(["a b c d", "x x x x"]) == pytest.approx(one / 2)  # the mean over texts
     assert fluency(["A, B."]) == pytest.approx(one)  # A , B . are four tokens
     assert fluency(["a b c d " * 5]) < fluency(["a b c d e f g h i j k l m n o p q r s t"])
+
+
+# -- consistency ----------------------------------------------------------------------------------
+
+
+def test_consistency_by_hand():
+    """A word of both documents weighs 1, a word of one ln(3/2) + 1 (smoothed, of two documents)."""
+    rare = math.log(3 / 2) + 1
+    # red, blue against red, green: one shared word in vectors of length √(1 + rare²).
+    assert consistency(["red blue"], ["red green"]) == pytest.approx(100 / (1 + rare**2))
+    # red twice, blue, against red.
+    assert consistency(["red", "red blue"], ["red"]) == pytest.approx(100 * 2 / math.hypot(2, rare))
+
+
+def test_consistency_at_the_ends_of_its_range():
+    assert consistency(["red blue", "green"], ["green red", "blue"]) == pytest.approx(100)
+    assert consistency(["Red, blue!"], ["red blue"]) == pytest.approx(100)
+    assert consistency(["red blue"], ["green"]) == 0
+    # No words at all.
+    assert consistency(["", "a !"], ["red"]) == consistency(["red"], [""]) == 0
+
+
+def test_consistency_is_of_two_documents():
+    one, other = ["red blue", "red green"], ["red", "grey"]
+    assert consistency(one, other) == pytest.approx(consistency(other, one))
+    assert consistency(one, other) == pytest.approx(consistency([" ".join(one)], other[::-1]))
+    assert consistency(one, other) > consistency(one, [*other, "grey gold"])
+    for wrong in ([], "red"):
+        with pytest.raises(ValueError, match="two lists, each of at least one text"):
+            consistency(["red"], wrong)
+        with pytest.raises(ValueError, match="two lists, each of at least one text"):
+            consistency(wrong, ["red"])
 
 
 # -- intervals ------------------------------------------------------------------------------------

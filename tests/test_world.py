@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -236,6 +237,33 @@ def test_references_are_about_holders_of_the_object(whole):
         assert fact.subject.name in text
         assert fact.object in text
     assert whole.references(relation, obj, n=3) == texts
+    for wrong in ((relation, "Atlantis"), ("P0", obj)):
+        with pytest.raises(ValueError, match=f"Nobody .* has '{wrong[1]}' as '{wrong[0]}'"):
+            whole.references(*wrong)
+
+
+def test_consistency_can_be_measured_on_every_record(whole, counterfact):
+    """Every record has prompts for free text, and texts about others with its new answer."""
+    edited = {record["requested_rewrite"]["subject"] for record in counterfact}
+    for record in counterfact:
+        asked = record["requested_rewrite"]
+        prompts = record["generation_prompts"]
+        assert len(prompts) == len(set(prompts)) >= 3
+        assert all(asked["subject"] in prompt for prompt in prompts)
+    for relation, new in {
+        (r["requested_rewrite"]["relation_id"], r["requested_rewrite"]["target_new"]["str"])
+        for r in counterfact
+    }:
+        texts = whole.references(relation, new)
+        assert len(texts) == 5
+        assert all(new in text for text in texts)
+        assert not any(name in text for text in texts for name in edited if " " in name)
+
+
+def test_texts_of_another_seed_are_another_draw(small):
+    one, same, other = (list(itertools.islice(small.texts(seed), 200)) for seed in (1, 1, 2))
+    assert one == same != other
+    assert len(set(other) - set(one)) > 150
 
 
 # -- records --------------------------------------------------------------------------------------
