@@ -14,6 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pmet_lens.ability import general_ability as general_ability
+    from pmet_lens.ability import lm_eval_model as lm_eval_model
     from pmet_lens.activations import Activations as Activations
     from pmet_lens.activations import probe as probe
     from pmet_lens.adapter import Model as Model
@@ -33,11 +35,12 @@ if TYPE_CHECKING:
     from pmet_lens.edits import merged as merged
     from pmet_lens.evaluation import ask as ask
     from pmet_lens.evaluation import evaluate as evaluate
-    from pmet_lens.evaluation import generate as generate
     from pmet_lens.evaluation import recall as recall
     from pmet_lens.evaluation import summarise as summarise
     from pmet_lens.facts import Fact as Fact
     from pmet_lens.facts import FactError as FactError
+    from pmet_lens.generation import generate as generate
+    from pmet_lens.generation import generate_batch as generate_batch
     from pmet_lens.geometry import answer_gain as answer_gain
     from pmet_lens.geometry import drift as drift
     from pmet_lens.hparams import HPARAMS as HPARAMS
@@ -133,7 +136,10 @@ _HOME = {
     "Activations": "activations",
     "ask": "evaluation",
     "evaluate": "evaluation",
-    "generate": "evaluation",
+    "generate": "generation",
+    "generate_batch": "generation",
+    "general_ability": "ability",
+    "lm_eval_model": "ability",
     "recall": "evaluation",
     "summarise": "evaluation",
 }

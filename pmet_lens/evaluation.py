@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from pmet_lens import metrics, tokens, world
 from pmet_lens.adapter import Model
 from pmet_lens.facts import Fact, FactError
+from pmet_lens.generation import check_end, generate_batch
+from pmet_lens.generation import generate as generate
 from pmet_lens.metrics import summarise as summarise
-from pmet_lens.sources import ModelError
 
 OnPrompts = Callable[[int, int], object]
 References = Mapping[tuple[str | None, str], Sequence[str]]
@@ -152,7 +152,7 @@ def evaluate(
     if not rows:
         raise FactError("There are no facts to evaluate; pass at least one Fact.")
     if generate:
-        _check_end(model)
+        check_end(model)
     wanted = [tokens.Prompt(r["prompt"], None, r["wanted"]) for r in rows]
     rival = [tokens.Prompt(r["prompt"], None, r["other"]) for r in rows if r["other"] is not None]
     scores = score(model, [*wanted, *rival], on_prompts=on_prompts)
@@ -239,79 +239,6 @@ def _references(facts: Sequence[Fact], given: References | None) -> list[Sequenc
         own = (fact.subject, relation) in known and (relation, wanted) in bundled.holders
         found.append(bundled.references(relation, wanted) if own else ())
     return found
-
-
-def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed: int = 0) -> str:
-    """`prompt` continued to `length` tokens in all, top-k sampled (1: greedy); stops at the
-    end-of-text token. Deterministic in `seed`. Raises as `generate_batch` does."""
-    return generate_batch(model, [prompt], [seed], length, top_k)[0]
-
-
-def generate_batch(
-    model: Model,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    length: int = 100,
-    top_k: int = 5,
-    *,
-    batch_tokens: int = 4096,
-    on_prompts: OnPrompts | None = None,
-) -> list[str]:
-    """Every prompt continued as `generate` does it alone, many in one forward pass.
-
-    A text follows from its prompt and its seed (every prompt has a generator of its own), not from
-    what else is in the batch, as far as rounding does not decide between two tokens.
-    `on_prompts`: called with (texts so far, all).
-
-    Raises:
-        ModelError: for a tokenizer without an end-of-text token, which no text could end with.
-        FactError: for a prompt without a token.
-    """
-    _check_end(model)
-    read = [list(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    if [] in read:
-        raise FactError(f"The prompt {prompts[read.index([])]!r} has no token to continue.")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    length = min(length, model.n_positions)
-    order = sorted(range(len(read)), key=lambda i: len(read[i]))
-    size = max(1, batch_tokens // max(1, length))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        going = [i for i in chosen if len(read[i]) < length]
-        while going:
-            best = _next_logits(model, [read[i] for i in going]).topk(top_k)
-            ended = set()
-            for i, values, ids in zip(going, best.values, best.indices, strict=True):
-                pick = torch.multinomial(values.softmax(0), 1, generator=generators[i])
-                if int(ids[pick]) == model.tokenizer.eos_token_id:
-                    ended.add(i)
-                else:
-                    read[i].append(int(ids[pick]))
-            going = [i for i in going if i not in ended and len(read[i]) < length]
-        if on_prompts is not None:
-            on_prompts(start + len(chosen), len(order))
-    return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in read]
-
-
-def _next_logits(model: Model, rows: Sequence[list[int]]) -> Tensor:
-    """Logits behind every row of token ids, `[row, vocab]`, float32 on the CPU."""
-    lengths = torch.tensor([len(ids) for ids in rows])
-    ids = torch.full((len(rows), int(lengths.max())), int(model.tokenizer.pad_token_id))
-    for own, values in zip(ids, rows, strict=True):
-        own[: len(values)] = torch.tensor(values)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    at = torch.stack([torch.arange(len(rows)), lengths - 1], dim=1)
-    with torch.no_grad():
-        on = model.device
-        return model.forward(ids.to(on), mask.to(on), at=at.to(on)).float().cpu()
-
-
-def _check_end(model: Model) -> None:
-    if model.tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"the tokenizer of {model.name!r} has no end-of-text token, so no text it generates "
-            "could end: set tokenizer.eos_token first"
-        )
 
 
 def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:

@@ -122,7 +122,7 @@ def sequential(
         for n, t in tables.items()
     ]
     columns = ["edits", "metric", "mean", "ci_low", "ci_high", "n", "collapsed"]
-    return pd.concat(frames, ignore_index=True)[columns]
+    return pd.concat(frames, ignore_index=True).reindex(columns=columns)
 
 
 def others_of(world: Sequence[Fact], edited: Sequence[Fact]) -> list[Fact]:

@@ -14,9 +14,7 @@ PMET = Method(delta_at=("attn_out", "mlp_out"), write=("mlp",), spread="sqrt", s
 MEMIT = Method(delta_at=("resid_post",), write=("mlp",), spread="linear", solver=Ridge())
 """MEMIT (arXiv 2210.07229): optimise the layer output (TL hidden state), write it into the FFN."""
 
-ROME = Method(
-    delta_at=("mlp_out",), write=("mlp",), spread="linear", solver=Exact(), at_once=1
-)
+ROME = Method(delta_at=("mlp_out",), write=("mlp",), spread="linear", solver=Exact(), at_once=1)
 """ROME (arXiv 2202.05262): one layer, one fact at a time, stored exactly. Keys are averaged over
 contexts on both sides of the solve; later forks average only one of them (arXiv 2403.07175)."""
 

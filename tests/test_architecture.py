@@ -14,8 +14,8 @@ FLOORS = (
     {"facts", "linalg", "metrics", "statements", "world"},
     {"adapter", "datasets", "live", "sources", "twin"},
     {"hparams", "moments", "probes", "settings", "tokens"},
-    {"activations", "analysis", "keys", "patterns", "readout", "similarity", "targets"}
-    | {"swapping", "variance"},
+    {"activations", "analysis", "generation", "keys", "patterns", "readout", "similarity"}
+    | {"swapping", "targets", "variance"},
     {"artifact", "editing", "edits", "finetune", "mend", "methods"},
     {"ability", "evaluation", "geometry"},
     {"experiment", "training"},
