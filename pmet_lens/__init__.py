@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pmet_lens.editing import edit as edit
     from pmet_lens.editing import edit_sequentially as edit_sequentially
     from pmet_lens.edits import Edit as Edit
+    from pmet_lens.edits import Editor as Editor
     from pmet_lens.edits import merged as merged
     from pmet_lens.evaluation import ask as ask
     from pmet_lens.evaluation import evaluate as evaluate
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from pmet_lens.evaluation import summarise as summarise
     from pmet_lens.facts import Fact as Fact
     from pmet_lens.facts import FactError as FactError
+    from pmet_lens.finetune import FineTune as FineTune
+    from pmet_lens.finetune import FineTuneHparams as FineTuneHparams
     from pmet_lens.generation import generate as generate
     from pmet_lens.generation import generate_batch as generate_batch
     from pmet_lens.geometry import answer_gain as answer_gain
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
     from pmet_lens.methods import ABLATIONS as ABLATIONS
     from pmet_lens.methods import ALPHAEDIT as ALPHAEDIT
     from pmet_lens.methods import EMMET as EMMET
+    from pmet_lens.methods import FT_L as FT_L
+    from pmet_lens.methods import FT_W as FT_W
     from pmet_lens.methods import MEMIT as MEMIT
     from pmet_lens.methods import METHODS as METHODS
     from pmet_lens.methods import PMET as PMET
@@ -118,6 +123,11 @@ _HOME = {
     "ROME": "methods",
     "hparams_for": "hparams",
     "Edit": "edits",
+    "FT_L": "methods",
+    "FT_W": "methods",
+    "Editor": "edits",
+    "FineTuneHparams": "finetune",
+    "FineTune": "finetune",
     "edit_sequentially": "editing",
     "merged": "edits",
     "edit": "editing",

@@ -94,12 +94,14 @@ def _edit(args: argparse.Namespace) -> None:
         raise ValueError(f"unknown method {args.method!r}; choose from {', '.join(pl.METHODS)}")
     model, facts = pl.load(args.model), pl.counterfact(args.facts, args.n)
     method = pl.METHODS[args.method]
-    hparams = pl.hparams_for(model, method)
-    moments = (
-        pl.load_moments(args.moments)
-        if args.moments
-        else pl.second_moments(model, pl.texts(), hparams.layers)
-    )
+    hparams = moments = None
+    if isinstance(method, pl.Method):
+        hparams = pl.hparams_for(model, method)
+        moments = (
+            pl.load_moments(args.moments)
+            if args.moments
+            else pl.second_moments(model, pl.texts(), hparams.layers)
+        )
     with tqdm(unit="step") as bar:
         edit = pl.edit(model, facts, moments, method, hparams, on_step=lambda *_: bar.update())
     edit.save(args.out)

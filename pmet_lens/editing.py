@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from torch import Tensor
 from pmet_lens import artifact, keys, tokens
 from pmet_lens import targets as targeting
 from pmet_lens.adapter import Model, Projection, Site
-from pmet_lens.edits import Edit, merged
+from pmet_lens.edits import Edit, Editor, merged
 from pmet_lens.facts import Fact, check_editable
 from pmet_lens.hparams import hparams_for
 from pmet_lens.linalg import Factor
@@ -30,9 +31,9 @@ Moments = Mapping[Site, object]
 def edit(
     model: Model,
     facts: Sequence[Fact],
-    moments: Moments,
-    method: Method = PMET,
-    hparams: Hparams | None = None,
+    moments: Moments | None,
+    method: Method | Editor = PMET,
+    hparams: Any = None,
     contexts: Sequence[str] | None = None,
     targets: Targets | None = None,
     on_step: OnStep | None = None,
@@ -45,8 +46,10 @@ def edit(
     A method that edits fewer facts `at_once` does so in steps, and the edit is their sum.
 
     Args:
-        moments: Site -> second moment of the keys, `[d_in, d_in]` tensors or `Moment`s.
-        hparams: None takes the settings known for this model (`pl.HPARAMS`).
+        moments: Site -> second moment of the keys, `[d_in, d_in]` tensors or `Moment`s; None for
+            a method that needs none (fine-tuning).
+        hparams: `Hparams`, or what the method has instead; None takes the settings known for this
+            model (`pl.HPARAMS`).
         contexts: prefixed templates such as "I am. {}"; None samples them from the model.
         targets: from an earlier edit of the same facts, to skip their optimisation.
         on_step: called with (step, losses per fact) after every optimisation step.
@@ -60,6 +63,9 @@ def edit(
     """
     facts = list(facts)
     check_editable(facts)
+    if not isinstance(method, Method):
+        return method.edit(model, facts, moments, hparams, contexts, targets, on_step)
+    moments = {} if moments is None else moments
     if method.at_once is not None and len(facts) > method.at_once:
         steps = edit_sequentially(
             model, facts, moments, method, hparams, contexts, batch_size=method.at_once

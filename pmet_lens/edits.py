@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,28 @@ from pmet_lens import artifact
 from pmet_lens.adapter import Model, Site
 from pmet_lens.facts import Fact
 from pmet_lens.settings import SettingsError
-from pmet_lens.targets import Targets
+from pmet_lens.targets import OnStep, Targets
 
 Delta = Float[Tensor, "d_in d_model"]
+
+
+@runtime_checkable
+class Editor(Protocol):
+    """A method with an algorithm of its own (fine-tuning, MEND) instead of the four answers of a
+    `Method`. `pl.edit` hands it everything it was given."""
+
+    def edit(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        moments: Any = None,
+        hparams: Any = None,
+        contexts: Any = None,
+        targets: Any = None,
+        on_step: OnStep | None = None,
+    ) -> Edit:
+        """The edit; `model` is left as it was found."""
+        ...
 
 
 @dataclass(frozen=True)

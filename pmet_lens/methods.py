@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from pmet_lens.edits import Editor
+from pmet_lens.finetune import FineTune
 from pmet_lens.linalg import Exact, NullSpace, Ridge
 from pmet_lens.settings import Method
 
@@ -24,12 +26,20 @@ EMMET = replace(ROME, at_once=None)
 ALPHAEDIT = replace(MEMIT, solver=NullSpace())
 """AlphaEdit (arXiv 2410.02355): MEMIT, written only where old keys hardly reach."""
 
-METHODS: Mapping[str, Method] = {
+FT_W = FineTune()
+"""FT-W (MEMIT, arXiv 2210.07229): Adam on one layer's output projection."""
+
+FT_L = FineTune(constrained=True)
+"""FT+L (ROME, arXiv 2202.05262): the same, every entry's change bounded."""
+
+METHODS: Mapping[str, Method | Editor] = {
     "PMET": PMET,
     "MEMIT": MEMIT,
     "ROME": ROME,
     "EMMET": EMMET,
     "AlphaEdit": ALPHAEDIT,
+    "FT-W": FT_W,
+    "FT+L": FT_L,
 }
 
 ABLATIONS: Mapping[str, Method] = {
