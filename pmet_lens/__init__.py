@@ -53,15 +53,20 @@ if TYPE_CHECKING:
     from pmet_lens.linalg import Ridge as Ridge
     from pmet_lens.linalg import SolveError as SolveError
     from pmet_lens.live import EditError as EditError
+    from pmet_lens.mend import Mend as Mend
+    from pmet_lens.mend import MendHparams as MendHparams
+    from pmet_lens.mend_training import train_editor as train_editor
     from pmet_lens.methods import ABLATIONS as ABLATIONS
     from pmet_lens.methods import ALPHAEDIT as ALPHAEDIT
     from pmet_lens.methods import EMMET as EMMET
     from pmet_lens.methods import FT_L as FT_L
     from pmet_lens.methods import FT_W as FT_W
     from pmet_lens.methods import MEMIT as MEMIT
+    from pmet_lens.methods import MEND as MEND
     from pmet_lens.methods import METHODS as METHODS
     from pmet_lens.methods import PMET as PMET
     from pmet_lens.methods import ROME as ROME
+    from pmet_lens.methods import named as named
     from pmet_lens.moments import Moment as Moment
     from pmet_lens.moments import MomentError as MomentError
     from pmet_lens.moments import load_moments as load_moments
@@ -80,6 +85,10 @@ if TYPE_CHECKING:
     from pmet_lens.targets import Targets as Targets
     from pmet_lens.targets import optimise as optimise
     from pmet_lens.tokens import sample_contexts as sample_contexts
+    from pmet_lens.trials import Bench as Bench
+    from pmet_lens.trials import Trial as Trial
+    from pmet_lens.trials import ablations as ablations
+    from pmet_lens.trials import compare as compare
     from pmet_lens.variance import variance_split as variance_split
 
 __version__ = "0.1.0"
@@ -115,6 +124,15 @@ _HOME = {
     "optimise": "targets",
     "ABLATIONS": "methods",
     "HPARAMS": "hparams",
+    "MEND": "methods",
+    "Mend": "mend",
+    "MendHparams": "mend",
+    "named": "methods",
+    "train_editor": "mend_training",
+    "Bench": "trials",
+    "Trial": "trials",
+    "ablations": "trials",
+    "compare": "trials",
     "MEMIT": "methods",
     "METHODS": "methods",
     "PMET": "methods",

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -24,9 +24,8 @@ from torch import Tensor
 from pmet_lens import probes, tokens
 from pmet_lens.adapter import Model, ModelError, Stream
 from pmet_lens.facts import Fact, FactError
+from pmet_lens.tokens import Position
 
-Position = Literal["last_subject", "last"]
-"""The last subject token, and the last prompt token, which predicts the answer."""
 OnFacts = Callable[[int, int], object]
 FORMAT = "pmet_lens activations 1"
 
@@ -167,7 +166,7 @@ def read(
     }
     done = 0
     for chosen, batch in batches(model, prompts, batch_tokens):
-        at = torch.stack([positions_of(batch, p) for p in positions], dim=1)
+        at = torch.stack([batch.at(p) for p in positions], dim=1)
         wanted: dict[tuple[int, Stream], Tensor] = {(n, s): at for n in layers for s in streams}
         found = probes.read_streams(model, batch.ids, batch.mask, wanted)
         for (layer, stream), value in found.items():
@@ -178,11 +177,6 @@ def read(
         if on_facts is not None:
             on_facts(done, len(prompts))
     return values
-
-
-def positions_of(batch: tokens.Batch, position: Position) -> Int[Tensor, " row"]:
-    """Where `position` lies in each row."""
-    return batch.subject if position == "last_subject" else batch.last
 
 
 def batches(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pmet_lens import metrics, tokens
@@ -29,7 +29,6 @@ class _Rows:
     """The prompts of all facts, repeated once per noise sample."""
 
     batch: tokens.Batch
-    first: Int[Tensor, " row"]
     noise: Float[Tensor, "row token d_model"]
 
 
@@ -123,18 +122,15 @@ def _corrupted(
         for _ in range(samples)
     ]
     batch = tokens.encode(model, prompts)
-    starts = [tokens.subject_start(model, p) for p in prompts[::samples]]
-    first = torch.tensor(starts, device=model.device).repeat_interleave(samples)
     spread = noise * float(model.embedding.float().std())
     drawn = torch.zeros(*batch.ids.shape, model.d_model)
     for k, number in enumerate(facts):
         generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-        start, stop = starts[k], int(batch.subject[k * samples]) + 1
+        row = k * samples
+        start, stop = int(batch.first[row]), int(batch.subject[row]) + 1
         size = (samples, stop - start, model.d_model)
-        drawn[k * samples : (k + 1) * samples, start:stop] = spread * torch.randn(
-            size, generator=generator
-        )
-    return _Rows(batch, first, drawn.to(batch.ids.device))
+        drawn[row : row + samples, start:stop] = spread * torch.randn(size, generator=generator)
+    return _Rows(batch, drawn.to(batch.ids.device))
 
 
 def _clean_run(
@@ -149,7 +145,7 @@ def _clean_run(
         return hook
 
     hooks = [(model.stream_hook(layer, stream), keep(layer)) for layer in layers]
-    silent = _Rows(rows.batch, rows.first, torch.zeros_like(rows.noise))
+    silent = _Rows(rows.batch, torch.zeros_like(rows.noise))
     return _probability(model, silent, hooks), kept
 
 
@@ -169,7 +165,9 @@ def _probability(
 
 def _place(rows: _Rows, name: str) -> Bool[Tensor, "row token"]:
     position = torch.arange(rows.batch.ids.shape[1], device=rows.batch.ids.device)
-    first, subject, last = (x[:, None] for x in (rows.first, rows.batch.subject, rows.batch.last))
+    first, subject, last = (
+        x[:, None] for x in (rows.batch.first, rows.batch.subject, rows.batch.last)
+    )
     where = {
         "first subject token": (position == first) & (first < subject),
         "middle subject tokens": (position > first) & (position < subject),

@@ -17,7 +17,7 @@ from torch import Tensor
 from pmet_lens import linalg
 from pmet_lens.adapter import Site
 from pmet_lens.facts import Fact
-from pmet_lens.live import EditError
+from pmet_lens.live import EditError as EditError
 from pmet_lens.settings import Hparams, Method
 
 FORMAT = "pmet_lens edit 1"

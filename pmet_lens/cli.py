@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     edit = command("edit", _edit, "Edit facts and write the edit to a file.")
     edit.add_argument("--facts", help="CounterFact JSON (default: bundled)")
     edit.add_argument("-n", type=int, default=None, help="use the first N records")
-    edit.add_argument("--method", default="PMET", help="a name in pmet_lens.METHODS")
+    edit.add_argument("--method", default="PMET", help="a name in pmet_lens.METHODS or ABLATIONS")
     edit.add_argument("--moments", help="file written by `pmet-lens moments`")
     edit.add_argument("--out", required=True, help="file to write (.safetensors)")
 
@@ -90,10 +90,8 @@ def _edit(args: argparse.Namespace) -> None:
 
     import pmet_lens as pl
 
-    if args.method not in pl.METHODS:
-        raise ValueError(f"unknown method {args.method!r}; choose from {', '.join(pl.METHODS)}")
+    method = pl.named(args.method)
     model, facts = pl.load(args.model), pl.counterfact(args.facts, args.n)
-    method = pl.METHODS[args.method]
     hparams = moments = None
     if isinstance(method, pl.Method):
         hparams = pl.hparams_for(model, method)

@@ -21,7 +21,7 @@ from pmet_lens.edits import Edit, Editor, merged
 from pmet_lens.facts import Fact, check_editable
 from pmet_lens.hparams import hparams_for
 from pmet_lens.linalg import Factor
-from pmet_lens.methods import PMET
+from pmet_lens.methods import PMET, named
 from pmet_lens.settings import Hparams, Method, SettingsError
 from pmet_lens.targets import OnStep, Targets
 
@@ -32,7 +32,7 @@ def edit(
     model: Model,
     facts: Sequence[Fact],
     moments: Moments | None,
-    method: Method | Editor = PMET,
+    method: Method | Editor | str = PMET,
     hparams: Any = None,
     contexts: Sequence[str] | None = None,
     targets: Targets | None = None,
@@ -48,6 +48,7 @@ def edit(
     Args:
         moments: Site -> second moment of the keys, `[d_in, d_in]` tensors or `Moment`s; None for
             a method that needs none (fine-tuning).
+        method: a value, or the name of one (`pl.METHODS`, `pl.ABLATIONS`).
         hparams: `Hparams`, or what the method has instead; None takes the settings known for this
             model (`pl.HPARAMS`).
         contexts: prefixed templates such as "I am. {}"; None samples them from the model.
@@ -61,7 +62,7 @@ def edit(
     Raises:
         FactError, SettingsError, SolveError: bad facts, settings, or moments, in words.
     """
-    facts = list(facts)
+    facts, method = list(facts), named(method) if isinstance(method, str) else method
     check_editable(facts)
     if not isinstance(method, Method):
         return method.edit(model, facts, moments, hparams, contexts, targets, on_step)
@@ -88,7 +89,7 @@ def edit(
         for i, layer in enumerate(hp.layers):
             for projection in method.write:
                 site = Site(layer, projection)
-                K = keys.averaged_keys(model, facts, contexts, site)
+                K = keys.averaged_keys(model, facts, contexts, site, method.position)
                 R = _residual(model, facts, method, projection, targets)
                 R = R / method.share(len(hp.layers) - i)
                 if site not in kept:
@@ -141,7 +142,7 @@ def edit_sequentially(
                 model.weight(site).add_(delta)
             edits.append(step)
             for site in sites if protect else ():
-                own = keys.averaged_keys(model, chosen, contexts, site)
+                own = keys.averaged_keys(model, chosen, contexts, site, method.position)
                 past[site] = torch.cat([past[site], own]) if site in past else own
             if on_batch is not None:
                 on_batch(start + len(chosen), step)
@@ -153,7 +154,7 @@ def _residual(
 ) -> Float[Tensor, "fact d_model"]:
     """R = V − current, on the stream this projection follows, at the last critical layer."""
     stream = method.follows(projection)
-    now = keys.current_values(model, facts, targets.layer, stream)
+    now = keys.current_values(model, facts, targets.layer, stream, method.position)
     return targets.values[stream].to(now) - now
 
 
@@ -197,6 +198,11 @@ def _check_targets(
         raise SettingsError(
             f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "
             f"for {len(facts)} facts at layer {hparams.layers[-1]}."
+        )
+    if targets.position != method.position:
+        raise SettingsError(
+            f"These targets are for the token {targets.position!r}; the method edits the token "
+            f"{method.position!r}."
         )
     if not needed <= set(targets.values):
         raise SettingsError(

@@ -53,13 +53,13 @@ def _gains(
     total = {s: torch.zeros(len(facts), dtype=torch.float64) for s in deltas}
     for k in range(points):
         way = (k + 0.5) / points
-        slopes = _gradients(model, batch, targets.layer, {s: way * d for s, d in deltas.items()})
+        slopes = _gradients(model, batch, targets, {s: way * d for s, d in deltas.items()})
         for stream, slope in slopes.items():
             total[stream] += (slope * deltas[stream]).sum(-1).double().cpu() / points
-    ends = [_log_p(model, batch, targets.layer, d) for d in ({}, deltas)]
+    ends = [_log_p(model, batch, targets, d) for d in ({}, deltas)]
     change = (ends[1] - ends[0]).double().cpu()
     zero: dict[Stream, Tensor] = {s: torch.zeros_like(d) for s, d in deltas.items()}
-    initial = _gradients(model, batch, targets.layer, zero)
+    initial = _gradients(model, batch, targets, zero)
     rows: list[dict[str, float | int | str]] = []
     for stream, delta in deltas.items():
         cosine = torch.cosine_similarity(initial[stream], delta, dim=-1).cpu()
@@ -82,22 +82,21 @@ def _gains(
 
 @torch.enable_grad()
 def _gradients(
-    model: Model, batch: tokens.Batch, layer: int, deltas: Mapping[Stream, Tensor]
+    model: Model, batch: tokens.Batch, targets: Targets, deltas: Mapping[Stream, Tensor]
 ) -> dict[Stream, Float[Tensor, "fact d_model"]]:
-    """∇ log P(answer) with respect to each stream at the last subject token, deltas added."""
+    """∇ log P(answer) with respect to each stream at the edited token, deltas added."""
     leaves: dict[Stream, Tensor] = {s: d.detach().requires_grad_(True) for s, d in deltas.items()}
-    log_p = _log_p(model, batch, layer, leaves)
+    log_p = _log_p(model, batch, targets, leaves)
     found = torch.autograd.grad(log_p.sum(), list(leaves.values()))
     return dict(zip(leaves, found, strict=True))
 
 
 def _log_p(
-    model: Model, batch: tokens.Batch, layer: int, deltas: Mapping[Stream, Tensor]
+    model: Model, batch: tokens.Batch, targets: Targets, deltas: Mapping[Stream, Tensor]
 ) -> Float[Tensor, " fact"]:
     """Log-probability of the whole answer (nats), with the deltas added."""
-    hooks = [
-        (model.stream_hook(layer, s), probes.add_at(d, batch.subject)) for s, d in deltas.items()
-    ]
+    layer, place = targets.layer, batch.at(targets.position)
+    hooks = [(model.stream_hook(layer, s), probes.add_at(d, place)) for s, d in deltas.items()]
     at = batch.scored.nonzero()
     logits = model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
     labels = batch.labels[at[:, 0], at[:, 1]]

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pmet_lens.edits import Editor
 from pmet_lens.finetune import FineTune
 from pmet_lens.linalg import Exact, NullSpace, Ridge
-from pmet_lens.settings import Method
+from pmet_lens.mend import Mend
+from pmet_lens.settings import Method, SettingsError
 
 PMET = Method(delta_at=("attn_out", "mlp_out"), write=("mlp",), spread="sqrt", solver=Ridge())
 """PMET (arXiv 2308.08742): optimise both TC hidden states, write only the FFN's share."""
@@ -32,6 +33,9 @@ FT_W = FineTune()
 FT_L = FineTune(constrained=True)
 """FT+L (ROME, arXiv 2202.05262): the same, every entry's change bounded."""
 
+MEND = Mend()
+"""MEND (arXiv 2110.11309): a trained network turns each fact's gradient into a weight change."""
+
 METHODS: Mapping[str, Method | Editor] = {
     "PMET": PMET,
     "MEMIT": MEMIT,
@@ -40,6 +44,7 @@ METHODS: Mapping[str, Method | Editor] = {
     "AlphaEdit": ALPHAEDIT,
     "FT-W": FT_W,
     "FT+L": FT_L,
+    "MEND": MEND,
 }
 
 ABLATIONS: Mapping[str, Method] = {
@@ -49,5 +54,23 @@ ABLATIONS: Mapping[str, Method] = {
     "linear spread": replace(PMET, spread="linear"),
     "TL hidden state, sqrt spread": replace(MEMIT, spread="sqrt"),
     "MEMIT": MEMIT,
+    "at the first subject token": replace(PMET, position="first_subject"),
+    "at the last token": replace(PMET, position="last"),
 }
-"""The ablations of the paper's section on MHSA optimisation, with MEMIT as the other end."""
+"""PMET and what is left of it without one of its parts: those of the paper's section on MHSA
+optimisation, with MEMIT as the other end, then the token that is edited."""
+
+
+def named(name: str) -> Method | Editor:
+    """The method of `METHODS`, or the ablation of `ABLATIONS`, of this name.
+
+    Raises:
+        SettingsError: for another name; the message lists those there are.
+    """
+    known = {**ABLATIONS, **METHODS}
+    if name not in known:
+        raise SettingsError(
+            f"There is no method or ablation {name!r}. Methods: {', '.join(METHODS)}. "
+            f"Ablations: {', '.join(repr(n) for n in ABLATIONS if n not in METHODS)}."
+        )
+    return known[name]

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -168,6 +169,7 @@ _ZSRE: Mapping[str, tuple[str, str]] = {
     "specificity": ("neighbour", "token_accuracy"),
 }
 _SCORES: Mapping[str, tuple[str, ...]] = {"S": ("ES", "PS", "NS"), "score": tuple(_ZSRE)}
+_ORDER = ("S", *_COLUMNS, "score", *_ZSRE)
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -183,20 +185,54 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     its rephrasing and on the "nq question", 0 to 100, and score, their harmonic mean (MEMIT, arXiv
     2210.07229, section 5.1). EA, PA and NA of the same prompts ask for *every* token.
     """
-    cases = _per_fact(rows, _COLUMNS)
-    if "benchmark" in rows:
-        cases |= _per_fact(rows.loc[rows["benchmark"] == "zsre"], _ZSRE)
-    out = {name: _interval(values.to_numpy(), "mean") for name, values in cases.items()}
-    for name, parts in _SCORES.items():
-        if set(parts) <= set(cases):
-            whole = pd.concat([cases[part] for part in parts], axis=1).to_numpy()
-            out[name] = _interval(whole, "harmonic")
-    order = [k for k in ("S", *_COLUMNS, "score", *_ZSRE) if k in out]
+    cases = _cases(rows)
+    order = [k for k in _ORDER if k in cases]
     return pd.DataFrame(
-        [out[k] for k in order],
+        [_interval(cases[k].to_numpy(), "harmonic" if k in _SCORES else "mean") for k in order],
         index=pd.Index(order, name="metric"),
         columns=pd.Index(["mean", "ci_low", "ci_high", "n"]),
     )
+
+
+def _cases(rows: pd.DataFrame) -> dict[str, Any]:
+    """Metric -> its value per fact; of a score those of its parts, side by side."""
+    cases: dict[str, Any] = dict(_per_fact(rows, _COLUMNS))
+    if "benchmark" in rows:
+        cases |= _per_fact(rows.loc[rows["benchmark"] == "zsre"], _ZSRE)
+    for name, parts in _SCORES.items():
+        if set(parts) <= set(cases):
+            cases[name] = pd.concat([cases[part] for part in parts], axis=1)
+    return cases
+
+
+def paired(rows: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
+    """What changes from `baseline` to `rows`, two tables of `evaluate` of the same facts.
+
+    One row per metric of `summarise` (index), columns mean (the difference, rows − baseline, in the
+    metric's unit), ci_low, ci_high (95 % bootstrap over facts, resampled together in both tables)
+    and n (facts in both). A difference whose interval leaves out 0 is not of the choice of facts.
+
+    Raises ValueError for tables without a fact in common.
+    """
+    one, other = (_cases(table) for table in (rows, baseline))
+    out = {}
+    for name in one.keys() & other.keys():
+        both = one[name].index.intersection(other[name].index)
+        if not len(both):
+            raise ValueError(f"the two tables have no fact in common ({name}).")
+        a, b = one[name].loc[both].to_numpy(), other[name].loc[both].to_numpy()
+        statistic = "harmonic" if name in _SCORES else "mean"
+        draws = [
+            _statistics(a[chosen], statistic) - _statistics(b[chosen], statistic)
+            for chosen in _resamples(len(both), 2000, 0)
+        ]
+        found = np.concatenate(draws)
+        low, high = np.percentile(found[~np.isnan(found)], [2.5, 97.5])
+        mean = float(_statistics(a[None], statistic)[0] - _statistics(b[None], statistic)[0])
+        out[name] = (mean, float(low), float(high), len(both))
+    columns = ["mean", "ci_low", "ci_high", "n"]
+    table = pd.DataFrame.from_dict(out, orient="index", columns=columns).rename_axis("metric")
+    return table.reindex([k for k in _ORDER if k in out]).astype({"n": int})
 
 
 def _per_fact(rows: pd.DataFrame, wanted: Mapping[str, tuple[str, str]]) -> dict[str, pd.Series]:

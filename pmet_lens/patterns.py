@@ -52,7 +52,7 @@ def attention_patterns(
         hooks = [(model.pattern_hook(n), _keep(found, n, batch)) for n in layers]
         with torch.no_grad():
             model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=1 + max(layers))
-        roles = _roles(model, [prompts[i] for i in chosen.tolist()], batch)
+        roles = _roles(batch)
         for layer in layers:
             if layer not in found:
                 raise ModelError(
@@ -114,13 +114,10 @@ def _keep(found: dict[int, Tensor], layer: int, batch: tokens.Batch) -> Callable
     return hook
 
 
-def _roles(
-    model: Model, prompts: Sequence[tokens.Prompt], batch: tokens.Batch
-) -> Float[Tensor, "fact role token"]:
+def _roles(batch: tokens.Batch) -> Float[Tensor, "fact role token"]:
     """1 where a token has a role; every token up to the last of the prompt has exactly one."""
-    first = torch.tensor([[tokens.subject_start(model, p)] for p in prompts], device=model.device)
-    subject, last = batch.subject[:, None], batch.last[:, None]
-    at = torch.arange(batch.ids.shape[1], device=model.device)
+    first, subject, last = (x[:, None] for x in (batch.first, batch.subject, batch.last))
+    at = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     roles = [
         at < first,
         (at >= first) & (at < subject),

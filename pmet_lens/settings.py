@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from pmet_lens.adapter import Projection, Stream
 from pmet_lens.linalg import NullSpace, Solver
+from pmet_lens.tokens import Position
 
 Spread = Literal["sqrt", "linear"]
 ReferenceNorm = Literal["own stream", "resid_post"]
@@ -43,11 +44,16 @@ class Method:
     """How many facts are edited in one step; more are edited one step after the other, each on the
     model as edited so far (ROME: 1). None: all of them together."""
 
+    position: Position = "last_subject"
+    """The token that is edited: where the deltas are added and keys and values are read (released
+    `fact_token`; the others are ablations)."""
+
     def __post_init__(self) -> None:
         for name, values, known in (
             ("delta_at", self.delta_at, DELTA_AT),
             ("write", self.write, get_args(Projection)),
             ("spread", (self.spread,), get_args(Spread)),
+            ("position", (self.position,), get_args(Position)),
         ):
             wrong = [v for v in values if v not in known]
             if wrong or not values or len(set(values)) != len(values):

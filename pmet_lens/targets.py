@@ -1,6 +1,7 @@
 """Targets: what each component of the last critical layer should have produced.
 
-For every fact one delta per optimised stream is added at the last subject token, and all deltas of
+For every fact one delta per optimised stream is added at the edited token (the last one of the
+subject, unless the method says otherwise), and all deltas of
 a fact are optimised *together* (PMET, section "Optimising TC hidden states"). Facts never interact:
 a batch is only a way to use the hardware, and a fact's result does not depend on it.
 
@@ -39,7 +40,7 @@ class Targets:
     values: Mapping[Stream, Float[Tensor, "fact d_model"]]
     """Per stream the clean value plus the delta."""
     clean: Mapping[Stream, Float[Tensor, "fact d_model"]]
-    """Per stream the value before the edit, on the plain prompt at the last subject token."""
+    """Per stream the value before the edit, on the plain prompt at the edited token."""
     layer: int
     """The layer of the streams: the last critical one."""
     history: pd.DataFrame = field(repr=False)
@@ -47,6 +48,8 @@ class Targets:
     are the arg-max in all prompts); stopped ("" or "goal" or "steps"); norm_STREAM (‖δ‖ relative to
     the norm it is clamped by) and, with two streams, cosine and gradient_cosine (of the two deltas,
     of the loss's gradients at them; missing where there is none: at the start, at the end)."""
+    position: tokens.Position = "last_subject"
+    """The edited token, where the streams were read."""
 
     def delta(self, stream: Stream) -> Float[Tensor, "fact d_model"]:
         """What the optimisation added to `stream`."""
@@ -65,7 +68,23 @@ class Targets:
             {k: v[facts] for k, v in self.clean.items()},
             self.layer,
             rows.reset_index(drop=True),
+            self.position,
         )
+
+
+def joined(parts: Sequence[Targets]) -> Targets:
+    """The targets of several lists of facts, one after the other, as those of one list."""
+    first, history, start = parts[0], [], 0
+    for part in parts:
+        history.append(part.history.assign(fact=part.history["fact"] + start))
+        start += len(part)
+
+    def along(of: Callable[[Targets], Mapping[Stream, Tensor]]) -> dict[Stream, Tensor]:
+        return {s: torch.cat([of(part)[s] for part in parts]) for s in of(first)}
+
+    whole = pd.concat(history, ignore_index=True)
+    values, clean = along(lambda t: t.values), along(lambda t: t.clean)
+    return Targets(values, clean, first.layer, whole, first.position)
 
 
 def objective(
@@ -116,10 +135,12 @@ def optimise(
         chunk = order[start : start + size]
         problem = _Problem(model, [facts[i] for i in chunk], method, hparams, contexts, tail)
         parts.append((chunk, _descend(problem, on_step)))
-    return _gather(parts, hparams.layers[-1])
+    return _gather(parts, hparams.layers[-1], method.position)
 
 
-def _gather(parts: list[tuple[list[int], Targets]], layer: int) -> Targets:
+def _gather(
+    parts: list[tuple[list[int], Targets]], layer: int, position: tokens.Position
+) -> Targets:
     """Put the batches' results back into the order of the facts."""
     order = torch.tensor([i for chunk, _ in parts for i in chunk])
     back = torch.argsort(order)
@@ -132,7 +153,7 @@ def _gather(parts: list[tuple[list[int], Targets]], layer: int) -> Targets:
         [t.history.assign(fact=[c[i] for i in t.history["fact"]]) for c, t in parts],
         ignore_index=True,
     ).sort_values(by=["fact", "step"], ignore_index=True)
-    return Targets(joined(lambda t: t.values), joined(lambda t: t.clean), layer, history)
+    return Targets(joined(lambda t: t.values), joined(lambda t: t.clean), layer, history, position)
 
 
 class _Problem:
@@ -148,6 +169,7 @@ class _Problem:
         tail: Tail | None,
     ) -> None:
         self.model, self.hparams, self.streams = model, hparams, method.delta_at
+        self.position: tokens.Position = method.position
         self.layer, self.n = hparams.layers[-1], len(facts)
         rows = [tokens.prompts_of(f, contexts, f.target_new) for f in facts]
         per_fact = len(rows[0])
@@ -168,10 +190,11 @@ class _Problem:
             s: clean[s if own else "resid_post"][plain].norm(dim=-1) for s in self.streams
         }
         self.tail, self.past = tail, None
-        # Keys and values in front of the subject's last token do not depend on the deltas either.
-        if tail is not None and tail.resumes and int(self.batch.subject.min()) > 0:
-            self.past = tail.past(self.residual, self.batch.mask, self.batch.subject)
-            self.batch, column = self.batch.behind(self.batch.subject)
+        # Keys and values in front of the edited token do not depend on the deltas either.
+        start = self.batch.at(self.position)
+        if tail is not None and tail.resumes and int(start.min()) > 0:
+            self.past = tail.past(self.residual, self.batch.mask, start)
+            self.batch, column = self.batch.behind(start)
             index = column[..., None].expand(-1, -1, model.d_model)
             self.residual = self.residual.gather(1, index)
         with torch.no_grad():
@@ -181,7 +204,7 @@ class _Problem:
 
     def _record(self) -> tuple[Tensor, dict[Stream, Tensor]]:
         """The residual entering the last critical layer at every token, and the clean streams at
-        the last subject token."""
+        the edited token."""
         seen: dict[Stream, Tensor] = {}
 
         def keep(stream: Stream) -> Callable[[Tensor], None]:
@@ -196,7 +219,8 @@ class _Problem:
             batch = self.batch
             self.model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=self.layer + 1)
         rows = torch.arange(len(self.batch), device=self.model.device)
-        clean: dict[Stream, Tensor] = {s: v[rows, self.batch.subject] for s, v in seen.items()}
+        place = self.batch.at(self.position)
+        clean: dict[Stream, Tensor] = {s: v[rows, place] for s, v in seen.items()}
         return seen["resid_pre"], clean
 
     def _log_probs(
@@ -206,16 +230,14 @@ class _Problem:
         prompts `[active fact, vocab]`; with the labels and the row of each label."""
         rows = active[self.owner]
         batch, owner, is_kl = self.batch[rows], self.owner[rows], self.is_kl[rows]
+        place = batch.at(self.position)
         hooks = [
-            (
-                self.model.stream_hook(self.layer, s),
-                probes.add_at(deltas[s][owner], batch.subject),
-            )
+            (self.model.stream_hook(self.layer, s), probes.add_at(deltas[s][owner], place))
             for s in self.streams
         ]
         target_at = batch.scored.nonzero()
         kl_rows = is_kl.nonzero()[:, 0]
-        at = torch.cat([target_at, torch.stack([kl_rows, batch.subject[kl_rows]], dim=1)])
+        at = torch.cat([target_at, torch.stack([kl_rows, place[kl_rows]], dim=1)])
         if self.tail is None:
             logits = self.model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
         else:

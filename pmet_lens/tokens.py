@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from pmet_lens.adapter import Model
 from pmet_lens.facts import Fact, FactError
+
+Position = Literal["last_subject", "first_subject", "last"]
+"""A token of a prompt: the last and the first of the subject, the last before the answer."""
 
 PLAIN = "{}"
 SEEDS = ("The", "Therefore", "Because", "I", "You")
@@ -50,6 +54,8 @@ class Batch:
     mask: Int[Tensor, "row token"]
     subject: Int[Tensor, " row"]
     """Position of the last subject token; of the last prompt token where no subject is marked."""
+    first: Int[Tensor, " row"]
+    """Position of the first subject token; as `subject` where none is marked."""
     last: Int[Tensor, " row"]
     """Position of the last prompt token, which predicts the first target token."""
     labels: Int[Tensor, "row token"]
@@ -65,6 +71,7 @@ class Batch:
             self.ids[rows, :width],
             self.mask[rows, :width],
             self.subject[rows],
+            self.first[rows],
             self.last[rows],
             self.labels[rows, :width],
         )
@@ -81,10 +88,17 @@ class Batch:
             self.ids.gather(1, column),
             inside.long(),
             self.subject - start,
+            self.first - start,
             self.last - start,
             labels,
         )
         return cut, column
+
+    def at(self, position: Position) -> Int[Tensor, " row"]:
+        """Where `position` lies in each row."""
+        return {"last_subject": self.subject, "first_subject": self.first, "last": self.last}[
+            position
+        ]
 
     @property
     def scored(self) -> Bool[Tensor, "row token"]:
@@ -108,7 +122,7 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
     texts = [p.text if p.target is None else f"{p.text} {p.target.strip()}" for p in prompts]
     encoded = tokenizer(list(texts), return_offsets_mapping=True)
     limit = model.n_positions
-    rows: list[tuple[list[int], int, int, list[int]]] = []
+    rows: list[tuple[list[int], tuple[int, int], int, list[int]]] = []
     for prompt, text, ids, offsets in zip(
         prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
@@ -125,24 +139,18 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
             raise FactError(f"The target {prompt.target!r} of {prompt.text!r} has no token.")
         if first == 0:
             raise FactError(f"The prompt {prompt.text!r} has no token before its answer.")
-        subject = _subject_token(prompt, offsets, first)
+        subject = _subject_tokens(prompt, offsets, first)
         target = ids[first:]
         rows.append((ids[:-1] if target else ids, subject, first - 1, target))
     return _pad(model, rows)
 
 
-def subject_start(model: Model, prompt: Prompt) -> int:
-    """Position of the first subject token of a prompt with a marked subject."""
+def _subject_tokens(
+    prompt: Prompt, offsets: Sequence[tuple[int, int]], first: int
+) -> tuple[int, int]:
+    """First and last token of the subject; `first`: the first token of the answer."""
     if prompt.subject is None:
-        raise FactError(f"{prompt.text!r} has no marked subject.")
-    start = prompt.template.index("{}")
-    offsets = model.tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"]
-    return next(i for i, (a, b) in enumerate(offsets) if b > start and b > a)
-
-
-def _subject_token(prompt: Prompt, offsets: Sequence[tuple[int, int]], first: int) -> int:
-    if prompt.subject is None:
-        return first - 1
+        return first - 1, first - 1
     start = prompt.template.index("{}")
     stop = start + len(prompt.subject.rstrip())
     inside = [i for i, (a, b) in enumerate(offsets[:first]) if a < stop and b > start and b > a]
@@ -151,10 +159,10 @@ def _subject_token(prompt: Prompt, offsets: Sequence[tuple[int, int]], first: in
             f"The subject {prompt.subject!r} was not found in the tokens of {prompt.text!r}; "
             "check that it is spelt as in the prompt and can be written by this tokenizer."
         )
-    return inside[-1]
+    return inside[0], inside[-1]
 
 
-def _pad(model: Model, rows: Sequence[tuple[list[int], int, int, list[int]]]) -> Batch:
+def _pad(model: Model, rows: Sequence[tuple[list[int], tuple[int, int], int, list[int]]]) -> Batch:
     width = max(len(ids) for ids, *_ in rows)
     ids = torch.full((len(rows), width), int(model.tokenizer.pad_token_id))
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -163,10 +171,11 @@ def _pad(model: Model, rows: Sequence[tuple[list[int], int, int, list[int]]]) ->
         ids[i, : len(tokens)] = torch.tensor(tokens)
         mask[i, : len(tokens)] = 1
         labels[i, last : last + len(target)] = torch.tensor(target, dtype=torch.long)
-    subject = torch.tensor([row[1] for row in rows])
+    first, subject = torch.tensor([row[1] for row in rows]).T
     last = torch.tensor([row[2] for row in rows])
     on = model.device
-    return Batch(ids.to(on), mask.to(on), subject.to(on), last.to(on), labels.to(on))
+    places = (subject.to(on), first.to(on), last.to(on))
+    return Batch(ids.to(on), mask.to(on), *places, labels.to(on))
 
 
 def prompts_of(fact: Fact, contexts: Sequence[str], target: str | None = None) -> list[Prompt]:

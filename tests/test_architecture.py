@@ -16,9 +16,10 @@ FLOORS = (
     {"hparams", "moments", "probes", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "readout", "similarity"}
     | {"swapping", "targets", "variance"},
-    {"artifact", "editing", "edits", "finetune", "mend", "methods"},
+    {"artifact", "editing", "edits", "finetune", "mend", "mend_training", "methods"}
+    | {"target_files"},
     {"ability", "evaluation", "geometry"},
-    {"experiment", "training"},
+    {"experiment", "training", "trials"},
     {"plots", "widgets"},
     {"cli", "__init__"},  # `import pmet_lens` is for the command line and for users
 )

@@ -82,8 +82,8 @@ def run(arch, name, method_name):
     seen = {}
     original = keys_module.averaged_keys
 
-    def spy(model, facts, contexts, site):
-        seen[site] = original(model, facts, contexts, site)
+    def spy(model, facts, contexts, site, *more):
+        seen[site] = original(model, facts, contexts, site, *more)
         return seen[site]
 
     keys_module.averaged_keys = spy

@@ -88,7 +88,11 @@ def test_the_ablations_are_the_rows_of_the_paper():
         "TL hidden state, sqrt spread": (("resid_post",), ("mlp",), "sqrt"),
         "MEMIT": (("resid_post",), ("mlp",), "linear"),
     }
-    assert {k: (m.delta_at, m.write, m.spread) for k, m in pl.ABLATIONS.items()} == rows
+    here = {k: m for k, m in pl.ABLATIONS.items() if m.position == "last_subject"}
+    assert {k: (m.delta_at, m.write, m.spread) for k, m in here.items()} == rows
+    moved = {k: m for k, m in pl.ABLATIONS.items() if k not in here}
+    assert {m.position for m in moved.values()} == {"first_subject", "last"}
+    assert all(replace(m, position="last_subject") == pl.PMET for m in moved.values())
     assert {m.solver for m in pl.ABLATIONS.values()} == {Ridge()}
 
 

@@ -1,0 +1,108 @@
+"""Targets as files: what took long to optimise is kept, and a long run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pmet_lens import artifact, targets
+from pmet_lens.adapter import Model
+from pmet_lens.facts import Fact
+from pmet_lens.settings import Hparams, Method
+from pmet_lens.targets import Targets
+
+FORMAT = "pmet_lens targets 1"
+STOPPED = ("", "goal", "steps")
+_UNREAD = {"second_moment_weight": 1.0, "null_space_threshold": 1.0, "null_space_l2": 1.0}
+"""Strengths the optimisation does not read: targets that differ in nothing else are the same."""
+
+
+def save(found: Targets, path: str | Path) -> None:
+    """Write targets and their history as safetensors. The file appears whole or not at all."""
+    tensors = {f"values.{s}": v for s, v in found.values.items()}
+    tensors |= {f"clean.{s}": v for s, v in found.clean.items()}
+    for name, column in found.history.items():
+        numbers = column.map(STOPPED.index) if name == "stopped" else column
+        tensors[f"history.{name}"] = torch.from_numpy(numbers.to_numpy().copy())
+    head = {"format": FORMAT, "layer": found.layer, "position": found.position}
+    head["columns"] = list(found.history.columns)
+    path, part = Path(path), Path(f"{path}.part")
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(whole, str(part), metadata={"pmet_lens": json.dumps(head)})
+    part.replace(path)
+
+
+def load(path: str | Path) -> Targets:
+    """What `save` wrote, on the CPU.
+
+    Raises:
+        EditError: for a file that is missing, damaged, or holds no targets.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            head = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise artifact.EditError(f"{path} cannot be read as targets: {error}") from error
+    if head.get("format") != FORMAT:
+        raise artifact.EditError(f"{path} is a safetensors file, but holds no targets.")
+
+    def part(kind: str) -> dict[str, Tensor]:
+        return {n.removeprefix(f"{kind}."): t for n, t in tensors.items() if n.startswith(kind)}
+
+    history = pd.DataFrame({name: part("history")[name].numpy() for name in head["columns"]})
+    history["stopped"] = [STOPPED[i] for i in history["stopped"]]
+    values, clean = part("values"), part("clean")
+    return Targets(values, clean, head["layer"], history, head["position"])  # type: ignore[arg-type]
+
+
+def key(
+    model: Model,
+    facts: Sequence[Fact],
+    method: Method,
+    hparams: Hparams,
+    contexts: Sequence[str],
+) -> str:
+    """A name for these facts' targets: equal for two calls whose targets are equal, different if
+    anything differs that they follow from (the weights of the model among it)."""
+    read = replace(hparams, layers=hparams.layers[-1:], **_UNREAD)
+    asked = [(f.subject, f.prompt, f.target_new) for f in facts]
+    made = [method.delta_at, method.position, asdict(read), asked, list(contexts)]
+    digest = hashlib.sha256(json.dumps(made).encode())
+    for tensor in model.hf.state_dict().values():
+        digest.update(artifact.fingerprint(tensor).encode())
+    return digest.hexdigest()[:16]
+
+
+def optimise(
+    model: Model,
+    facts: Sequence[Fact],
+    method: Method,
+    hparams: Hparams,
+    contexts: Sequence[str],
+    folder: Path,
+    shard: int = 125,
+    on_facts: Callable[[int, int], object] | None = None,
+) -> Targets:
+    """`targets.optimise`, `shard` facts at a time, each shard kept in `folder` and read from there
+    when it is there. `on_facts`: called with (facts so far, all)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for start in range(0, len(facts), shard):
+        some = facts[start : start + shard]
+        path = folder / f"{key(model, some, method, hparams, contexts)}.safetensors"
+        if not path.exists():
+            save(targets.optimise(model, some, method, hparams, contexts), path)
+        parts.append(load(path))
+        if on_facts is not None:
+            on_facts(start + len(some), len(facts))
+    return targets.joined(parts)
