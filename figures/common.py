@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -103,3 +107,12 @@ def samples(table: pd.DataFrame, column: str = "n") -> str:
     """The number of cases as a caption says it."""
     low, high = int(table[column].min()), int(table[column].max())
     return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def provenance(minutes: float) -> str:
+    """Date, versions, hardware and time, as every results table carries them."""
+    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
+    return (
+        f"{date.today()}, {versions}, Python {platform.python_version()}, "
+        f"{torch.get_num_threads()} threads of a {platform.machine()} CPU, {minutes:.1f} minutes."
+    )

@@ -9,18 +9,15 @@ README quotes; without it the rows of 300 edits are the recorded ones, and say s
 from __future__ import annotations
 
 import argparse
-import platform
 import shutil
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
 import torch
-from common import EDITED, HERE, OUT, Progress, into_readme, legend, panels, save
+from common import EDITED, HERE, OUT, Progress, into_readme, legend, panels, provenance, save
 
 import pmet_lens as pl
 from pmet_lens import experiment, plots, targets
@@ -177,15 +174,6 @@ def report(table: pd.DataFrame, minutes: float) -> str:
         lines.append("| " + " | ".join([*map(str, index), *row]) + " |")  # type: ignore[misc]
     note = f"Per cent, higher is better, 95 % bootstrap intervals over facts. {provenance(minutes)}"
     return "\n".join([*lines, "", note, ""])
-
-
-def provenance(minutes: float) -> str:
-    """Date, versions, hardware and time, as every results table carries them."""
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
-    return (
-        f"{date.today()}, {versions}, Python {platform.python_version()}, "
-        f"{torch.get_num_threads()} threads of a {platform.machine()} CPU, {minutes:.1f} minutes."
-    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ import fig_lens
 import fig_relation_vs_subject
 import pandas as pd
 import torch
-from common import EDITED, HERE, OUT, STUDIED, Progress, into_readme, make
-from make import provenance
+from common import EDITED, HERE, OUT, STUDIED, Progress, into_readme, make, provenance
 
 import pmet_lens as pl
 from pmet_lens import metrics, targets, variance

@@ -70,7 +70,8 @@ def general_ability(
     texts = world.build().texts(HELD_OUT) if texts is None else texts
     read = list(itertools.islice(texts, n_texts))
     prompts = _prompts() if prompts is None else prompts
-    others = _others(() if edit is None else edit.facts) if others is None else others
+    if others is None:
+        others = others_of(datasets.knowns(), () if edit is None else edit.facts)
     before = _next_token(model, prompts, batch_tokens)
     table = {}
     with nullcontext() if edit is None else edit.applied(model):
@@ -96,10 +97,11 @@ def _prompts(n: int = 200) -> list[str]:
     return list(every.values())[:: max(1, len(every) // n)][:n]
 
 
-def _others(edited: Sequence[Fact]) -> list[Fact]:
-    """The facts of the bundled world that none of the edited ones is about."""
+def others_of(world: Sequence[Fact], edited: Sequence[Fact]) -> list[Fact]:
+    """The facts of a known world that were not edited: those with another (subject, relation), and
+    with another subject than an edited fact without a relation (zsRE)."""
     gone = {(f.subject, f.relation) for f in edited}
-    return [f for f in datasets.knowns() if not {(f.subject, f.relation), (f.subject, None)} & gone]
+    return [f for f in world if not {(f.subject, f.relation), (f.subject, None)} & gone]
 
 
 def _next_token(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 
 from pmet_lens import ability, evaluation, metrics
+from pmet_lens.ability import others_of as others_of
 from pmet_lens.adapter import Model, Site
 from pmet_lens.editing import Moments, edit, edit_sequentially
 from pmet_lens.edits import Edit
@@ -23,14 +24,21 @@ def measure(
     facts: Sequence[Fact],
     edit: Edit | None = None,
     others: Sequence[Fact] = (),
+    *,
+    generate: int = 0,
 ) -> pd.DataFrame:
     """`summarise` of the facts with `edit` applied (None: the model as it is), and, where `others`
     are given, the row "collateral": the share of those facts, none of them edited, that is still
-    answered right (per cent, higher is better). The model is left as it was found."""
+    answered right (per cent, higher is better). GE and RS are those of the first `generate` facts.
+    The model is left as it was found."""
     if edit is not None:
         with edit.applied(model):
-            return measure(model, facts, None, others)
-    table = evaluation.summarise(evaluation.evaluate(model, facts))
+            return measure(model, facts, None, others, generate=generate)
+    rows = evaluation.evaluate(model, facts)
+    if generate and any(f.generation for f in facts[:generate]):
+        told = evaluation.evaluate(model, facts[:generate], generate=True)
+        rows = pd.concat([rows, told.loc[told["kind"] == "generation"]], ignore_index=True)
+    table = evaluation.summarise(rows)
     if others:
         right = 100 * evaluation.recall(model, others)["correct"].to_numpy()
         table.loc["collateral"] = [right.mean(), *metrics.bootstrap(right), len(right)]
@@ -123,12 +131,6 @@ def sequential(
     ]
     columns = ["edits", "metric", "mean", "ci_low", "ci_high", "n", "collapsed"]
     return pd.concat(frames, ignore_index=True).reindex(columns=columns)
-
-
-def others_of(world: Sequence[Fact], edited: Sequence[Fact]) -> list[Fact]:
-    """The facts of a known world that were not edited: those with another (subject, relation)."""
-    gone = {(f.subject, f.relation) for f in edited}
-    return [f for f in world if (f.subject, f.relation) not in gone]
 
 
 def side_by_side(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -27,6 +27,8 @@ from pmet_lens.settings import Hparams, Method
 from pmet_lens.targets import Targets
 
 OnDone = Callable[[int, int], object]
+KEPT = 4
+"""Settings whose factorised moments a bench keeps: a factor is as large as its moment."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ class Bench:
         alone = not isinstance(method, Method) or (method.at_once or len(facts)) >= len(facts)
         factorised = None
         if isinstance(method, Method):
-            # The first critical layer is read before anything is written, but the others after;
-            # a moment's factorisation depends on neither.
+            while len(self._kept) >= KEPT and (method.solver, hp) not in self._kept:
+                self._kept.pop(next(iter(self._kept)))
             factorised = self._kept.setdefault((method.solver, hp), {})
         return edit(
             self.model,

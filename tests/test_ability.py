@@ -190,14 +190,14 @@ def test_the_defaults_are_about_what_no_record_edits():
     prompts = ability._prompts()
     assert len(set(prompts)) == len(prompts) == 200
     assert all(any(name in prompt for name in safe) for prompt in prompts)
-    left = ability._others(facts)
+    left = ability.others_of(pl.knowns(), facts)
     every = {(f.subject, f.relation) for f in pl.knowns()}
     gone = every - {(f.subject, f.relation) for f in left}
     # A zsRE fact names no relation: all facts of its subject are left out.
     vague = {f.subject for f in facts if f.relation is None}
     want = {(f.subject, f.relation) for f in facts if f.relation is not None}
     assert gone == want | {pair for pair in every if pair[0] in vague}
-    assert len(ability._others(())) == len(every) == 2250
+    assert len(ability.others_of(pl.knowns(), ())) == len(every) == 2250
 
 
 def test_the_defaults_make_a_table():

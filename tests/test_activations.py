@@ -265,7 +265,7 @@ def test_streams_layers_and_positions_that_do_not_exist_are_named(gpt2):
     for layer in (4, -1):
         with refused(f"layer {layer} does not exist: 'gpt2' has layers 0 to 3"):
             probe(gpt2, FACTS, layers=(layer,))
-    with refused("unknown position 'first'; choose from last_subject, last"):
+    with refused("unknown position 'first'; choose from last_subject, first_subject, last"):
         probe(gpt2, FACTS, positions=("first",))
     for nothing in ({"streams": ()}, {"layers": ()}, {"positions": ()}):
         with refused("at least one stream, one layer and one position"):

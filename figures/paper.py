@@ -1,0 +1,330 @@
+"""`make paper`: every method, every ablation, both benchmarks, on both bundled models.
+
+Every single result is a small file in `figures/out/paper/MODEL/`; what is there is not computed
+again, so that a run that was cut goes on where it stopped. The models run side by side, one thread
+each. At the end the tables of `figures/results/paper/` are written (with `--record`) and the
+figures drawn. `--quick`: a few facts of everything, to see that it runs; its figures say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from common import EDITED, HERE, OUT, into_readme, make, provenance
+from paper_tables import FIGURES, main_table
+from tqdm import tqdm
+
+import pmet_lens as pl
+from pmet_lens import experiment, metrics
+
+GRID = (1, 2, 3, 6, 10, 18, 32, 56, 100, 178, 316, 562, 750)
+"""The paper's numbers of edits (1 … 10,000), up to all records of the bundled world."""
+MAIN = (100, 750)
+ROME_MOST = {"counterfact": 316, "zsre": 100}
+"""ROME edits one fact after the other, each with an optimisation of its own."""
+LAMBDAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
+CURVE = {
+    "PMET": (pl.PMET, False),
+    "PMET, protected": (pl.PMET, True),
+    "MEMIT": (pl.MEMIT, False),
+    "MEMIT, protected": (pl.MEMIT, True),
+    "AlphaEdit, protected": (pl.ALPHAEDIT, True),
+}
+"""Sequential editing: run -> method, and whether the keys of earlier batches are protected."""
+TABLES = ("scaling", "ablations", "lambda", "layers", "sequential")
+Jobs = Iterator[tuple[str, str, Callable[[], pd.DataFrame]]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    grid: tuple[int, ...] = GRID
+    main: tuple[int, ...] = MAIN
+    facts_of_small: int = 20
+    ablated: int = 200
+    swept: int = 100
+    curve: tuple[int, int] = (100, 20)
+    moment_tokens: int = 100_000
+    generate: int = 10
+    others: int = 2250
+    lambdas: tuple[float, ...] = LAMBDAS
+    last: tuple[int, ...] = ()
+    curves: tuple[str, ...] = tuple(CURVE)
+
+
+QUICK = Size(
+    grid=(1, 5),
+    main=(5,),
+    facts_of_small=2,
+    ablated=5,
+    swept=5,
+    curve=(6, 3),
+    moment_tokens=20_000,
+    generate=1,
+    others=200,
+    lambdas=(10.0, 1000.0),
+    last=(3,),
+    curves=("PMET", "AlphaEdit, protected"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--record", action="store_true", help="replace the committed tables")
+    parser.add_argument("--quick", action="store_true", help="few facts, to see that it runs")
+    parser.add_argument("--fresh", action="store_true", help="forget the results there are")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    out = args.out or OUT / ("quick" if args.quick else "paper")
+    start = time.perf_counter()
+    prepare(out, fresh=args.fresh or args.quick)
+    size = QUICK if args.quick else Size()
+    # Spawned, so that every process sets its own threads; two of one thread beat one of two here.
+    workers = min(len(EDITED), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        done = list(pool.map(partial(run_model, size=size, out=out), EDITED, range(len(EDITED))))
+    minutes = (time.perf_counter() - start) / 60
+    for name in TABLES:
+        whole = pd.concat([tables[name] for tables in done], ignore_index=True)
+        whole.round(3).to_csv(out / f"{name}.csv", index=False)
+    note = f"{provenance(minutes)}{' Quick: few facts.' if args.quick else ''}"
+    (out / "provenance.txt").write_text(note + "\n", encoding="utf-8")
+    for name, draw in FIGURES.items():
+        make(draw, name, out, out)
+    text = main_table(out)
+    (out / "main.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(f"\n{text}\nTables and figures: {out}\n")
+    if args.record:
+        record(out, text)
+
+
+def prepare(out: Path, fresh: bool) -> None:
+    """A folder for the results of this code. Those of other code are refused, not mixed in."""
+    if fresh and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    mine = json.dumps({"code": code(), "torch": version("torch")})
+    stamp = out / "made_by.json"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") != mine:
+        sys.exit(
+            f"{out} holds results of other code or another torch. Start again with --fresh, or "
+            f"delete {stamp} to go on with them all the same."
+        )
+    stamp.write_text(mine, encoding="utf-8")
+
+
+def code() -> str:
+    """Digest of what the results follow from: the package (without its pictures) and this file."""
+    package = Path(pl.__file__).parent
+    files = [*package.glob("*.py"), *package.rglob("*.safetensors"), package / "bundled/world.json"]
+    digest = hashlib.sha256()
+    for file in [*sorted(files), Path(__file__)]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def record(out: Path, text: str) -> None:
+    """Replace the committed tables, figures and the README's table."""
+    kept = HERE / "results" / "paper"
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in [*(f"{n}.csv" for n in TABLES), "provenance.txt", "main.md"]:
+        shutil.copy(out / file, kept / file)
+    for figure in out.glob("fig_*.png"):
+        shutil.copy(figure, kept / figure.name)
+    into_readme("paper", text)
+
+
+def run_model(name: str, place: int, size: Size, out: Path) -> dict[str, pd.DataFrame]:
+    """All tables of one model, each result from its file where it is there."""
+    torch.set_num_threads(1)
+    folder = out / name
+    bench = pl.Bench(pl.load(name), folder, n_tokens=size.moment_tokens)
+    plan = list(jobs(bench, size))
+    found: dict[str, list[pd.DataFrame]] = {table: [] for table in TABLES}
+    with tqdm(plan, unit="job", position=place, file=sys.stderr, dynamic_ncols=True) as bar:
+        for table, key, make in bar:
+            bar.set_description(f"{name}: {table} {key}")
+            found[table].append(kept(folder / f"{table} {key}.csv", make).assign(model=name))
+    return {table: pd.concat(parts, ignore_index=True) for table, parts in found.items()}
+
+
+def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table in `path`, made and written there first where it is not; whole or not at all."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        make().to_csv(part, index=False)
+        part.replace(path)
+    # "NA" is the name of a metric here.
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def jobs(bench: pl.Bench, size: Size) -> Jobs:
+    """Every result as (table, key, how it is made), the most important first."""
+
+    def scaling(benchmark: str, grid: Sequence[int]) -> Jobs:
+        for n in grid:
+            for run in ("unedited", *pl.METHODS):
+                if run != "ROME" or n == 1:
+                    key = f"{benchmark} {n} {run}"
+                    yield "scaling", key, partial(mass, bench, size, benchmark, run, n)
+
+    yield from scaling("counterfact", size.main)
+    yield "ablations", "all", partial(ablated, bench, size)
+    yield from scaling("zsre", size.main)
+    yield from scaling("counterfact", [n for n in size.grid if n not in size.main])
+    for benchmark in ROME_MOST:
+        key = f"{benchmark} chain ROME"
+        yield "scaling", key, partial(one_by_one, bench, size, benchmark)
+    for run in ("PMET", "MEMIT"):
+        yield "lambda", run, partial(over_lambda, bench, size, run)
+    for last in size.last or range(bench.model.n_layers - 1):
+        yield "layers", f"{last}", partial(over_layers, bench, size, last)
+    for run in size.curves:
+        yield "sequential", run, partial(curve, bench, size, run)
+
+
+def records(benchmark: str, n: int | None = None) -> list[pl.Fact]:
+    return pl.counterfact(n=n) if benchmark == "counterfact" else pl.zsre(n=n)
+
+
+def mass(bench: pl.Bench, size: Size, benchmark: str, run: str, n: int) -> pd.DataFrame:
+    """`n` facts at once. Small numbers are measured on several groups, each on the clean model."""
+    facts = records(benchmark, max(size.grid))
+    trial = None if run == "unedited" else pl.Trial(pl.METHODS[run])
+    found = None if trial is None else bench.targets(trial, facts)
+
+    def edited(start: int) -> pl.Edit | None:
+        if trial is None:
+            return None
+        own = None if found is None else found[start : start + n]
+        return bench.edit(trial, facts[start : start + n], own)
+
+    groups = range(0, max(1, size.facts_of_small // n) * n, n)
+    if len(groups) == 1:
+        return tidy(looked_at(bench, size, facts[:n], edited(0)), bench, benchmark, run, n)
+    others = experiment.others_of(pl.knowns(), facts[: groups.stop])[:: 2250 // min(250, 2250)]
+    rows, right = [], []
+    for start in groups:
+        edit = edited(start)
+        with nullcontext() if edit is None else edit.applied(bench.model):
+            own = pl.evaluate(bench.model, facts[start : start + n])
+            rows.append(own.assign(fact=own["fact"] + start))
+            right.append(100 * pl.recall(bench.model, others)["correct"].to_numpy())
+    table = pl.summarise(pd.concat(rows, ignore_index=True))
+    mean = np.mean(right, axis=0)
+    table.loc["collateral"] = [mean.mean(), *metrics.bootstrap(mean), len(mean)]
+    return tidy(table, bench, benchmark, run, n)
+
+
+def looked_at(
+    bench: pl.Bench, size: Size, facts: Sequence[pl.Fact], edit: pl.Edit | None
+) -> pd.DataFrame:
+    """Everything there is to measure after one edit of `facts` (None: the model as it is)."""
+    others = experiment.others_of(pl.knowns(), facts)[: size.others]
+    generate = size.generate if len(facts) in size.main else 0
+    table = experiment.measure(bench.model, facts, edit, others, generate=generate)
+    return pd.concat([table, pl.general_ability(bench.model, edit, others=())])
+
+
+def one_by_one(bench: pl.Bench, size: Size, benchmark: str) -> pd.DataFrame:
+    """ROME, one fact after the other, measured at the numbers of the grid on the way."""
+    sizes = [n for n in size.grid if 1 < n <= ROME_MOST[benchmark]]
+    wanted = [n for n in sizes if benchmark == "counterfact" or n in size.main]
+    facts, tables = records(benchmark, max(wanted)), []
+
+    def look(done: int) -> None:
+        if done in wanted:
+            # The model stands edited, so there is nothing to compare it with.
+            table = looked_at(bench, size, facts[:done], None).drop(index="KL")
+            tables.append(tidy(table, bench, benchmark, "ROME", done))
+
+    bench.chain(pl.Trial(pl.ROME), facts, look)
+    return pd.concat(tables, ignore_index=True)
+
+
+def tidy(table: pd.DataFrame, bench: pl.Bench, benchmark: str, run: str, n: int) -> pd.DataFrame:
+    load = n / bench.model.d_in(pl.Site(0, "mlp"))
+    out = table.reset_index().assign(benchmark=benchmark, run=run, edits=n, load=round(load, 4))
+    columns = ["benchmark", "run", "edits", "load", "metric", "mean", "ci_low", "ci_high", "n"]
+    return out[columns]
+
+
+def ablated(bench: pl.Bench, size: Size) -> pd.DataFrame:
+    """PMET without its parts, all on the same facts."""
+    facts = records("counterfact", size.ablated)
+    others = experiment.others_of(pl.knowns(), facts)[: size.others]
+    table = pl.compare(bench, pl.ablations(bench.settings(pl.PMET)), facts, others)
+    return table.assign(edits=len(facts))
+
+
+def over_lambda(bench: pl.Bench, size: Size, run: str) -> pd.DataFrame:
+    """The same targets written with other weights of the second moment."""
+    changes = [{"second_moment_weight": weight} for weight in size.lambdas]
+    return swept(bench, size, pl.METHODS[run], changes).assign(run=run)
+
+
+def over_layers(bench: pl.Bench, size: Size, last: int) -> pd.DataFrame:
+    """PMET with other critical layers that end at `last`: one to four of them."""
+    first = range(last, max(-1, last - 4), -1)
+    changes = [{"layers": tuple(range(n, last + 1))} for n in first]
+    return swept(bench, size, pl.PMET, changes).assign(run="PMET", last=last)
+
+
+def swept(bench: pl.Bench, size: Size, method: pl.Method, changes: Sequence[dict]) -> pd.DataFrame:
+    facts = records("counterfact", size.swept)
+    others = experiment.others_of(pl.knowns(), facts)[: size.others]
+    tables = []
+    for change in changes:
+        trial = pl.Trial(method, change)
+        try:
+            edit = bench.edit(trial, facts, bench.targets(trial, facts))
+        except pl.SolveError:
+            # In parallel blocks the keys of layer 0 only know the token: their moment is singular.
+            continue
+        table = experiment.measure(bench.model, facts, edit, others).reset_index()
+        (field, value), *_ = change.items()
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        tables.append(table.assign(**{field: text}, edits=len(facts)))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["edits"])
+
+
+def curve(bench: pl.Bench, size: Size, run: str) -> pd.DataFrame:
+    """Batch after batch; the targets of each are those of the model as edited so far."""
+    method, protect = CURVE[run]
+    n, batch = size.curve
+    facts = records("counterfact", n)
+    others = experiment.others_of(pl.knowns(), facts)[:: 2250 // min(250, 2250)]
+    table = experiment.sequential(
+        bench.model,
+        facts,
+        bench.moments,
+        method,
+        bench.settings(method),
+        bench.contexts,
+        batch_size=batch,
+        protect=protect,
+        others=others,
+    )
+    return table.assign(run=run, batch=batch)
+
+
+if __name__ == "__main__":
+    main()
