@@ -14,7 +14,7 @@ READY  := $(VENV)/.installed
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test lint lab notebooks models clean
+.PHONY: help figures paper test lint lab notebooks models clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,11 @@ help: ## show this list
 figures: $(READY) ## the main job on the bundled models: figures and tables in figures/out
 	$(PY) figures/study.py
 	$(PY) figures/make.py
+	$(PY) figures/paper.py --quick
+	$(PY) figures/paper_tables.py
+
+paper: $(READY) ## all methods, ablations and loads (90 minutes; goes on where it stopped)
+	$(PY) figures/paper.py
 
 test: lint ## lint, tests and notebooks, without a network
 	$(OFFLINE) $(PY) -m pytest
@@ -38,10 +43,12 @@ lab: $(READY) ## JupyterLab on notebooks/
 notebooks: $(READY) ## run the notebooks again and keep their outputs
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 --overwrite notebooks
 
-models: $(READY) ## train the three bundled models again (about 45 CPU-minutes each)
+models: $(READY) ## train the bundled models (45 CPU-minutes each) and MEND editors (15) again
 	$(PY) figures/train_world.py world
 	$(PY) figures/train_world.py world-sequential
 	$(PY) figures/train_world.py world-unmasked
+	$(PY) figures/train_mend.py world
+	$(PY) figures/train_mend.py world-sequential
 
 clean: ## remove what commands made: figures/out, caches and .venv
 	rm -rf $(VENV) figures/out .pytest_cache .ruff_cache *.egg-info build dist

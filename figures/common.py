@@ -64,16 +64,18 @@ def legend(fig: Any, ax: Any, columns: int) -> None:
     fig.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def script(draw: Callable[[Path], Figure], name: str, doc: str | None) -> None:
+def script(draw: Callable[[Path], Figure], name: str, doc: str | None, paper: bool = False) -> None:
     """The command line of a figure script: read the tables, draw, save."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--tables", type=Path, default=OUT, help="where study.py put its tables")
+    tables = HERE / "results" / "paper" if paper else OUT
+    maker = "paper.py" if paper else "study.py"
+    parser.add_argument("--tables", type=Path, default=tables, help=f"those of {maker}")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     try:
         make(draw, name, args.tables, args.out)
     except FileNotFoundError as error:
-        parser.exit(2, f"{error.filename} is missing: run `python figures/study.py` first.\n")
+        parser.exit(2, f"{error.filename} is missing: run `python figures/{maker}` first.\n")
 
 
 def make(draw: Callable[[Path], Figure], name: str, tables: Path, out: Path) -> None:
@@ -83,8 +85,15 @@ def make(draw: Callable[[Path], Figure], name: str, tables: Path, out: Path) -> 
 
 
 def read(tables: Path, name: str) -> pd.DataFrame:
-    """One table of the study."""
-    return pd.read_csv(tables / f"{name}.csv")
+    """One table of the study, or of `make paper`."""
+    # "NA" is the name of a metric here.
+    return pd.read_csv(tables / f"{name}.csv", keep_default_na=False, na_values=[""])
+
+
+def paper_note(tables: Path, text: str) -> str:
+    """The title of a figure of `make paper`; it says so where the tables are of a quick run."""
+    made = (tables / "provenance.txt").read_text(encoding="utf-8")
+    return f"Quick run, few facts: {text}" if "Quick" in made else text
 
 
 def of(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:

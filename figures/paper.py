@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 from common import EDITED, HERE, OUT, into_readme, make, provenance
-from paper_tables import FIGURES, main_table
+from paper_tables import FIGURES, ablation_table, main_table
 from tqdm import tqdm
 
 import pmet_lens as pl
@@ -96,12 +96,14 @@ def main() -> None:
     out = args.out or OUT / ("quick" if args.quick else "paper")
     start = time.perf_counter()
     prepare(out, fresh=args.fresh or args.quick)
+    before = spent(out)
     size = QUICK if args.quick else Size()
     # Spawned, so that every process sets its own threads; two of one thread beat one of two here.
     workers = min(len(EDITED), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         done = list(pool.map(partial(run_model, size=size, out=out), EDITED, range(len(EDITED))))
-    minutes = (time.perf_counter() - start) / 60
+    minutes = before + (time.perf_counter() - start) / 60
+    (out / "minutes.txt").write_text(f"{minutes}\n", encoding="utf-8")
     for name in TABLES:
         whole = pd.concat([tables[name] for tables in done], ignore_index=True)
         whole.round(3).to_csv(out / f"{name}.csv", index=False)
@@ -109,11 +111,11 @@ def main() -> None:
     (out / "provenance.txt").write_text(note + "\n", encoding="utf-8")
     for name, draw in FIGURES.items():
         make(draw, name, out, out)
-    text = main_table(out)
-    (out / "main.md").write_text(text, encoding="utf-8")
-    sys.stdout.write(f"\n{text}\nTables and figures: {out}\n")
+    for name, table in (("main", main_table), ("ablations", ablation_table)):
+        (out / f"{name}.md").write_text(table(out), encoding="utf-8")
+    sys.stdout.write(f"\nTables and figures: {out}\n")
     if args.record:
-        record(out, text)
+        record(out)
 
 
 def prepare(out: Path, fresh: bool) -> None:
@@ -131,6 +133,12 @@ def prepare(out: Path, fresh: bool) -> None:
     stamp.write_text(mine, encoding="utf-8")
 
 
+def spent(out: Path) -> float:
+    """Minutes that earlier runs took for what is kept in `out`."""
+    file = out / "minutes.txt"
+    return float(file.read_text(encoding="utf-8")) if file.exists() else 0.0
+
+
 def code() -> str:
     """Digest of what the results follow from: the package (without its pictures) and this file."""
     package = Path(pl.__file__).parent
@@ -141,15 +149,15 @@ def code() -> str:
     return digest.hexdigest()
 
 
-def record(out: Path, text: str) -> None:
-    """Replace the committed tables, figures and the README's table."""
+def record(out: Path) -> None:
+    """Replace the committed tables and figures, and the README's table of ablations."""
     kept = HERE / "results" / "paper"
     kept.mkdir(parents=True, exist_ok=True)
-    for file in [*(f"{n}.csv" for n in TABLES), "provenance.txt", "main.md"]:
+    for file in [*(f"{n}.csv" for n in TABLES), "provenance.txt", "main.md", "ablations.md"]:
         shutil.copy(out / file, kept / file)
     for figure in out.glob("fig_*.png"):
         shutil.copy(figure, kept / figure.name)
-    into_readme("paper", text)
+    into_readme("ablations", (out / "ablations.md").read_text(encoding="utf-8"))
 
 
 def run_model(name: str, place: int, size: Size, out: Path) -> dict[str, pd.DataFrame]:
@@ -189,7 +197,8 @@ def jobs(bench: pl.Bench, size: Size) -> Jobs:
     yield from scaling("counterfact", size.main)
     yield "ablations", "all", partial(ablated, bench, size)
     yield from scaling("zsre", size.main)
-    yield from scaling("counterfact", [n for n in size.grid if n not in size.main])
+    coarse = [n for n in size.grid[::2] if n not in size.main]
+    yield from scaling("counterfact", coarse)
     for benchmark in ROME_MOST:
         key = f"{benchmark} chain ROME"
         yield "scaling", key, partial(one_by_one, bench, size, benchmark)
@@ -199,6 +208,7 @@ def jobs(bench: pl.Bench, size: Size) -> Jobs:
         yield "layers", f"{last}", partial(over_layers, bench, size, last)
     for run in size.curves:
         yield "sequential", run, partial(curve, bench, size, run)
+    yield from scaling("counterfact", [n for n in size.grid if n not in (*size.main, *coarse)])
 
 
 def records(benchmark: str, n: int | None = None) -> list[pl.Fact]:

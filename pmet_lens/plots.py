@@ -38,6 +38,12 @@ COLOURS: Mapping[str, str] = {
     "+ W_O": "#D55E00",
     "TL hidden state, sqrt spread": "#009E73",
     "MEMIT": "#E69F00",
+    "ROME": "#CC3311",
+    "EMMET": "#AA4499",
+    "AlphaEdit": "#117733",
+    "FT-W": "#999933",
+    "FT+L": "#88CCEE",
+    "MEND": "#000000",
 }
 PLACE_COLOURS = dict(
     zip(PLACES, ("#56B4E9", "#009E73", "#0072B2", "#999999", "#E69F00"), strict=True)

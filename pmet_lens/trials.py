@@ -67,7 +67,7 @@ class Bench:
     Args:
         texts: for the second moments of all layers below the last; None: about the bundled world.
         n_tokens: of these.
-        hparams: settings of a model that `pl.HPARAMS` does not know, by method.
+        hparams: method → its settings, for a model that `pl.HPARAMS` does not know.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Bench:
         folder: str | Path,
         texts: Sequence[str] | None = None,
         n_tokens: int = 100_000,
-        hparams: Callable[[Method], Hparams] | None = None,
+        hparams: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model, self.folder = model, Path(folder)
-        self.settings = hparams or (lambda method: hparams_for(model, method))
+        self.settings = hparams or (lambda method: known(model, method))
         self.contexts = tokens.sample_contexts(model)
         self.moments = self._moments(texts, n_tokens)
         self._kept: dict[tuple[Any, ...], dict[Site, Factor]] = {}
@@ -102,10 +102,9 @@ class Bench:
         return moments.load_moments(path)
 
     def hparams(self, trial: Trial) -> Any:
-        """The strengths of a trial; None for a method with strengths of its own."""
-        if not isinstance(trial.method, Method):
-            return None
-        return replace(self.settings(trial.method), **trial.change)
+        """The strengths of a trial; None for a gradient method that knows its own."""
+        own = self.settings(trial.method)
+        return own if own is None else replace(own, **trial.change)
 
     def targets(
         self, trial: Trial, facts: Sequence[Fact], on_facts: OnDone | None = None
@@ -163,6 +162,11 @@ class Bench:
 
     def _contexts(self, trial: Trial) -> list[str]:
         return self.contexts if trial.prefixes else [tokens.PLAIN]
+
+
+def known(model: Model, method: Method | Editor) -> Hparams | None:
+    """The settings `pl.HPARAMS` has; None for gradient methods, which know their own."""
+    return hparams_for(model, method) if isinstance(method, Method) else None
 
 
 def compare(

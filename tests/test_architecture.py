@@ -20,7 +20,7 @@ FLOORS = (
     | {"target_files"},
     {"ability", "evaluation", "geometry"},
     {"experiment", "training", "trials"},
-    {"plots", "widgets"},
+    {"method_plots", "plots", "widgets"},
     {"cli", "__init__"},  # `import pmet_lens` is for the command line and for users
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -1,0 +1,42 @@
+"""Batch after batch: earlier edits, other facts, text and weights, with and without protection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common import EDITED, legend, of, panels, paper_note, read, script
+from matplotlib.figure import Figure
+
+from pmet_lens import method_plots
+
+METRICS = {
+    "ES": "ES of all facts so far",
+    "NS": "NS of all facts so far",
+    "collateral": "other facts right (%)",
+    "perplexity": "perplexity",
+    "weight_norm": "‖W + ΣΔ‖ / ‖W‖, largest",
+}
+
+
+def draw(tables: Path) -> Figure:
+    """One row per model, one panel per metric, one line per run."""
+    table = read(tables, "sequential")
+    fig, axes = panels(10, 4.6, len(EDITED), len(METRICS), sharex=True)
+    for row, name in zip(axes, EDITED, strict=True):
+        for ax, (metric, label) in zip(row, METRICS.items(), strict=True):
+            method_plots.step_lines(of(table, model=name), ax, metric)
+            ax.set_ylabel("")
+            ax.set_title(label if row is axes[0] else "", fontsize=8)
+            ax.set_xlabel("edits so far" if row is axes[-1] else "")
+            if metric in ("ES", "NS", "collateral"):
+                ax.set_ylim(-3, 103)
+        row[0].set_ylabel(name)
+    legend(fig, axes[0, 0], 5)
+    batch = int(table["batch"].iloc[0])
+    text = f"{batch} facts per batch; 95 % intervals; a cross: perplexity above three times before"
+    fig.suptitle(paper_note(tables, text))
+    return fig
+
+
+if __name__ == "__main__":
+    script(draw, "fig_sequential", __doc__, paper=True)
