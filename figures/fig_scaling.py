@@ -21,9 +21,13 @@ def draw(tables: Path) -> Figure:
         for ax, metric in zip(row, METRICS, strict=True):
             method_plots.load_lines(own, ax, metric)
             ax.set_ylim(-3, 103)
-            ax.set_title(metric if ax in axes[0] else "")
-            ax.set_ylabel(f"{name}\n{kind}\nper cent" if ax is row[0] else "", fontsize=7)
-            ax.set_xlabel("edits at once" if row is axes[-1] else "")
+            ax.set_ylabel("")
+            ax.set_xlabel("")
+        row[0].set_ylabel(f"{name}\n{kind}\nper cent", fontsize=7)
+    for ax, metric in zip(axes[0], METRICS, strict=True):
+        ax.set_title(metric)
+    for ax in axes[-1]:
+        ax.set_xlabel("edits at once")
     legend(fig, axes[0, 0], 9)
     fig.suptitle(paper_note(tables, "CounterFact records of the bundled world, all at once"))
     return fig

@@ -23,14 +23,18 @@ def draw(tables: Path) -> Figure:
     table = read(tables, "sequential")
     fig, axes = panels(10, 4.6, len(EDITED), len(METRICS), sharex=True)
     for row, name in zip(axes, EDITED, strict=True):
-        for ax, (metric, label) in zip(row, METRICS.items(), strict=True):
+        for ax, metric in zip(row, METRICS, strict=True):
             method_plots.step_lines(of(table, model=name), ax, metric)
             ax.set_ylabel("")
-            ax.set_title(label if row is axes[0] else "", fontsize=8)
-            ax.set_xlabel("edits so far" if row is axes[-1] else "")
+            ax.set_xlabel("")
+            ax.set_xlim(0, table["edits"].max() * 1.04)
             if metric in ("ES", "NS", "collateral"):
                 ax.set_ylim(-3, 103)
         row[0].set_ylabel(name)
+    for ax, label in zip(axes[0], METRICS.values(), strict=True):
+        ax.set_title(label, fontsize=8)
+    for ax in axes[-1]:
+        ax.set_xlabel("edits so far")
     legend(fig, axes[0, 0], 5)
     batch = int(table["batch"].iloc[0])
     text = f"{batch} facts per batch; 95 % intervals; a cross: perplexity above three times before"

@@ -96,9 +96,9 @@ def load(path: str | Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             head = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise EditError(f"{path} cannot be read as an edit: {error}") from error
-    if head.get("format") != FORMAT:
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise EditError(f"{path} is a safetensors file, but not an edit saved by pmet_lens.")
     return {
         "factors": {

@@ -211,9 +211,9 @@ class MendEditor(nn.Module):
             with safe_open(str(path), framework="pt") as file:
                 head: dict[str, Any] = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise EditError(f"{path} cannot be read as a MEND editor: {error}") from error
-        if head.get("format") != FORMAT:
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise EditError(f"{path} is a safetensors file, but not a MEND editor of pmet_lens.")
         d_in, d_model, rank = head["sizes"]
         sites = [Site.parse(site) for site in head["sites"]]

@@ -219,7 +219,7 @@ def paired(rows: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
     for name in one.keys() & other.keys():
         both = one[name].index.intersection(other[name].index)
         if not len(both):
-            raise ValueError(f"the two tables have no fact in common ({name}).")
+            continue
         a, b = one[name].loc[both].to_numpy(), other[name].loc[both].to_numpy()
         statistic = "harmonic" if name in _SCORES else "mean"
         draws = [
@@ -230,6 +230,8 @@ def paired(rows: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
         low, high = np.percentile(found[~np.isnan(found)], [2.5, 97.5])
         mean = float(_statistics(a[None], statistic)[0] - _statistics(b[None], statistic)[0])
         out[name] = (mean, float(low), float(high), len(both))
+    if not out:
+        raise ValueError("the two tables have no fact in common.")
     columns = ["mean", "ci_low", "ci_high", "n"]
     table = pd.DataFrame.from_dict(out, orient="index", columns=columns).rename_axis("metric")
     return table.reindex([k for k in _ORDER if k in out]).astype({"n": int})

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pmet_lens import artifact, targets
+from pmet_lens import artifact, targets, tokens
 from pmet_lens.adapter import Model
-from pmet_lens.facts import Fact
+from pmet_lens.facts import Fact, FactError
 from pmet_lens.settings import Hparams, Method
 from pmet_lens.targets import Targets
 
@@ -51,10 +51,13 @@ def load(path: str | Path) -> Targets:
         with safe_open(str(path), framework="pt") as file:
             head = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise artifact.EditError(f"{path} cannot be read as targets: {error}") from error
-    if head.get("format") != FORMAT:
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise artifact.EditError(f"{path} is a safetensors file, but holds no targets.")
+    missing = {f"history.{name}" for name in head["columns"]} - tensors.keys()
+    if missing:
+        raise artifact.EditError(f"{path} is damaged: {', '.join(sorted(missing))} is missing.")
 
     def part(kind: str) -> dict[str, Tensor]:
         return {n.removeprefix(f"{kind}."): t for n, t in tensors.items() if n.startswith(kind)}
@@ -73,14 +76,21 @@ def key(
     contexts: Sequence[str],
 ) -> str:
     """A name for these facts' targets: equal for two calls whose targets are equal, different if
-    anything differs that they follow from (the weights of the model among it)."""
+    anything differs that they follow from (the weights of the model and its tokens among it)."""
     read = replace(hparams, layers=hparams.layers[-1:], **_UNREAD)
+    text = [f"{f.text} {f.target_new}" for f in facts]
     asked = [(f.subject, f.prompt, f.target_new) for f in facts]
-    made = [method.delta_at, method.position, asdict(read), asked, list(contexts)]
-    digest = hashlib.sha256(json.dumps(made).encode())
-    for tensor in model.hf.state_dict().values():
-        digest.update(artifact.fingerprint(tensor).encode())
-    return digest.hexdigest()[:16]
+    behind = [c for c in contexts if c != tokens.PLAIN]
+    made = [method.delta_at, method.position, asdict(read), asked, behind]
+    made.append(model.tokenizer(text)["input_ids"])
+    whole = json.dumps([*made, weights(model)])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def weights(model: Model) -> str:
+    """SHA-256 of all weights of the model as they are now."""
+    parts = (artifact.fingerprint(tensor) for tensor in model.hf.state_dict().values())
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def optimise(
@@ -95,6 +105,8 @@ def optimise(
 ) -> Targets:
     """`targets.optimise`, `shard` facts at a time, each shard kept in `folder` and read from there
     when it is there. `on_facts`: called with (facts so far, all)."""
+    if not facts:
+        raise FactError("There are no facts to optimise; pass at least one Fact.")
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for start in range(0, len(facts), shard):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pmet_lens import probes, tokens
 from pmet_lens.adapter import Model, ModelError, Stream
-from pmet_lens.facts import Fact
+from pmet_lens.facts import Fact, FactError
 from pmet_lens.settings import Hparams, Method
 from pmet_lens.twin import Tail
 
@@ -124,6 +124,8 @@ def optimise(
         on_step: called after every step with the step number (from 0) and this step's losses,
             one value per fact still being optimised.
     """
+    if not facts:
+        raise FactError("There are no facts to optimise; pass at least one Fact.")
     hparams.check(model.n_layers)
     per_fact = 2 + sum(c != tokens.PLAIN for c in contexts)
     size = batch_size or max(1, ROWS_PER_BATCH // per_fact)

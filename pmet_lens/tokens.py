@@ -139,14 +139,14 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
             raise FactError(f"The target {prompt.target!r} of {prompt.text!r} has no token.")
         if first == 0:
             raise FactError(f"The prompt {prompt.text!r} has no token before its answer.")
-        subject = _subject_tokens(prompt, offsets, first)
+        subject = _subject_tokens(model, prompt, ids, offsets, first)
         target = ids[first:]
         rows.append((ids[:-1] if target else ids, subject, first - 1, target))
     return _pad(model, rows)
 
 
 def _subject_tokens(
-    prompt: Prompt, offsets: Sequence[tuple[int, int]], first: int
+    model: Model, prompt: Prompt, ids: Sequence[int], offsets: Sequence[tuple[int, int]], first: int
 ) -> tuple[int, int]:
     """First and last token of the subject; `first`: the first token of the answer."""
     if prompt.subject is None:
@@ -159,6 +159,9 @@ def _subject_tokens(
             f"The subject {prompt.subject!r} was not found in the tokens of {prompt.text!r}; "
             "check that it is spelt as in the prompt and can be written by this tokenizer."
         )
+    # A blank that the tokenizer puts before the text (Llama's "▁") has the first letter's span.
+    while len(inside) > 1 and not model.tokenizer.decode([ids[inside[0]]]).strip():
+        inside.pop(0)
     return inside[0], inside[-1]
 
 

@@ -23,7 +23,7 @@ from pmet_lens.hparams import hparams_for
 from pmet_lens.linalg import Factor
 from pmet_lens.methods import ABLATIONS, PMET
 from pmet_lens.moments import Moment
-from pmet_lens.settings import Hparams, Method
+from pmet_lens.settings import Hparams, Method, SettingsError
 from pmet_lens.targets import Targets
 
 OnDone = Callable[[int, int], object]
@@ -85,7 +85,7 @@ class Bench:
         self._kept: dict[tuple[Any, ...], dict[Site, Factor]] = {}
 
     def _moments(self, texts: Sequence[str] | None, n_tokens: int) -> dict[Site, Moment]:
-        path = self.folder / "moments.safetensors"
+        path = self.folder / f"moments-{target_files.weights(self.model)[:16]}.safetensors"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             layers = range(self.model.n_layers - 1)
@@ -104,6 +104,11 @@ class Bench:
     def hparams(self, trial: Trial) -> Any:
         """The strengths of a trial; None for a gradient method that knows its own."""
         own = self.settings(trial.method)
+        if own is None and trial.change:
+            raise SettingsError(
+                f"{trial.method} has settings of its own: give Bench hparams= to change "
+                f"{', '.join(trial.change)}."
+            )
         return own if own is None else replace(own, **trial.change)
 
     def targets(
@@ -212,7 +217,9 @@ def _measured(
     bench: Bench, trial: Trial, facts: Sequence[Fact], others: Sequence[Fact]
 ) -> tuple[pd.DataFrame, metrics.Numbers]:
     """The rows of `evaluate` with the trial's edit, and per other fact 100 where it is right."""
-    made = bench.edit(trial, facts, bench.targets(trial, facts))
+    at_once = getattr(trial.method, "at_once", None)
+    stepwise = at_once is not None and at_once < len(facts)  # then every step has its own targets
+    made = bench.edit(trial, facts, None if stepwise else bench.targets(trial, facts))
     with made.applied(bench.model):
         rows = evaluation.evaluate(bench.model, facts)
         right = evaluation.recall(bench.model, others)["correct"] if len(others) else pd.Series([])
