@@ -7,7 +7,6 @@ at a time and stop behind the highest layer asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,9 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pmet_lens import probes, tokens
+from pmet_lens import container, probes, tokens
 from pmet_lens.adapter import Model, ModelError, Stream
 from pmet_lens.facts import Fact, FactError
 from pmet_lens.tokens import Position
@@ -85,23 +82,13 @@ class Activations:
             "model": self.model,
         }
         values = {f"{s}@{p}": v.contiguous() for (s, p), v in self.values.items()}
-        try:
-            save_file(values, str(path), metadata={"pmet_lens": json.dumps(head)})
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"the activations could not be written to {path}: {error}") from error
+        container.write(path, values, head, "activations", ModelError)
 
     @classmethod
     def load(cls, path: str | Path) -> Activations:
         """The inverse of `save`. Raises `ModelError` for a file that is missing or something
         else."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                head = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
-                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise ModelError(f"{path} cannot be read as activations: {error}") from error
-        if head.get("format") != FORMAT:
-            raise ModelError(f"{path} is a safetensors file, but not activations of pmet_lens")
+        head, found = container.read(path, FORMAT, "activations", ModelError)
         values = {tuple(key.split("@")): value for key, value in found.items()}
         facts = tuple(Fact.from_record(f) for f in head["facts"])
         return cls(values, facts, tuple(head["layers"]), head["model"])  # type: ignore[arg-type]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pmet_lens import linalg
+from pmet_lens import container, linalg
 from pmet_lens.adapter import Site
 from pmet_lens.facts import Fact
 from pmet_lens.live import EditError as EditError
@@ -47,10 +44,7 @@ def save(parts: Mapping[str, Any], path: str | Path) -> None:
         "sites": [str(site) for site in parts["factors"]],
         "dtype": str(parts["dtype"]).removeprefix("torch."),
     }
-    try:
-        save_file(tensors, str(path), metadata={"pmet_lens": json.dumps(head)})
-    except (OSError, SafetensorError) as error:
-        raise EditError(f"The edit could not be written to {path}: {error}") from error
+    container.write(path, tensors, head, "an edit", EditError)
 
 
 @dataclass(frozen=True)
@@ -92,14 +86,7 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         EditError: for a file that is missing, damaged, or not an edit.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            head = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise EditError(f"{path} cannot be read as an edit: {error}") from error
-    if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise EditError(f"{path} is a safetensors file, but not an edit saved by pmet_lens.")
+    head, tensors = container.read(path, FORMAT, "an edit", EditError)
     return {
         "factors": {
             Site.parse(s): (tensors[f"{s}.left"], tensors[f"{s}.right"]) for s in head["sites"]

@@ -7,21 +7,17 @@ the weight changes by −α Σ_t ũ_t δ̃_tᵀ. Source: Mitchell et al., ICLR 2
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pmet_lens import artifact, tokens
+from pmet_lens import artifact, container, tokens
 from pmet_lens.adapter import Model, Site
 from pmet_lens.edits import Edit
 from pmet_lens.facts import Fact, check_editable
@@ -201,20 +197,12 @@ class MendEditor(nn.Module):
             "embedding": self.embedding,
             "curve": self.curve,
         }
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, str(path), metadata={"pmet_lens": json.dumps(head)})
+        container.write(path, self.state_dict(), head, "a MEND editor", EditError)
 
     @classmethod
     def load(cls, path: str | Path) -> MendEditor:
         """What `save` wrote. Raises `EditError` for a file that is not an editor."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                head: dict[str, Any] = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, ValueError, SafetensorError) as error:
-            raise EditError(f"{path} cannot be read as a MEND editor: {error}") from error
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise EditError(f"{path} is a safetensors file, but not a MEND editor of pmet_lens.")
+        head, tensors = container.read(path, FORMAT, "a MEND editor", EditError)
         d_in, d_model, rank = head["sizes"]
         sites = [Site.parse(site) for site in head["sites"]]
         out = cls(sites, d_in, d_model, rank, model=head["model"], embedding=head["embedding"])

@@ -7,7 +7,6 @@ texts for GPT-J). A `Moment` is a sum and a count: samples can be merged in any 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import get_args
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from pmet_lens import container
 from pmet_lens.adapter import Model, Projection, Site
 from pmet_lens.hparams import known_hparams
 
@@ -147,7 +145,7 @@ def save_moments(moments: Mapping[Site, Moment], path: str | Path, model_name: s
         "model": model_name,
         "counts": {str(s): m.count for s, m in moments.items()},
     }
-    save_file(tensors, str(path), metadata={"pmet_lens": json.dumps(head)})
+    container.write(path, tensors, head, "second moments", MomentError)
 
 
 def load_moments(path: str | Path) -> dict[Site, Moment]:
@@ -156,11 +154,5 @@ def load_moments(path: str | Path) -> dict[Site, Moment]:
     Raises:
         MomentError: for a file that is missing, damaged, or holds no moments.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            head = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
-            if head.get("format") != FORMAT:
-                raise MomentError(f"{path} holds no second moments saved by pmet_lens.")
-            return {Site.parse(s): Moment(file.get_tensor(s), n) for s, n in head["counts"].items()}
-    except (OSError, SafetensorError) as error:
-        raise MomentError(f"{path} cannot be read as second moments: {error}") from error
+    head, tensors = container.read(path, FORMAT, "second moments", MomentError)
+    return {Site.parse(s): Moment(tensors[s], n) for s, n in head["counts"].items()}

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pmet_lens import artifact, targets, tokens
+from pmet_lens import artifact, container, targets, tokens
 from pmet_lens.adapter import Model
 from pmet_lens.facts import Fact, FactError
 from pmet_lens.settings import Hparams, Method
@@ -35,10 +33,7 @@ def save(found: Targets, path: str | Path) -> None:
         tensors[f"history.{name}"] = torch.from_numpy(numbers.to_numpy().copy())
     head = {"format": FORMAT, "layer": found.layer, "position": found.position}
     head["columns"] = list(found.history.columns)
-    path, part = Path(path), Path(f"{path}.part")
-    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(whole, str(part), metadata={"pmet_lens": json.dumps(head)})
-    part.replace(path)
+    container.write(path, tensors, head, "targets", artifact.EditError)
 
 
 def load(path: str | Path) -> Targets:
@@ -47,14 +42,7 @@ def load(path: str | Path) -> Targets:
     Raises:
         EditError: for a file that is missing, damaged, or holds no targets.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            head = json.loads((file.metadata() or {}).get("pmet_lens", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise artifact.EditError(f"{path} cannot be read as targets: {error}") from error
-    if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise artifact.EditError(f"{path} is a safetensors file, but holds no targets.")
+    head, tensors = container.read(path, FORMAT, "targets", artifact.EditError)
     missing = {f"history.{name}" for name in head["columns"]} - tensors.keys()
     if missing:
         raise artifact.EditError(f"{path} is damaged: {', '.join(sorted(missing))} is missing.")

@@ -96,9 +96,7 @@ class Bench:
                 projections=("attn", "mlp"),
                 n_tokens=n_tokens,
             )
-            part = path.with_suffix(".part")
-            moments.save_moments(found, part, self.model.name)
-            part.replace(path)
+            moments.save_moments(found, path, self.model.name)
         return moments.load_moments(path)
 
     def hparams(self, trial: Trial) -> Any:

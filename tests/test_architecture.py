@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = (
-    {"facts", "linalg", "metrics", "statements", "world"},
+    {"container", "facts", "linalg", "metrics", "statements", "world"},
     {"adapter", "datasets", "live", "sources", "twin"},
     {"hparams", "moments", "probes", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "readout", "similarity"}
