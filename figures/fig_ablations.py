@@ -13,9 +13,12 @@ from pmet_lens import method_plots
 def draw(tables: Path) -> Figure:
     """One panel per model: differences against PMET in points."""
     table = read(tables, "ablations")
+    # Models have different numbers of critical layers, so some rows are of one model alone.
+    longest = max((of(table, model=name) for name in EDITED), key=lambda t: t["run"].nunique())
+    runs = [run for run in dict.fromkeys(longest["run"]) if run != "PMET"]
     fig, axes = panels(7.5, 5.2, 1, len(EDITED), sharey=True)
     for ax, (name, kind) in zip(axes[0], EDITED.items(), strict=True):
-        method_plots.effect_dots(of(table, model=name), ax)
+        method_plots.effect_dots(of(table, model=name), ax, runs=runs)
         ax.set_title(f"{name}: {kind}", fontsize=8)
     legend(fig, axes[0, 0], 4)
     n = int(table["edits"].iloc[0])

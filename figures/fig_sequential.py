@@ -28,8 +28,10 @@ def draw(tables: Path) -> Figure:
             ax.set_ylabel("")
             ax.set_xlabel("")
             ax.set_xlim(0, table["edits"].max() * 1.04)
-            if metric in ("ES", "NS", "collateral"):
-                ax.set_ylim(-3, 103)
+            if metric == "weight_norm":
+                ax.set_yscale("log")
+            elif metric != "perplexity":
+                ax.set_ylim(top=101)
         row[0].set_ylabel(name)
     for ax, label in zip(axes[0], METRICS.values(), strict=True):
         ax.set_title(label, fontsize=8)

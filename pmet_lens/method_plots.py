@@ -55,12 +55,16 @@ def load_lines(table: pd.DataFrame, ax: Axes, metric: str) -> Axes:
 
 
 def effect_dots(
-    table: pd.DataFrame, ax: Axes, metrics: Sequence[str] = ("ES", "PS", "NS", "collateral")
+    table: pd.DataFrame,
+    ax: Axes,
+    metrics: Sequence[str] = ("ES", "PS", "NS", "collateral"),
+    runs: Sequence[str] | None = None,
 ) -> Axes:
     """`compare`: what each variation changes against the baseline, in points, with paired 95 %
-    intervals. One row per variation, one dot per metric; left of 0 is worse."""
+    intervals. One row per variation, one dot per metric; left of 0 is worse. `runs`: the rows and
+    their order, for panels that share them (default: those of the table)."""
     own = table.dropna(subset=["difference"])
-    runs = list(dict.fromkeys(own["run"]))
+    runs = list(dict.fromkeys(own["run"])) if runs is None else list(runs)
     for i, metric in enumerate(metrics):
         rows = own.loc[own["metric"] == metric].set_index("run").reindex(runs)
         y = np.arange(len(runs)) + (i - (len(metrics) - 1) / 2) * 0.18
