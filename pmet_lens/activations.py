@@ -172,11 +172,5 @@ def batches(
     """Prompts in batches of similar length, at most `batch_tokens` tokens with padding (or one
     prompt), with the numbers of the prompts in each."""
     lengths = [len(ids) for ids in model.tokenizer([p.text for p in prompts])["input_ids"]]
-    chunk: list[int] = []
-    for i in sorted(range(len(prompts)), key=lengths.__getitem__):
-        # Sorted: the newest is the longest, so all are padded to it.
-        if chunk and (len(chunk) + 1) * lengths[i] > batch_tokens:
-            yield torch.tensor(chunk), tokens.encode(model, [prompts[j] for j in chunk])
-            chunk = []
-        chunk.append(i)
-    yield torch.tensor(chunk), tokens.encode(model, [prompts[j] for j in chunk])
+    for chunk in tokens.chunks(lengths, batch_tokens):
+        yield torch.tensor(chunk), tokens.encode(model, [prompts[j] for j in chunk])

@@ -95,6 +95,8 @@ class Model:
         self._names = {id(p): n for n, p in hf.named_parameters()}
         self._check_sites()
         self.live_edits = LiveEdits(self.weight)
+        self._tails: dict[int, Tail] = {}
+        self._enters: dict[str, bool] = {}
 
     @property
     def n_layers(self) -> int:
@@ -130,16 +132,31 @@ class Model:
         Found by trying: a change of `attn_out` reaches the MLP of its own layer or it does not.
         Configurations do not tell it under one name.
         """
+        return torch.equal(*self._try_change("attn_out", self.key_hook(Site(0, "mlp")))[:2])
+
+    def enters_output(self, stream: Stream) -> bool:
+        """Whether a change of the stream enters its layer's output as it is and does nothing else
+        there, as in parallel blocks without a norm behind. Found by trying, in the first layer."""
+        if stream not in self._enters:
+            before, after, push = self._try_change(stream, self.stream_hook(0, "resid_post"))
+            size = max(float(after.abs().max()), 1.0)
+            off = float((after - before - push).abs().max())
+            self._enters[stream] = off <= 100 * torch.finfo(after.dtype).eps * size
+        return self._enters[stream]
+
+    def _try_change(self, stream: Stream, read: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What the hook `read` of the first layer sees before and after a push of `stream` there,
+        and the push."""
         ids = torch.arange(3, device=self.device)[None]
         # Not a constant vector: a layer norm would take that away again.
         push = torch.linspace(-1, 1, self.d_model, device=self.device, dtype=self.dtype)
-        keys: list[Tensor] = []
-        record = (self.key_hook(Site(0, "mlp")), keys.append)
-        changes = [(self.stream_hook(0, "attn_out"), lambda value: value + push)]
+        seen: list[Tensor] = []
+        changes = [(self.stream_hook(0, stream), lambda value: value + push)]
         with torch.no_grad():
             for extra in ([], changes):
-                self.forward(ids, torch.ones_like(ids), hooks=[*extra, record], stop_at_layer=1)
-        return torch.equal(*keys)
+                hooks = [*extra, (read, seen.append)]
+                self.forward(ids, torch.ones_like(ids), hooks=hooks, stop_at_layer=1)
+        return seen[0], seen[1], push
 
     def check_layer(self, layer: int) -> int:
         """`layer` itself; raises `ModelError` unless it is one of this model's."""
@@ -225,14 +242,17 @@ class Model:
     def from_layer(self, first: int) -> Tail:
         """This model from block `first` on, sharing all weights: what changes there costs less.
 
-        Raises `ModelError` where the shortened model does not give the logits of the whole one
-        (tried on a small batch); use `forward` then.
+        Made once and kept: it sees every later change of the weights. Raises `ModelError` where the
+        shortened model does not give the logits of the whole one (tried on a small batch); use
+        `forward` then.
         """
-        shortened = twin(self.hf)
-        path = self.bridge.adapter.component_mapping["blocks"].name
-        drop_blocks(shortened, path, self.check_layer(first))
-        tail = Tail(_wrap(shortened, self.name), first)
-        return replace(tail, resumes=self._check_tail(tail))
+        if self.check_layer(first) not in self._tails:
+            shortened = twin(self.hf)
+            path = self.bridge.adapter.component_mapping["blocks"].name
+            drop_blocks(shortened, path, first)
+            tail = Tail(_wrap(shortened, self.name), first)
+            self._tails[first] = replace(tail, resumes=self._check_tail(tail))
+        return self._tails[first]
 
     def _check_tail(self, tail: Tail) -> bool:
         """Compare the tail with the whole model on a small batch, and tell whether it gives the
@@ -246,7 +266,7 @@ class Model:
         with torch.no_grad():
             whole = self.forward(ids, mask, hooks=hooks)
             short = tail.forward(kept[0], mask)
-            past = tail.past(kept[0], mask, start)
+            past = tail.past(kept[0], start)
             # Both rows have three more tokens behind their pasts.
             rest = torch.stack([kept[0][0, 3:6], kept[0][1, 1:4]])
             behind = tail.forward(rest, torch.ones_like(ids[:, :3]), past=past)

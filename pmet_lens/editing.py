@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pmet_lens import artifact, keys, tokens
 from pmet_lens import targets as targeting
-from pmet_lens.adapter import Model, Projection, Site
+from pmet_lens.adapter import Model, Site
 from pmet_lens.edits import Edit, Editor, merged
 from pmet_lens.facts import Fact, check_editable
 from pmet_lens.hparams import hparams_for
@@ -85,13 +85,15 @@ def edit(
 
     kept, solver = {} if factorised is None else factorised, hp.strengthen(method.solver)
     factors: dict[Site, tuple[Tensor, Tensor]] = {}
+    reader = keys.Reader(model, facts, contexts, method.position)
     with model.restored(sites):
         for i, layer in enumerate(hp.layers):
             for projection in method.write:
                 site = Site(layer, projection)
-                K = keys.averaged_keys(model, facts, contexts, site, method.position)
-                R = _residual(model, facts, method, projection, targets)
-                R = R / method.share(len(hp.layers) - i)
+                K = reader.keys(site)
+                stream = method.follows(projection)
+                now = reader.values(targets.layer, stream)
+                R = (targets.values[stream].to(now) - now) / method.share(len(hp.layers) - i)
                 if site not in kept:
                     C = _matrix(moments[site], model.weight(site).device)
                     past = None if earlier is None else earlier[site].to(C.device)
@@ -147,15 +149,6 @@ def edit_sequentially(
             if on_batch is not None:
                 on_batch(start + len(chosen), step)
     return edits
-
-
-def _residual(
-    model: Model, facts: Sequence[Fact], method: Method, projection: Projection, targets: Targets
-) -> Float[Tensor, "fact d_model"]:
-    """R = V − current, on the stream this projection follows, at the last critical layer."""
-    stream = method.follows(projection)
-    now = keys.current_values(model, facts, targets.layer, stream, method.position)
-    return targets.values[stream].to(now) - now
 
 
 def _matrix(moment: object, device: torch.device) -> Float[Tensor, "d_in d_in"]:

@@ -5,9 +5,8 @@ subject, unless the method says otherwise), and all deltas of
 a fact are optimised *together* (PMET, section "Optimising TC hidden states"). Facts never interact:
 a batch is only a way to use the hardware, and a fact's result does not depend on it.
 
-`objective` is the formula; `optimise` the loop around it. Nothing below the last critical layer
-depends on the deltas, so the layers below it run once and every step starts from their output
-(`fast=False` runs the whole model instead, with the same result).
+`objective` is the formula, `optimise` the loop around it; what a step runs of the model, and what
+it does not, is `problem.py` (`fast=False` runs the whole model, with the same result).
 """
 
 from __future__ import annotations
@@ -18,19 +17,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens import probes, tokens
-from pmet_lens.adapter import Model, ModelError, Stream
+from pmet_lens import problem, tokens
+from pmet_lens.adapter import Model, Stream
 from pmet_lens.facts import Fact, FactError
 from pmet_lens.settings import Hparams, Method
-from pmet_lens.twin import Tail
 
 Losses = Mapping[str, Float[Tensor, " fact"]]
 OnStep = Callable[[int, Losses], object]
-
-ROWS_PER_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -114,30 +110,36 @@ def optimise(
     contexts: Sequence[str],
     on_step: OnStep | None = None,
     *,
-    batch_size: int | None = None,
+    batch_tokens: int | None = None,
     fast: bool = True,
 ) -> Targets:
-    """Optimise the deltas of all facts; `batch_size` facts at a time (default: about 128 prompts).
+    """Optimise the deltas of all facts, as many at a time as `batch_tokens` allow.
 
     Args:
         contexts: templates such as "I am. {}"; the plain prompt always comes with them.
         on_step: called after every step with the step number (from 0) and this step's losses,
             one value per fact still being optimised.
+        batch_tokens: tokens that one step runs, padding included (one fact at least); None: 1,024
+            on a CPU, 16,384 elsewhere.
     """
     if not facts:
         raise FactError("There are no facts to optimise; pass at least one Fact.")
     hparams.check(model.n_layers)
-    per_fact = 2 + sum(c != tokens.PLAIN for c in contexts)
-    size = batch_size or max(1, ROWS_PER_BATCH // per_fact)
-    # Facts of similar length share a batch: less padding, same results.
-    order = sorted(range(len(facts)), key=lambda i: (len(facts[i].text), i))
-    tail = _tail(model, hparams.layers[-1]) if fast else None
+    layer, tail = hparams.layers[-1], None
+    if fast:
+        tail = problem.tail_of(model, method, layer)
+    rows, per_fact = problem.prompts(model, facts, contexts)
+    whole = tail is None or not tail.resumes
+    limit = problem.budget(model) if batch_tokens is None else batch_tokens
+    chunks = problem.batches(rows, per_fact, method.position, whole=whole, budget=limit)
+    own = hparams.reference_norm == "own stream"
     parts = []
-    for start in range(0, len(order), size):
-        chunk = order[start : start + size]
-        problem = _Problem(model, [facts[i] for i in chunk], method, hparams, contexts, tail)
-        parts.append((chunk, _descend(problem, on_step)))
-    return _gather(parts, hparams.layers[-1], method.position)
+    for chunk in chunks:
+        numbers = torch.tensor([i * per_fact + k for i in chunk for k in range(per_fact)])
+        chosen = rows[numbers.to(model.device)]
+        one = problem.Problem(model, chosen, per_fact, method, layer, tail, own)
+        parts.append((chunk, _descend(one, hparams, on_step)))
+    return _gather(parts, layer, method.position)
 
 
 def _gather(
@@ -158,151 +160,26 @@ def _gather(
     return Targets(joined(lambda t: t.values), joined(lambda t: t.clean), layer, history, position)
 
 
-class _Problem:
-    """One batch of facts: its prompts, what is recorded once, and the forward of a step."""
-
-    def __init__(
-        self,
-        model: Model,
-        facts: Sequence[Fact],
-        method: Method,
-        hparams: Hparams,
-        contexts: Sequence[str],
-        tail: Tail | None,
-    ) -> None:
-        self.model, self.hparams, self.streams = model, hparams, method.delta_at
-        self.position: tokens.Position = method.position
-        self.layer, self.n = hparams.layers[-1], len(facts)
-        rows = [tokens.prompts_of(f, contexts, f.target_new) for f in facts]
-        per_fact = len(rows[0])
-        prompts = [p for own in rows for p in own]
-        prompts += [tokens.Prompt(tokens.KL_PROMPT, f.subject) for f in facts]
-        self.batch = tokens.encode(model, prompts)
-        device = model.device
-        owner = torch.arange(self.n, device=device)
-        self.owner = torch.cat([owner.repeat_interleave(per_fact), owner])
-        self.is_kl = torch.arange(len(prompts), device=device) >= self.n * per_fact
-        plain = owner * per_fact
-        self.residual, clean = self._record()
-        self.clean: dict[Stream, Tensor] = {
-            s: v[plain] for s, v in clean.items() if s in self.streams
-        }
-        own = hparams.reference_norm == "own stream"
-        self.norms: dict[Stream, Tensor] = {
-            s: clean[s if own else "resid_post"][plain].norm(dim=-1) for s in self.streams
-        }
-        self.tail, self.past = tail, None
-        # Keys and values in front of the edited token do not depend on the deltas either.
-        start = self.batch.at(self.position)
-        if tail is not None and tail.resumes and int(start.min()) > 0:
-            self.past = tail.past(self.residual, self.batch.mask, start)
-            self.batch, column = self.batch.behind(start)
-            index = column[..., None].expand(-1, -1, model.d_model)
-            self.residual = self.residual.gather(1, index)
-        with torch.no_grad():
-            zero: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in self.clean.items()}
-            everyone = torch.ones(self.n, dtype=torch.bool, device=device)
-            self.kl_before = self._log_probs(zero, everyone)[1]
-
-    def _record(self) -> tuple[Tensor, dict[Stream, Tensor]]:
-        """The residual entering the last critical layer at every token, and the clean streams at
-        the edited token."""
-        seen: dict[Stream, Tensor] = {}
-
-        def keep(stream: Stream) -> Callable[[Tensor], None]:
-            def hook(value: Tensor) -> None:
-                seen[stream] = value
-
-            return hook
-
-        streams: tuple[Stream, ...] = ("resid_pre", "resid_post", *self.streams)
-        hooks = [(self.model.stream_hook(self.layer, s), keep(s)) for s in dict.fromkeys(streams)]
-        with torch.no_grad():
-            batch = self.batch
-            self.model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=self.layer + 1)
-        rows = torch.arange(len(self.batch), device=self.model.device)
-        place = self.batch.at(self.position)
-        clean: dict[Stream, Tensor] = {s: v[rows, place] for s, v in seen.items()}
-        return seen["resid_pre"], clean
-
-    def _log_probs(
-        self, deltas: Mapping[Stream, Tensor], active: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-probabilities where a loss is read: at the targets `[label, vocab]` and on the KL
-        prompts `[active fact, vocab]`; with the labels and the row of each label."""
-        rows = active[self.owner]
-        batch, owner, is_kl = self.batch[rows], self.owner[rows], self.is_kl[rows]
-        place = batch.at(self.position)
-        hooks = [
-            (self.model.stream_hook(self.layer, s), probes.add_at(deltas[s][owner], place))
-            for s in self.streams
-        ]
-        target_at = batch.scored.nonzero()
-        kl_rows = is_kl.nonzero()[:, 0]
-        at = torch.cat([target_at, torch.stack([kl_rows, place[kl_rows]], dim=1)])
-        if self.tail is None:
-            logits = self.model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
-        else:
-            residual = self.residual[rows, : batch.ids.shape[1]]
-            past = None if self.past is None else self.past[rows]
-            logits = self.tail.forward(residual, batch.mask, hooks=hooks, at=at, past=past)
-        logp = logits.log_softmax(-1)
-        n = len(target_at)
-        labels = batch.labels[target_at[:, 0], target_at[:, 1]]
-        return logp[:n], logp[n:], labels, target_at[:, 0]
-
-    def losses(
-        self, deltas: Mapping[Stream, Tensor], nll_weight: Tensor, active: Tensor
-    ) -> tuple[dict[str, Float[Tensor, " active"]], Bool[Tensor, " active"]]:
-        """The objective of the active facts, and whether all their targets are the arg-max."""
-        logp, kl_now, labels, label_row = self._log_probs(deltas, active)
-        index = torch.cumsum(active, 0) - 1
-        rows = active[self.owner]
-        owner: Int[Tensor, " row"] = index[self.owner[rows]]
-        n, prompts = int(active.sum()), int((~self.is_kl[rows]).sum()) // int(active.sum())
-        picked = logp.gather(1, labels[:, None])[:, 0]
-        # Mean over the target tokens of a prompt, then over the fact's prompts.
-        count = torch.zeros(len(rows[rows]), dtype=logp.dtype, device=logp.device)
-        count = count.index_add(0, label_row, torch.ones_like(picked))
-        share = 1.0 / (count[label_row] * prompts)
-        nll = logp.new_zeros(n).index_add(0, owner[label_row], -picked * share)
-        missed = (logp.argmax(-1) != labels).to(logp.dtype)
-        said = logp.new_zeros(n).index_add(0, owner[label_row], missed.detach()) == 0
-        # As released: the divergence *of* the changed model *from* the clean one.
-        before = self.kl_before[active]
-        kl = (kl_now.exp() * (kl_now - before)).sum(-1)
-        chosen: dict[Stream, Tensor] = {s: d[active] for s, d in deltas.items()}
-        norms: dict[Stream, Tensor] = {s: v[active] for s, v in self.norms.items()}
-        return objective(nll, kl, chosen, norms, nll_weight[active], self.hparams), said
-
-
-def _tail(model: Model, layer: int) -> Tail | None:
-    """The model from `layer` on; None for a family whose layers cannot run on their own."""
-    try:
-        return model.from_layer(layer)
-    except ModelError:
-        return None
-
-
 @torch.enable_grad()  # also for those who work with gradients switched off
-def _descend(problem: _Problem, on_step: OnStep | None) -> Targets:
+def _descend(batch: problem.Problem, hp: Hparams, on_step: OnStep | None) -> Targets:
     """Adam on the deltas until every fact has stopped. The order of the tests inside one iteration
     decides which deltas are returned; it is the released one."""
-    hp = problem.hparams
     deltas: dict[Stream, Tensor] = {
-        s: torch.zeros_like(v, requires_grad=True) for s, v in problem.clean.items()
+        s: torch.zeros_like(v, requires_grad=True) for s, v in batch.clean.items()
     }
     optimiser = torch.optim.Adam(list(deltas.values()), lr=hp.lr)
-    device = problem.model.device
-    active = torch.ones(problem.n, dtype=torch.bool, device=device)
-    weight = problem.norms[problem.streams[0]].new_full((problem.n,), hp.nll_weight)
-    final: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in problem.clean.items()}
-    rows: list[pd.DataFrame] = []
+    active = torch.ones(batch.n, dtype=torch.bool, device=batch.model.device)
+    weight = batch.norms[batch.streams[0]].new_full((batch.n,), hp.nll_weight)
+    final: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in batch.clean.items()}
+    steps: list[dict[str, Any]] = []
     for step in range(hp.n_steps):
-        losses, said = problem.losses(deltas, weight, active)
+        told = batch.losses(deltas)
+        own: dict[Stream, Tensor] = {s: d[active] for s, d in deltas.items()}
+        norms: dict[Stream, Tensor] = {s: v[active] for s, v in batch.norms.items()}
+        losses = objective(told.nll, told.kl, own, norms, weight[active], hp)
         done = losses["loss"].detach() < hp.stop_loss
         if hp.easing < 1:
-            eased = said & ~done
+            eased = told.said & ~done
             full = weight.new_full((), hp.nll_weight)
             weight[active] = torch.where(eased, full * hp.easing, full)
             done = done | (eased & (hp.kl_weight * losses["kl"].detach() <= hp.kl_stop))
@@ -312,21 +189,26 @@ def _descend(problem: _Problem, on_step: OnStep | None) -> Targets:
         if on_step is not None:
             on_step(step, {k: v.detach() for k, v in losses.items()})
         for stream, delta in deltas.items():
-            final[stream][stopping] = delta.detach()[stopping]
+            final[stream] = torch.where(stopping[:, None], delta.detach(), final[stream])
+        left = active & ~stopping
+        stopped, over = bool(stopping.any()), not bool(left.any())
         gradients: tuple[Tensor, ...] = ()
-        if not bool(stopping[active].all()):
+        if not over:
             gradients = torch.autograd.grad(losses["loss"].sum(), list(deltas.values()))
-        told = _history(step, active, losses, said, done, last)
-        rows.append(told.assign(**_geometry(deltas, gradients, problem.norms, active)))
-        active = active & ~stopping
-        if not gradients:
+        columns = {k: v.detach() for k, v in losses.items()}
+        columns.update(fact=active.nonzero()[:, 0], said=told.said, done=done, step=step, last=last)
+        steps.append({**columns, **_geometry(deltas, gradients, batch.norms, active)})
+        if over:
             break
+        if stopped:
+            active = left
+            batch.choose(active)
         for delta, gradient in zip(deltas.values(), gradients, strict=True):
             delta.grad = gradient
         optimiser.step()
-        _project(deltas, problem.norms, hp.clamp)
-    values: dict[Stream, Tensor] = {s: problem.clean[s] + final[s] for s in final}
-    return Targets(values, problem.clean, problem.layer, pd.concat(rows, ignore_index=True))
+        _project(deltas, batch.norms, hp.clamp)
+    values: dict[Stream, Tensor] = {s: batch.clean[s] + final[s] for s in final}
+    return Targets(values, batch.clean, batch.layer, _history(steps), batch.position)
 
 
 def _project(deltas: Mapping[Stream, Tensor], norms: Mapping[Stream, Tensor], clamp: float) -> None:
@@ -344,7 +226,7 @@ def _geometry(
     gradients: Sequence[Tensor],
     norms: Mapping[Stream, Tensor],
     active: Tensor,
-) -> dict[str, Any]:
+) -> dict[str, Tensor]:
     """The columns of `Targets.history` that tell where the deltas of the active facts are."""
     found: dict[str, Tensor] = {
         f"norm_{s}": (d.detach().norm(dim=-1) / norms[s])[active] for s, d in deltas.items()
@@ -353,7 +235,7 @@ def _geometry(
         found["cosine"] = _cosine([d.detach() for d in deltas.values()])[active]
         if gradients:
             found["gradient_cosine"] = _cosine(gradients)[active]
-    return {k: v.double().cpu().numpy() for k, v in found.items()}
+    return found
 
 
 def _cosine(pair: Sequence[Tensor]) -> Float[Tensor, " fact"]:
@@ -362,12 +244,19 @@ def _cosine(pair: Sequence[Tensor]) -> Float[Tensor, " fact"]:
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
-def _history(
-    step: int, active: Tensor, losses: Losses, said: Tensor, done: Tensor, last: bool
-) -> pd.DataFrame:
-    columns = {k: v.detach().double().cpu().numpy() for k, v in losses.items()}
-    facts = active.nonzero()[:, 0].cpu().numpy()
-    why = ["goal" if d else ("steps" if last else "") for d in done.tolist()]
-    return pd.DataFrame(
-        {"fact": facts, "step": step, **columns, "said": said.cpu().numpy(), "stopped": why}
-    )
+def _history(steps: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """`Targets.history` of one batch; the host reads the numbers here, once."""
+    frames = []
+    for found in steps:
+        host = {
+            k: (v.double() if v.is_floating_point() else v).cpu().numpy()
+            for k, v in found.items()
+            if isinstance(v, Tensor)
+        }
+        done, last = host.pop("done"), found["last"]
+        why = ["goal" if d else ("steps" if last else "") for d in done.tolist()]
+        order = ["fact", "nll", "kl", "decay", "loss", "said"]
+        head = {"fact": host["fact"], "step": found["step"], **{k: host[k] for k in order[1:]}}
+        more = {k: v for k, v in host.items() if k not in order}
+        frames.append(pd.DataFrame({**head, "stopped": why, **more}))
+    return pd.concat(frames, ignore_index=True)

@@ -94,6 +94,14 @@ class Batch:
         )
         return cut, column
 
+    def cut_behind(self, position: Position) -> Batch:
+        """The tokens up to `position`, which nothing behind it can change; without labels."""
+        place = self.at(position)
+        mask = self.mask * (torch.arange(self.ids.shape[1], device=place.device) <= place[:, None])
+        labels = torch.full_like(self.labels, -100)
+        cut = Batch(self.ids, mask, self.subject, self.first, self.last, labels)
+        return cut[torch.arange(len(self), device=place.device)]
+
     def at(self, position: Position) -> Int[Tensor, " row"]:
         """Where `position` lies in each row."""
         return {"last_subject": self.subject, "first_subject": self.first, "last": self.last}[
@@ -109,6 +117,22 @@ class Batch:
 def with_context(context: str, template: str) -> str:
     """The template behind a context such as "I am. {}"."""
     return context.replace("{}", template, 1)
+
+
+def chunks(
+    lengths: Sequence[int], budget: int, then: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The numbers of the rows that share a batch: sorted by length (those of one length by `then`),
+    as many as `budget` tokens allow with the padding to the longest (one at least)."""
+    found: list[list[int]] = []
+    second = lengths if then is None else then
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], second[i], i)):
+        # Sorted: the newest is the longest, so all are padded to it.
+        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,7 @@ def run(
     if at is not None:
         # Here and not before the final norm: GPT-2 reshapes to [batch, token] in between.
         hooks = [*hooks, ("unembed.hook_in", lambda value: value[at[:, 0], at[:, 1]][None])]
-    forward_hooks = [(name, _as_bridge_hook(hook, name)) for name, hook in hooks]
+    forward_hooks = _as_bridge_hooks(hooks)
     # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
     more: dict[str, Any] = {"use_cache": False, "stop_at_layer": stop_at_layer}
     if past is not None:
@@ -128,8 +128,10 @@ class Tail:
         hooks: Sequence[tuple[str, Hook]] = (),
         at: Int[Tensor, "n 2"] | None = None,
         past: Past | None = None,
+        stop_at_layer: int | None = None,
     ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
-        """Logits from the recorded `resid_pre` of block `first`; the rest as `Model.forward`.
+        """Logits from the recorded `resid_pre` of block `first`; the rest as `Model.forward`, with
+        the layer numbers of the whole model.
 
         With `past` (from `Tail.past`) residual, mask, hooks and `at` are those of the tokens
         behind it.
@@ -138,32 +140,31 @@ class Tail:
         ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
         shifted = [(self._own_name(name), hook) for name, hook in hooks]
         injected = [("blocks.0.hook_in", lambda _: residual), *shifted]
-        return run(self.bridge, ids, attention_mask, injected, at=at, past=past)
+        stop = None if stop_at_layer is None else stop_at_layer - self.first
+        return run(
+            self.bridge, ids, attention_mask, injected, at=at, past=past, stop_at_layer=stop
+        )
 
     def past(
         self,
         residual: Float[Tensor, "batch token d_model"],
-        attention_mask: Int[Tensor, "batch token"],
         length: Int[Tensor, " batch"],
     ) -> Past:
         """Keys and values of the first `length` tokens of each row (at least one), so that only
         the tokens behind them need to run again."""
-        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
-        name = "blocks.0.hook_in"
-        hook = (name, _as_bridge_hook(lambda _: residual, name))
-        with torch.no_grad(), self.bridge.hooks(fwd_hooks=[hook]):
-            _, cache = self.bridge(
-                ids,
-                attention_mask=attention_mask,
-                use_cache=True,
-                return_type="logits_and_cache",
-            )
         width = int(length.max())
-        position = torch.arange(width, device=residual.device)
-        return Past(
-            tuple((c.keys[:, :, :width], c.values[:, :, :width]) for c in cache.layers),
-            (position < length[:, None]).long(),
-        )
+        residual = residual[:, :width]
+        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
+        mask = (torch.arange(width, device=residual.device) < length[:, None]).long()
+        hooks = {
+            "blocks.0.hook_in": lambda _: residual,
+            "unembed.hook_in": lambda value: value[:1, :1],  # nobody reads the logits
+        }
+        with torch.no_grad(), self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks.items())):
+            _, cache = self.bridge(
+                ids, attention_mask=mask, use_cache=True, return_type="logits_and_cache"
+            )
+        return Past(tuple((c.keys, c.values) for c in cache.layers), mask)
 
     def _own_name(self, name: str) -> str:
         layer = layer_of(name)
@@ -176,6 +177,10 @@ def layer_of(hook_name: str) -> int | None:
     """The layer number in a hook name; None for one outside the blocks."""
     match = re.match(r"blocks\.(\d+)\.", hook_name)
     return None if match is None else int(match[1])
+
+
+def _as_bridge_hooks(hooks: Iterable[tuple[str, Hook]]) -> list[tuple[str, Any]]:
+    return [(name, _as_bridge_hook(hook, name)) for name, hook in hooks]
 
 
 def _as_bridge_hook(function: Hook, name: str) -> Callable[..., Tensor | None]:

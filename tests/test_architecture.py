@@ -14,8 +14,8 @@ FLOORS = (
     {"container", "facts", "linalg", "metrics", "statements", "world"},
     {"adapter", "datasets", "live", "sources", "twin"},
     {"hparams", "moments", "probes", "settings", "tokens"},
-    {"activations", "analysis", "generation", "keys", "patterns", "readout", "similarity"}
-    | {"swapping", "targets", "variance"},
+    {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}
+    | {"similarity", "swapping", "targets", "variance"},
     {"artifact", "editing", "edits", "finetune", "mend", "mend_training", "methods"}
     | {"target_files"},
     {"ability", "evaluation", "geometry"},

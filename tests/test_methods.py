@@ -43,7 +43,9 @@ def test_rome_is_its_published_rank_one_update(model, moments):
     wanted = found.targets.values["mlp_out"][0]
     now = keys.current_values(model, FACTS[:1], 2, "mlp_out")[0]
     u = torch.linalg.solve(moments[SITE], k)
-    assert close(found.deltas[SITE], torch.outer(u, (wanted - now) / (u @ k)))
+    # GPT-J computes attention in float32 in any dtype, and here in batches of another shape.
+    tolerance = 1e-9 if model.name == "gpt2" else 1e-6
+    assert close(found.deltas[SITE], torch.outer(u, (wanted - now) / (u @ k)), tolerance)
     assert torch.linalg.matrix_rank(found.deltas[SITE]) == 1
 
 

@@ -56,10 +56,10 @@ def off(got: Targets, want: Targets) -> float:
 
 
 def test_facts_do_not_interact(model):
-    together = run(model, batch_size=16)
-    assert off(run(model, batch_size=1), together) < TOLERANCE[model.name]
+    together = run(model, batch_tokens=4096)
+    assert off(run(model, batch_tokens=1), together) < TOLERANCE[model.name]
     order = [3, 0, 2, 1]
-    shuffled = run(model, [FACTS[i] for i in order], batch_size=2)
+    shuffled = run(model, [FACTS[i] for i in order], batch_tokens=200)
     assert off(shuffled, together) > 1e-2
     back = {s: v[torch.argsort(torch.tensor(order))] for s, v in shuffled.values.items()}
     assert off(replace(shuffled, values=back), together) < TOLERANCE[model.name]

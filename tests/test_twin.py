@@ -92,8 +92,9 @@ def test_tail_has_the_live_weights_and_only_its_own_layers(gpt2):
         gpt2.from_layer(N_LAYERS)
 
 
-def test_a_tail_that_differs_from_the_whole_model_is_refused(gpt2, monkeypatch):
+def test_a_tail_that_differs_from_the_whole_model_is_refused(monkeypatch):
     """Planted fault: the block list begins one block too early."""
+    gpt2 = tiny_model("gpt2")
     monkeypatch.setattr(adapter, "drop_blocks", lambda m, p, n: twin.drop_blocks(m, p, n - 1))
     with refused("run the whole model"):
         gpt2.from_layer(2)
