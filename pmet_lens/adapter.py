@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pmet_lens.live import LiveEdits, restored
 from pmet_lens.sources import DTYPES, ModelError, name_of, read
-from pmet_lens.twin import Hook, Tail, drop_blocks, layer_of, run, twin
+from pmet_lens.twin import Bare, Hook, Tail, drop_blocks, layer_of, run, twin
 
 Stream = Literal["attn_in", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
 """What can be read at a layer, all `[batch, token, d_model]`. `attn_in` and `mlp_in` are what the
@@ -247,41 +247,54 @@ class Model:
         `forward` then.
         """
         if self.check_layer(first) not in self._tails:
-            shortened = twin(self.hf)
-            path = self.bridge.adapter.component_mapping["blocks"].name
-            drop_blocks(shortened, path, first)
-            tail = Tail(_wrap(shortened, self.name), first)
-            self._tails[first] = replace(tail, resumes=self._check_tail(tail))
+            names = self.bridge.adapter.component_mapping
+            path, head = names["blocks"].name, names["unembed"].name
+            shortened, plain = twin(self.hf), twin(self.hf)
+            for model in (shortened, plain):
+                drop_blocks(model, path, first)
+            mlp = names["blocks"].submodules["mlp"].name
+            last = None if mlp is None else f"{path}.{self.n_layers - 1 - first}.{mlp}"
+            bare = Bare(plain, f"{path}.0", head, last)
+            tail = Tail(_wrap(shortened, self.name), first, bare)
+            self._tails[first] = self._check_tail(tail)
         return self._tails[first]
 
-    def _check_tail(self, tail: Tail) -> bool:
-        """Compare the tail with the whole model on a small batch, and tell whether it gives the
-        same behind a past (sliding windows do not, with a plain cache)."""
+    def _check_tail(self, tail: Tail) -> Tail:
+        """Compare the tail with the whole model on a small batch. Kept as it is found to give the
+        same: without its wrapper (some wrapped norms compute in float64 what transformers does in
+        float32), and behind a past (sliding windows do not, with a plain cache)."""
         ids = torch.arange(12, device=self.device).reshape(2, 6)
         mask = torch.ones_like(ids)
         mask[1, 4:] = 0
         kept: list[Tensor] = []
         start = torch.tensor([3, 1], device=self.device)
-        hooks = [(self.stream_hook(tail.first, "resid_pre"), kept.append)]
+        entry = self.stream_hook(tail.first, "resid_pre")
+        wrapped: list[tuple[str, Hook]] = [(self.stream_hook(tail.first, "mlp_out"), lambda _: None)]
         with torch.no_grad():
-            whole = self.forward(ids, mask, hooks=hooks)
-            short = tail.forward(kept[0], mask)
+            whole = self.forward(ids, mask, hooks=[(entry, kept.append)])
+            at = torch.tensor([[0, 2], [1, 3]], device=self.device)
+            some = tail.forward(kept[0], mask, at=at)
+            both = [tail.forward(kept[0], mask, hooks=hooks) for hooks in ((), wrapped)]
             past = tail.past(kept[0], start)
             # Both rows have three more tokens behind their pasts.
             rest = torch.stack([kept[0][0, 3:6], kept[0][1, 1:4]])
-            behind = tail.forward(rest, torch.ones_like(ids[:, :3]), past=past)
+            ones = torch.ones_like(ids[:, :3])
+            behind = [tail.forward(rest, ones, past=past, hooks=hooks) for hooks in ((), wrapped)]
         largest = whole[mask.bool()].abs().max()
         # The same operations on the same numbers: 1000 roundings are generous. Behind a past the
         # sums are ordered otherwise, and some attention is computed in float32 in any dtype.
         exact = min(1e3 * torch.finfo(whole.dtype).eps, 1e-2) * largest
         close = max(1e2 * torch.finfo(whole.dtype).eps, 1e-5) * largest
-        if not (whole - short)[mask.bool()].abs().max() <= exact:
+        bare, short = [bool((whole - got)[mask.bool()].abs().max() <= exact) for got in both]
+        bare = bare and bool((some - whole[at[:, 0], at[:, 1]]).abs().max() <= exact)
+        if not short:
             raise ModelError(
                 f"{self.name!r} does not give the same logits when started at block {tail.first}: "
                 "run the whole model with Model.forward"
             )
         wanted = torch.stack([whole[0, 3:6], whole[1, 1:4]])
-        return bool((wanted - behind).abs().max() <= close)
+        resumes = all(bool((wanted - got).abs().max() <= close) for got in behind)
+        return replace(tail, bare=tail.bare if bare else None, resumes=resumes)
 
     def _check_stop(self, stop: int, hooks: Sequence[tuple[str, Hook]], at: Tensor | None) -> None:
         if not 0 < stop <= self.n_layers or at is not None:

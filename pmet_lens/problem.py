@@ -3,8 +3,9 @@
 Nothing below the last critical layer L depends on the deltas, and above it only the tokens from the
 edited one on do. So the residual stream at L, and the keys and values of the earlier tokens above
 L, are recorded once, and a step runs the *tail* of the model on the *suffix* of every prompt, and
-the unembedding only where a loss is read. Where the streams enter the layer's output as they are
-(parallel blocks, or a delta on `mlp_out` alone), the tail starts behind L.
+the unembedding only where a loss is read. The layer L itself runs for the edited token alone, or,
+where the streams enter its output as they are (parallel blocks, or a delta on `mlp_out` alone), not
+at all.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Problem:
         self.model, self.streams, self.position = model, method.delta_at, method.position
         self.layer, self.tail, self.per_fact = layer, tail, per_fact
         self.n = len(rows) // per_fact
-        residual, clean = self._record(rows)
+        residual, output, clean = self._record(rows)
         plain = torch.arange(self.n, device=model.device) * per_fact
         self.clean: dict[Stream, Tensor] = {s: clean[s][plain] for s in self.streams}
         self.norms: dict[Stream, Tensor] = {
@@ -103,10 +104,16 @@ class Problem:
         }
         past = None
         start = rows.at(self.position)
+        self._above: Tail | None = None
         if tail is not None and tail.resumes and int(start.min()) > 0:
             past = tail.past(residual, start)
             rows, column = rows.behind(start)
-            residual = residual.gather(1, column[..., None].expand(-1, -1, model.d_model))
+            column = column[..., None].expand(-1, -1, model.d_model)
+            edited = residual.gather(1, column[:, :1])
+            if tail.first == layer and (above := model.from_layer(layer + 1)).resumes:
+                self._above, residual = above, output
+            residual = residual.gather(1, column)
+            self._edited = edited
         self._all = (rows, residual, past)
         self.choose(torch.ones(self.n, dtype=torch.bool, device=model.device))
         with torch.no_grad():
@@ -118,7 +125,7 @@ class Problem:
         rows, residual, past = self._all
         self._active = active
         chosen = active.repeat_interleave(self.per_fact).nonzero()[:, 0]
-        self._rows = rows[chosen]
+        self._chosen, self._rows = chosen, rows[chosen]
         self._residual = residual[chosen, : self._rows.ids.shape[1]]
         self._past = None if past is None else past[chosen]
         facts = torch.arange(len(chosen), device=chosen.device) // self.per_fact
@@ -164,6 +171,13 @@ class Problem:
             ]
         if tail is None:
             logits = self.model.forward(rows.ids, rows.mask, hooks=hooks, at=self._at)
+        elif self._above is not None and self._past is not None:
+            below, above = self._past.of(slice(1)), self._past.of(slice(1, None))
+            first, stop = rows.mask[:, :1], self.layer + 1
+            edited = self._edited[self._chosen]
+            output = tail.forward(edited, first, hooks=hooks, past=below, stop_at_layer=stop)
+            residual = torch.cat([output, self._residual[:, 1:]], dim=1)
+            logits = self._above.forward(residual, rows.mask, at=self._at, past=above)
         else:
             logits = tail.forward(
                 self._residual, rows.mask, hooks=hooks, at=self._at, past=self._past
@@ -172,9 +186,9 @@ class Problem:
         n = len(self._labels)
         return logp[:n], logp[n:]
 
-    def _record(self, rows: tokens.Batch) -> tuple[Tensor, dict[Stream, Tensor]]:
-        """The residual entering the tail at every token, and the clean streams at the edited
-        token."""
+    def _record(self, rows: tokens.Batch) -> tuple[Tensor, Tensor, dict[Stream, Tensor]]:
+        """The residual entering the tail and the output of L at every token, and the clean streams
+        at the edited token."""
         seen: dict[Stream, Tensor] = {}
 
         def keep(stream: Stream) -> Callable[[Tensor], None]:
@@ -193,4 +207,5 @@ class Problem:
         place = rows.at(self.position)
         clean: dict[Stream, Tensor] = {s: v[number, place] for s, v in seen.items()}
         behind = self.tail is not None and self.tail.first > self.layer
-        return seen["resid_post" if behind else "resid_pre"], clean
+        output = seen["resid_post"]
+        return output if behind else seen["resid_pre"], output, clean

@@ -75,13 +75,16 @@ def run(
     # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
     more: dict[str, Any] = {"use_cache": False, "stop_at_layer": stop_at_layer}
     if past is not None:
-        positions = past.mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
-        positions = positions.masked_fill(mask == 0, 0)
-        more = {"past_key_values": past.cache(), "use_cache": True, "position_ids": positions}
+        more.update(past_key_values=past.cache(), use_cache=True)
+        more["position_ids"] = past.positions(mask)
         mask = torch.cat([past.mask, mask], dim=1)
-    with _weights_frozen(bridge), bridge.hooks(fwd_hooks=forward_hooks):
+    parameters = list(bridge.parameters()) if torch.is_grad_enabled() else []
+    with _frozen(parameters), bridge.hooks(fwd_hooks=forward_hooks):
         out = bridge(ids, attention_mask=mask, **more)
     return out if at is None else out[0]
+
+
+_ENTRY = "blocks.0.hook_in"
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,15 @@ class Past:
     """Per block the keys and values, `[row, head, token, d_head]`."""
     mask: Int[Tensor, "row token"]
     """1 for the tokens a row has, 0 behind them."""
+
+    def of(self, blocks: slice) -> Past:
+        """That of some of the blocks."""
+        return Past(self.layers[blocks], self.mask)
+
+    def positions(self, mask: Int[Tensor, "row token"]) -> Int[Tensor, "row token"]:
+        """Where the tokens behind it, which `mask` is of, stand in their texts."""
+        behind = torch.arange(mask.shape[1], device=mask.device)
+        return (self.mask.sum(1, keepdim=True) + behind).masked_fill(mask == 0, 0)
 
     def __getitem__(self, rows: Tensor) -> Past:
         """The chosen rows."""
@@ -107,16 +119,76 @@ class Past:
         return cache
 
 
+class Bare:
+    """A twin without a wrapper, fed at its first block: cheaper than a bridge, and without hooks.
+
+    `entry`, `head` and `mlp` are the names of the first block, of the unembedding and of the last
+    block's MLP in `model`. Where logits are wanted at some tokens only, that MLP runs on these
+    alone: nothing reads what it would write elsewhere.
+    """
+
+    def __init__(self, model: nn.Module, entry: str, head: str, mlp: str | None) -> None:
+        self.model = model
+        self._entry, self._head = model.get_submodule(entry), model.get_submodule(head)
+        self._mlp = None if mlp is None else model.get_submodule(mlp)
+        self._parameters = list(model.parameters())
+
+    def run(
+        self,
+        residual: Float[Tensor, "batch token d_model"],
+        mask: Int[Tensor, "batch token"],
+        at: Int[Tensor, "n 2"] | None = None,
+        past: Past | None = None,
+    ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
+        """As `Tail.forward` without hooks."""
+        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
+        _check_batch(ids, mask)
+        more: dict[str, Any] = {"use_cache": False}
+        if past is not None:
+            more = {"past_key_values": past.cache(), "use_cache": True}
+            more["position_ids"] = past.positions(mask)
+            mask = torch.cat([past.mask, mask], dim=1)
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (residual, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": residual}
+
+        def pick(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            return args if at is None else (args[0][at[:, 0], at[:, 1]][None],)
+
+        def spread(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+            where = at[:, 0], at[:, 1]  # type: ignore[index]
+            return torch.zeros_like(residual).to(out).index_put(where, out[0])
+
+        handles = [
+            self._entry.register_forward_pre_hook(enter, with_kwargs=True),
+            self._head.register_forward_pre_hook(pick),
+        ]
+        if at is not None and self._mlp is not None:
+            handles.append(self._mlp.register_forward_pre_hook(pick))
+            handles.append(self._mlp.register_forward_hook(spread))
+        try:
+            with _frozen(self._parameters):
+                logits = self.model(ids, attention_mask=mask, **more).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits if at is None else logits[0]
+
+
 @dataclass(frozen=True)
 class Tail:
     """The blocks of a model from `first` on, fed the residual stream that enters them.
 
-    `bridge`: a wrapped twin whose block list starts there. Hook names keep the layer numbers of
-    the whole model. `Model.from_layer` makes one and tests it against the whole model.
+    `bridge`: a wrapped twin whose block list starts there; hook names keep the layer numbers of
+    the whole model. `bare`: the same without the wrapper, which runs where no hook lies inside a
+    block. `Model.from_layer` makes one and tests it against the whole model.
     """
 
     bridge: Any
     first: int
+    bare: Bare | None = None
     resumes: bool = False
     """Whether `past` can be used."""
 
@@ -136,10 +208,16 @@ class Tail:
         With `past` (from `Tail.past`) residual, mask, hooks and `at` are those of the tokens
         behind it.
         """
+        shifted = [(self._own_name(name), hook) for name, hook in hooks]
+        inside = stop_at_layer is not None or any(name != _ENTRY for name, _ in shifted)
+        if self.bare is not None and not inside:
+            for _, hook in shifted:
+                changed = hook(residual)
+                residual = residual if changed is None else changed
+            return self.bare.run(residual, attention_mask, at, past)
         # The ids only give the batch its shape: what they embed to is replaced.
         ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
-        shifted = [(self._own_name(name), hook) for name, hook in hooks]
-        injected = [("blocks.0.hook_in", lambda _: residual), *shifted]
+        injected = [(_ENTRY, lambda _: residual), *shifted]
         stop = None if stop_at_layer is None else stop_at_layer - self.first
         return run(
             self.bridge, ids, attention_mask, injected, at=at, past=past, stop_at_layer=stop
@@ -157,7 +235,7 @@ class Tail:
         ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
         mask = (torch.arange(width, device=residual.device) < length[:, None]).long()
         hooks = {
-            "blocks.0.hook_in": lambda _: residual,
+            _ENTRY: lambda _: residual,
             "unembed.hook_in": lambda value: value[:1, :1],  # nobody reads the logits
         }
         with torch.no_grad(), self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks.items())):
@@ -195,7 +273,7 @@ def _as_bridge_hook(function: Hook, name: str) -> Callable[..., Tensor | None]:
 
 
 @contextmanager
-def _weights_frozen(bridge: nn.Module) -> Iterator[None]:
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Keep autograd from recording for weight gradients that nobody asks for.
 
     Without this, activations of every block are kept, also below the change. The flags are the
@@ -203,7 +281,7 @@ def _weights_frozen(bridge: nn.Module) -> Iterator[None]:
     """
     learning: list[nn.Parameter] = []
     if torch.is_grad_enabled():
-        learning = [p for p in bridge.parameters() if p.requires_grad]
+        learning = [p for p in parameters if p.requires_grad]
     try:
         for parameter in learning:
             parameter.requires_grad_(False)
