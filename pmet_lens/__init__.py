@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from pmet_lens.moments import Moment as Moment
     from pmet_lens.moments import MomentError as MomentError
     from pmet_lens.moments import load_moments as load_moments
+    from pmet_lens.moments import open_moments as open_moments
     from pmet_lens.moments import save_moments as save_moments
     from pmet_lens.moments import second_moments as second_moments
     from pmet_lens.patterns import attention_patterns as attention_patterns
@@ -117,6 +118,7 @@ _HOME = {
     "Moment": "moments",
     "MomentError": "moments",
     "load_moments": "moments",
+    "open_moments": "moments",
     "save_moments": "moments",
     "second_moments": "moments",
     "sample_contexts": "tokens",

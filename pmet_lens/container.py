@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,18 +39,51 @@ def write(
 
 
 def read(
-    path: str | Path, form: str, what: str, error: type[ValueError]
+    path: str | Path,
+    form: str,
+    what: str,
+    error: type[ValueError],
+    names: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors (on the CPU) of a file whose header names the format `form`.
+    """Header and tensors (on the CPU; `names`: these alone) of a file whose header names the format
+    `form`.
 
     Raises `error`, which says that the file is missing, damaged, or not `what` ("an edit").
     """
+    with _opened(path, form, what, error) as (head, file):
+        keys = file.keys() if names is None else names
+        return head, {key: file.get_tensor(key) for key in keys}
+
+
+def head(path: str | Path, form: str, what: str, error: type[ValueError]) -> dict[str, Any]:
+    """The header alone; raises as `read` does."""
+    with _opened(path, form, what, error) as (found, _):
+        return found
+
+
+def shape(path: str | Path, name: str, what: str, error: type[ValueError]) -> tuple[int, ...]:
+    """The shape of one tensor, which is not read; raises as `read` does."""
+    with _opened(path, None, what, error) as (_, file):
+        return tuple(file.get_slice(name).get_shape())
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bits, rows first."""
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(flat).hexdigest()
+
+
+@contextmanager
+def _opened(
+    path: str | Path, form: str | None, what: str, error: type[ValueError]
+) -> Iterator[tuple[dict[str, Any], Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            head = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            own = isinstance(found, dict) and (form is None or found.get("format") == form)
+            if own:
+                yield found, file
     except (OSError, ValueError, SafetensorError) as cause:
         raise error(f"{path} cannot be read as {what}: {cause}") from cause
-    if not isinstance(head, dict) or head.get("format") != form:
+    if not own:
         raise error(f"{path} is a safetensors file, but not {what} saved by pmet_lens.")
-    return head, tensors

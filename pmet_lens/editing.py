@@ -20,7 +20,7 @@ from pmet_lens.adapter import Model, Site
 from pmet_lens.edits import Edit, Editor, merged
 from pmet_lens.facts import Fact, check_editable
 from pmet_lens.hparams import hparams_for
-from pmet_lens.linalg import Factor
+from pmet_lens.linalg import Dense, Factor, On, SecondMoment
 from pmet_lens.methods import PMET, named
 from pmet_lens.settings import Hparams, Method, SettingsError
 from pmet_lens.targets import OnStep, Targets
@@ -46,8 +46,9 @@ def edit(
     A method that edits fewer facts `at_once` does so in steps, and the edit is their sum.
 
     Args:
-        moments: Site -> second moment of the keys, `[d_in, d_in]` tensors or `Moment`s; None for
-            a method that needs none (fine-tuning).
+        moments: Site -> second moment of the keys, `[d_in, d_in]` tensors or `Moment`s, in memory
+            (`load_moments`) or on disk (`open_moments`); None for a method that needs none
+            (fine-tuning).
         method: a value, or the name of one (`pl.METHODS`, `pl.ABLATIONS`).
         hparams: `Hparams`, or what the method has instead; None takes the settings known for this
             model (`pl.HPARAMS`).
@@ -55,7 +56,8 @@ def edit(
         targets: from an earlier edit of the same facts, to skip their optimisation.
         on_step: called with (step, losses per fact) after every optimisation step.
         factorised: kept factorisations of the moments, filled here and reused by later edits;
-            pass the same dict only with the same moments, solver, λ and `earlier`.
+            pass the same dict only with the same moments, solver, λ and `earlier`. Worth it for
+            solvers that need an eigendecomposition; a `Moment` keeps its Cholesky factor itself.
         earlier: per site the keys of facts edited before, whose answers are to survive
             (`edit_sequentially` keeps them).
 
@@ -83,7 +85,7 @@ def edit(
     _check_targets(targets, facts, method, hp)
     _warn_already_true(targets, facts)
 
-    kept, solver = {} if factorised is None else factorised, hp.strengthen(method.solver)
+    solver = hp.strengthen(method.solver)
     factors: dict[Site, tuple[Tensor, Tensor]] = {}
     reader = keys.Reader(model, facts, contexts, method.position)
     with model.restored(sites):
@@ -94,11 +96,14 @@ def edit(
                 stream = method.follows(projection)
                 now = reader.values(targets.layer, stream)
                 R = (targets.values[stream].to(now) - now) / method.share(len(hp.layers) - i)
-                if site not in kept:
-                    C = _matrix(moments[site], model.weight(site).device)
-                    past = None if earlier is None else earlier[site].to(C.device)
-                    kept[site] = solver.factorise(C, hp.second_moment_weight, past)
-                left, right = factors[site] = kept[site].factors(K, R)
+                factor = None if factorised is None else factorised.get(site)
+                if factor is None:
+                    past = None if earlier is None else earlier[site]
+                    C = _moment(moments[site], K.device)
+                    factor = solver.factorise(C, hp.second_moment_weight, past)
+                if factorised is not None:
+                    factorised[site] = factor
+                left, right = factors[site] = factor.factors(K, R)
                 model.weight(site).add_((left @ right).to(model.dtype))
     base = {site: artifact.fingerprint(model.weight(site)) for site in sites}
     return Edit(factors, model.dtype, tuple(facts), method, hp, tuple(contexts), targets, base)
@@ -151,12 +156,11 @@ def edit_sequentially(
     return edits
 
 
-def _matrix(moment: object, device: torch.device) -> Float[Tensor, "d_in d_in"]:
-    """The second moment as a tensor, whether given as one or as a `Moment`."""
-    value = moment if isinstance(moment, Tensor) else getattr(moment, "value", None)
-    if not isinstance(value, Tensor):
+def _moment(moment: object, device: torch.device) -> SecondMoment:
+    """The second moment as solvers take it, whether a tensor, a `Moment` or one on disk."""
+    if not isinstance(moment, (Tensor, SecondMoment)):
         raise SettingsError(f"A second moment must be a Tensor or a Moment, not {type(moment)}.")
-    return value.to(device)
+    return On(Dense(moment) if isinstance(moment, Tensor) else moment, device)
 
 
 def _check_moments(model: Model, moments: Moments, sites: Sequence[Site]) -> None:
@@ -167,8 +171,9 @@ def _check_moments(model: Model, moments: Moments, sites: Sequence[Site]) -> Non
                 f"The second moment of site {site} is missing (there are: {have}). Compute it with "
                 f"second_moments(model, texts, layers={sorted({s.layer for s in sites})})."
             )
-        shape, size = tuple(_matrix(moments[site], model.device).shape), model.d_in(site)
-        if shape != (size, size):
+        _moment(moments[site], model.device)
+        shape, size = tuple(getattr(moments[site], "shape", ())), model.d_in(site)
+        if shape and shape != (size, size):
             raise SettingsError(
                 f"The second moment of site {site} is {list(shape)}, but its keys have {size} "
                 "entries: it belongs to another model."

@@ -45,13 +45,104 @@ class Factor(Protocol):
 
 
 @runtime_checkable
+class SecondMoment(Protocol):
+    """A second moment that may lie on disk: what a solver asks for is read when it is needed."""
+
+    def matrix(self, device: torch.device | None = None) -> Square:
+        """C itself, on `device` (None: where it is)."""
+        ...
+
+    def cholesky(self, device: torch.device | None = None) -> Square:
+        """Its lower Cholesky factor, float64, likewise; it is computed on that device, and kept, so
+        that only the first edit pays for it."""
+        ...
+
+
+@runtime_checkable
 class Solver(Protocol):
     """How the facts' wishes are weighed against everything else the projection stores."""
 
-    def factorise(self, moment: Square, weight: float = 1.0, earlier: Keys | None = None) -> Factor:
+    def factorise(
+        self, moment: Square | SecondMoment, weight: float = 1.0, earlier: Keys | None = None
+    ) -> Factor:
         """Prepare `moment`; `weight` is λ. `earlier` are keys of facts edited before, whose answers
         are to survive: KₚᵀKₚ joins λC (sequential editing)."""
         ...
+
+
+class Dense:
+    """A second moment in memory, with its Cholesky factor once that has been asked for."""
+
+    def __init__(self, value: Square) -> None:
+        self._value = value
+        self._factor: Tensor | None = None
+
+    def matrix(self, device: torch.device | None = None) -> Square:
+        """See `SecondMoment`."""
+        return self._value.to(device or self._value.device)
+
+    def cholesky(self, device: torch.device | None = None) -> Square:
+        """See `SecondMoment`."""
+        if self._factor is None:
+            self._factor = cholesky(self.matrix(device)).to(self._value.device)
+        return self._factor.to(device or self._factor.device)
+
+
+@dataclass(frozen=True)
+class On:
+    """A second moment whose parts are wanted on another device than they lie on."""
+
+    moment: SecondMoment
+    device: torch.device
+
+    def matrix(self, device: torch.device | None = None) -> Square:
+        """See `SecondMoment`."""
+        return self.moment.matrix(device or self.device)
+
+    def cholesky(self, device: torch.device | None = None) -> Square:
+        """See `SecondMoment`."""
+        return self.moment.cholesky(device or self.device)
+
+
+def cholesky(moment: Square) -> Square:
+    """The lower Cholesky factor of a second moment, float64.
+
+    Raises `SolveError` for one that is singular or not finite.
+    """
+    return _cholesky(moment.double(), "The second moment C")
+
+
+def operations(facts: int, d_in: int, kept: bool = True) -> dict[str, float]:
+    """Floating-point operations of the two equal forms of the ridge solve, without what both need.
+
+    "primal": KᵀK, a factorisation of d_in, two triangular solves per fact. "dual": two triangular
+    solves per fact with the factor of C, the Gram matrix of the keys and its factorisation; and,
+    unless the factor of C is kept, that one's.
+    """
+    n, d = float(facts), float(d_in)
+    primal = 2 * n * d**2 + d**3 / 3 + 2 * n * d**2
+    dual = 2 * n * d**2 + 2 * n**2 * d + n**3 / 3 + (0 if kept else d**3 / 3)
+    return {"primal": primal, "dual": dual}
+
+
+def add_gram(total: Square, keys: Keys) -> None:
+    """Add KᵀK to `total` in place, the upper blocks only: half the operations of the product.
+
+    `mirrored` fills the rest in when all is added.
+    """
+    keys = keys.to(total.dtype)
+    size = max(256, -(-len(total) // _BLOCKS))
+    for start in range(0, len(total), size):
+        own = keys[:, start : start + size]
+        total[start : start + size, start:].addmm_(own.T, keys[:, start:])
+
+
+def mirrored(total: Square) -> Square:
+    """The symmetric matrix of which `total` holds the upper triangle."""
+    return total.triu() + total.triu(1).T
+
+
+_BLOCKS = 8
 
 
 _MORE_TEXT = (
@@ -80,47 +171,44 @@ class Ridge:
     weight: float | None = None
 
     def factorise(
-        self, moment: Square, weight: float = 1.0, earlier: Keys | None = None
+        self, moment: Square | SecondMoment, weight: float = 1.0, earlier: Keys | None = None
     ) -> RidgeFactor:
         """See `Solver.factorise`."""
         weight = self.weight if self.weight is not None else weight
-        return RidgeFactor(preserved(moment, earlier, weight), weight)
+        return RidgeFactor(_with(moment, earlier, weight), weight)
 
 
 class RidgeFactor:
-    """Solves in the cheaper of two equal forms.
+    """Solves in the cheaper of two equal forms (`operations`).
 
-    Primal: factorise `λC + KᵀK`, d_in³/3 operations for every new set of facts. Dual (Woodbury):
-    `C⁻¹Kᵀ (λI + K C⁻¹ Kᵀ)⁻¹ R`, which factorises `C` once, keeps the factor, and then costs
-    2·fact·d_in² for triangular solves.
+    Primal: factorise `λC + KᵀK` for every new set of facts. Dual (Woodbury):
+    `C⁻¹Kᵀ (λI + K C⁻¹ Kᵀ)⁻¹ R`, with the factor of `C`, which is computed once and kept.
     """
 
-    def __init__(self, moment: Square, weight: float) -> None:
+    def __init__(self, moment: SecondMoment, weight: float) -> None:
         if not weight > 0:
             raise SolveError(
                 f"second_moment_weight (λ) must be positive, not {weight}; the limit λ → 0 is the "
                 "solver Exact()."
             )
         self.moment, self.weight = moment, weight
-        self._factor: Tensor | None = None
 
     def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
         """The weight change, by the form with fewer operations."""
-        n, d_in = keys.shape
-        return self.dual(keys, residuals) if 6 * n < d_in else self.primal(keys, residuals)
+        cost = operations(*keys.shape)
+        dual = cost["dual"] < cost["primal"]
+        return self.dual(keys, residuals) if dual else self.primal(keys, residuals)
 
     def primal(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
         """(λC + KᵀK)⁻¹ Kᵀ, R."""
         keys, residuals = keys.double(), residuals.double()
-        system = self.weight * self.moment + keys.T @ keys
+        system = self.weight * self.moment.matrix(keys.device).double() + keys.T @ keys
         return torch.cholesky_solve(keys.T, _cholesky(system, "λC + KᵀK")), residuals
 
     def dual(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
         """C⁻¹Kᵀ, (λI + K C⁻¹ Kᵀ)⁻¹ R."""
         keys, residuals = keys.double(), residuals.double()
-        if self._factor is None:
-            self._factor = _cholesky(self.moment, "The second moment C")
-        whitened = torch.cholesky_solve(keys.T, self._factor)
+        whitened = torch.cholesky_solve(keys.T, self.moment.cholesky(keys.device))
         gram = keys @ whitened
         gram.diagonal().add_(self.weight)
         return whitened, torch.cholesky_solve(residuals, _cholesky(gram, "λI + K C⁻¹ Kᵀ"))
@@ -135,17 +223,17 @@ class Exact:
     """
 
     def factorise(
-        self, moment: Square, weight: float = 1.0, earlier: Keys | None = None
+        self, moment: Square | SecondMoment, weight: float = 1.0, earlier: Keys | None = None
     ) -> ExactFactor:
         """See `Solver.factorise`; `weight` only scales what `earlier` adds."""
-        return ExactFactor(preserved(moment, earlier, weight))
+        return ExactFactor(_with(moment, earlier, weight))
 
 
 class ExactFactor:
     """Holds the Cholesky factor of the second moment."""
 
-    def __init__(self, moment: Square) -> None:
-        self._factor = _cholesky(moment, "The second moment C")
+    def __init__(self, moment: SecondMoment) -> None:
+        self._factor = moment.cholesky()
 
     def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
         """The smallest change, measured by C, with `keys @ delta == residuals`."""
@@ -155,7 +243,7 @@ class ExactFactor:
                 f"{keys.shape[0]} facts cannot be stored exactly in {keys.shape[1]} dimensions; "
                 "use Ridge() or fewer facts."
             )
-        whitened = torch.cholesky_solve(keys.T, self._factor)
+        whitened = torch.cholesky_solve(keys.T, self._factor.to(keys.device))
         cure = "Two facts have the same key, or one that follows from others: use Ridge()."
         gram = _cholesky(keys @ whitened, "K C⁻¹ Kᵀ", cure)
         return whitened, torch.cholesky_solve(residuals, gram)
@@ -175,12 +263,12 @@ class NullSpace:
     l2: float | None = None
 
     def factorise(
-        self, moment: Square, weight: float = 1.0, earlier: Keys | None = None
+        self, moment: Square | SecondMoment, weight: float = 1.0, earlier: Keys | None = None
     ) -> NullSpaceFactor:
         """See `Solver.factorise`; `weight` is not used."""
         threshold = 0.02 if self.threshold is None else self.threshold
         l2 = 10.0 if self.l2 is None else self.l2
-        return NullSpaceFactor(moment.double(), threshold, l2, earlier)
+        return NullSpaceFactor(_with(moment, None, 1.0).matrix().double(), threshold, l2, earlier)
 
 
 class NullSpaceFactor:
@@ -193,7 +281,7 @@ class NullSpaceFactor:
         self.basis = vectors[:, values < threshold]
         identity = torch.eye(self.basis.shape[1], dtype=torch.float64, device=moment.device)
         inside = None if earlier is None else earlier.double() @ self.basis
-        self._ridge = RidgeFactor(preserved(identity, inside, l2), l2)
+        self._ridge = RidgeFactor(Dense(preserved(identity, inside, l2)), l2)
         if self.basis.shape[1] == 0:
             raise SolveError(
                 f"No eigenvalue of the second moment lies below {threshold} (the smallest is "
@@ -214,7 +302,13 @@ def preserved(moment: Square, earlier: Keys | None, weight: float) -> Square:
     if not weight > 0:
         raise SolveError(f"second_moment_weight (λ) must be positive, not {weight}.")
     earlier = earlier.double()
-    return moment.double() + earlier.T @ earlier / weight
+    return moment.to(earlier) + earlier.T @ earlier / weight
+
+
+def _with(moment: Square | SecondMoment, earlier: Keys | None, weight: float) -> SecondMoment:
+    """`preserved`, with nothing read that is not needed."""
+    lazy = Dense(moment) if isinstance(moment, Tensor) else moment
+    return lazy if earlier is None else Dense(preserved(lazy.matrix(), earlier, weight))
 
 
 def delta(factor: Factor, keys: Keys, residuals: Residuals) -> Delta:

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens import container
+from pmet_lens import container, linalg
 from pmet_lens.adapter import Model, Projection, Site
 from pmet_lens.hparams import known_hparams
 
 OnTokens = Callable[[int, int], object]
 FORMAT = "pmet_lens moments 1"
+FACTOR = "pmet_lens factor 1"
+_N_PROBES, _LEAST_SHARDS = 16, 4
 
 
 class MomentError(ValueError):
@@ -33,18 +35,63 @@ class Moment:
     """The running second moment of one site."""
 
     total: Float[Tensor, "d_in d_in"]
-    """Σ k kᵀ, float64."""
+    """Σ k kᵀ, in the dtype it was summed in (float64, or float32 where asked for)."""
     count: int
     """Tokens in the sum."""
+    shards: int = 0
+    """Parts of the text whose differences `error` is estimated from; 0: not known."""
+    squares: float = 0.0
+    """Σ over the shards of tokens · ‖C_shard Z‖², for the fixed random `_probes` Z."""
+    max_length: int | None = None
+    """Tokens at which texts were cut; None: not known, or several."""
 
     @property
     def value(self) -> Float[Tensor, "d_in d_in"]:
         """E[k kᵀ]."""
         return self.total / self.count
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[d_in, d_in]."""
+        return tuple(self.total.shape)
+
+    def matrix(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
+        """`value` on a device, as solvers ask for it (`linalg.SecondMoment`)."""
+        return self.total.to(device or self.total.device) / self.count
+
+    def cholesky(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
+        """Its lower Cholesky factor, float64; computed once."""
+        if "_dense" not in self.__dict__:
+            self.__dict__["_dense"] = linalg.Dense(self.value)
+        return self.__dict__["_dense"].cholesky(device)
+
+    @property
+    def error(self) -> float:
+        """Estimated relative standard error of `value` in the Frobenius norm, from how much the
+        shards of text differ; NaN with fewer than two."""
+        if self.shards < 2:
+            return float("nan")
+        probed = float((self.value.double() @ _probes(self.total)).square().sum())
+        between = max(self.squares - self.count * probed, 0.0)
+        return (between / (self.count * (self.shards - 1)) / probed) ** 0.5
+
     def __add__(self, other: Moment) -> Moment:
         """The moment of both samples together."""
-        return Moment(self.total + other.total, self.count + other.count)
+        known = self.shards and other.shards
+        return Moment(
+            self.total + other.total,
+            self.count + other.count,
+            self.shards + other.shards if known else 0,
+            self.squares + other.squares,
+            self.max_length if self.max_length == other.max_length else None,
+        )
+
+
+def _probes(like: Tensor) -> Float[Tensor, "d_in probe"]:
+    """Fixed random vectors: ‖M Z‖² / their number has the mean ‖M‖² in the Frobenius norm."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(like), _N_PROBES)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device)
 
 
 def second_moments(
@@ -56,6 +103,8 @@ def second_moments(
     n_tokens: int | None = 100_000,
     max_length: int = 128,
     batch_tokens: int = 2048,
+    dtype: torch.dtype = torch.float64,
+    precision: float | None = None,
     on_tokens: OnTokens | None = None,
 ) -> dict[Site, Moment]:
     """Second moments of all sites of `layers` in one pass that stops behind the highest one.
@@ -65,6 +114,10 @@ def second_moments(
         layers: None takes every layer of this model's PMET settings (`pl.HPARAMS`).
         max_length: longer texts are cut to this many tokens.
         batch_tokens: padded tokens per forward pass.
+        dtype: what is summed in: float64, or float32 (half the memory and, on a CPU, half the time
+            of the products; a singular moment may then look regular).
+        precision: stop before `n_tokens` as soon as `Moment.error` of every site is at most this
+            (0.03, say; at least four shards of 8 · `batch_tokens` tokens are read).
         on_tokens: called with (tokens so far, `n_tokens` or 0) after every batch.
 
     Raises:
@@ -72,41 +125,86 @@ def second_moments(
     """
     if isinstance(texts, str):
         raise MomentError("texts is one string; pass a list of texts, or pl.texts(path).")
+    if dtype not in (torch.float32, torch.float64):
+        raise MomentError(f"second moments are summed in float32 or float64, not {dtype}.")
+    if precision is not None and not precision > 0:
+        raise MomentError(f"precision must be greater than 0, not {precision}.")
     if layers is None:
         layers = known_hparams(model, "PMET").layers
     sites = [Site(model.check_layer(n), p) for n in sorted(set(layers)) for p in projections]
-    totals = {
-        s: torch.zeros(model.d_in(s), model.d_in(s), dtype=torch.float64, device=model.device)
-        for s in sites
-    }
+    sums = {s: _Sum(model.d_in(s), dtype, model.device, s) for s in sites}
     stop, count = 1 + max(s.layer for s in sites), 0
-    for ids, mask in _batches(model, texts, n_tokens, max_length, batch_tokens):
-        hooks = [(model.key_hook(s), _adder(totals[s], mask.bool(), s)) for s in sites]
-        with torch.no_grad():
-            model.forward(ids, mask, hooks=hooks, stop_at_layer=stop)
-        count += int(mask.sum())
-        if on_tokens is not None:
-            on_tokens(count, n_tokens or 0)
+    for shard in _shards(model, texts, n_tokens, max_length, batch_tokens):
+        own = 0
+        for ids, mask in shard:
+            used = mask.bool()
+            hooks = [(model.key_hook(s), sums[s].adder(used)) for s in sites]
+            with torch.no_grad():
+                model.forward(ids, mask, hooks=hooks, stop_at_layer=stop)
+            own += int(mask.sum())
+            if on_tokens is not None:
+                on_tokens(count + own, n_tokens or 0)
+        count += own
+        errors = [one.end_of_shard(own) for one in sums.values()]
+        if precision is not None and max(errors) <= precision:
+            break
     if count == 0:
         raise MomentError("The texts hold no token; pass an iterable of non-empty strings.")
-    return {s: Moment(total, count) for s, total in totals.items()}
+    limit = min(max_length, model.n_positions)
+    return {s: one.moment(limit) for s, one in sums.items()}
 
 
-def _adder(total: Tensor, used: Tensor, site: Site) -> Callable[[Tensor], None]:
-    def hook(keys: Tensor) -> None:
-        k = keys[used].to(total.dtype)
-        total.addmm_(k.T, k)
-        # The first row meets every entry of a key.
-        if not bool(torch.isfinite(total[0]).all()):
-            raise MomentError(f"The keys at site {site} are not finite: check the model's weights.")
+class _Sum:
+    """The sum of one site while texts are read: the upper blocks of Σ k kᵀ, and what the shards of
+    text look like through a few random vectors, which costs next to nothing."""
 
-    return hook
+    def __init__(self, d_in: int, dtype: torch.dtype, device: torch.device, site: Site) -> None:
+        self.total = torch.zeros(d_in, d_in, dtype=dtype, device=device)
+        self.site, self.count, self.shards, self.squares = site, 0, 0, 0.0
+        self._probes = _probes(self.total)
+        self._all, self._own = torch.zeros_like(self._probes), torch.zeros_like(self._probes)
+
+    def adder(self, used: Tensor) -> Callable[[Tensor], None]:
+        """A hook that adds the keys of the `used` tokens."""
+
+        def hook(keys: Tensor) -> None:
+            k = keys[used].to(self.total.dtype)
+            linalg.add_gram(self.total, k)
+            self._own += (k.T @ (k @ self._probes.to(k.dtype))).double()
+            # The first row meets every entry of a key.
+            if not bool(torch.isfinite(self.total[0]).all()):
+                raise MomentError(
+                    f"The keys at site {self.site} are not finite: check the model's weights."
+                )
+
+        return hook
+
+    def end_of_shard(self, count: int) -> float:
+        """Count the shard of `count` tokens; the relative standard error so far, infinite while
+        there are too few to tell."""
+        if count == 0:
+            return float("inf")
+        self.count, self.shards = self.count + count, self.shards + 1
+        self.squares += float(self._own.square().sum()) / count
+        self._all += self._own
+        self._own.zero_()
+        if self.shards < _LEAST_SHARDS:
+            return float("inf")
+        probed = float(self._all.square().sum()) / self.count
+        between = max(self.squares - probed, 0.0)
+        return (between / (self.shards - 1) / probed) ** 0.5
+
+    def moment(self, max_length: int) -> Moment:
+        """What was summed."""
+        total = linalg.mirrored(self.total)
+        return Moment(total, self.count, self.shards, self.squares, max_length)
 
 
-def _batches(
+def _shards(
     model: Model, texts: Iterable[str], n_tokens: int | None, max_length: int, batch_tokens: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Right-padded batches of about `batch_tokens`, sorted by length within a window."""
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """Parts of the text of about 8 · `batch_tokens`, each in right-padded batches of about
+    `batch_tokens`, sorted by length."""
     left = n_tokens if n_tokens is not None else float("inf")
     limit = min(max_length, model.n_positions)
     window: list[list[int]] = []
@@ -116,11 +214,11 @@ def _batches(
         if ids:
             window.append(ids)
         if sum(map(len, window)) >= 8 * batch_tokens or left <= 0:
-            yield from _padded(model, window, batch_tokens)
+            yield _padded(model, window, batch_tokens)
             window = []
         if left <= 0:
             return
-    yield from _padded(model, window, batch_tokens)
+    yield _padded(model, window, batch_tokens)
 
 
 def _padded(
@@ -138,21 +236,78 @@ def _padded(
 
 
 def save_moments(moments: Mapping[Site, Moment], path: str | Path, model_name: str = "") -> None:
-    """Write moments to a `.safetensors` file (float64 sums, counts in the header)."""
+    """Write moments to a `.safetensors` file: the sums in their own dtype; counts, and what else a
+    `Moment` knows, in the header."""
     tensors = {str(s): m.total.cpu().contiguous() for s, m in moments.items()}
     head = {
         "format": FORMAT,
         "model": model_name,
         "counts": {str(s): m.count for s, m in moments.items()},
+        "read": {str(s): [m.shards, m.squares, m.max_length] for s, m in moments.items()},
+        "digests": {name: container.digest(tensor) for name, tensor in tensors.items()},
     }
     container.write(path, tensors, head, "second moments", MomentError)
 
 
 def load_moments(path: str | Path) -> dict[Site, Moment]:
-    """Read what `save_moments` wrote.
+    """Read what `save_moments` wrote, all of it.
 
     Raises:
         MomentError: for a file that is missing, damaged, or holds no moments.
     """
     head, tensors = container.read(path, FORMAT, "second moments", MomentError)
-    return {Site.parse(s): Moment(tensors[s], n) for s, n in head["counts"].items()}
+    read = head.get("read", {})
+    return {
+        Site.parse(s): Moment(tensors[s], n, *read.get(s, ())) for s, n in head["counts"].items()
+    }
+
+
+def open_moments(path: str | Path) -> dict[Site, StoredMoment]:
+    """The moments of a file, each read when an edit comes to its site and not kept in memory.
+
+    A Cholesky factor that is computed is kept beside the file (`NAME.SITE.factor.safetensors`,
+    d_in² · 8 bytes), so that every later edit costs triangular solves only.
+
+    Raises:
+        MomentError: for a file that is missing, damaged, or holds no moments.
+    """
+    head = container.head(path, FORMAT, "second moments", MomentError)
+    return {Site.parse(s): StoredMoment(Path(path), s) for s in head["counts"]}
+
+
+@dataclass(frozen=True)
+class StoredMoment:
+    """One site's moment in a file (`open_moments`); see `linalg.SecondMoment`."""
+
+    path: Path
+    site: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the moment, without reading it."""
+        return container.shape(self.path, self.site, "second moments", MomentError)
+
+    def matrix(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
+        """E[k kᵀ], read from the file."""
+        head, found = self._read()
+        return found.to(device or found.device) / head["counts"][self.site]
+
+    def cholesky(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
+        """Its lower Cholesky factor, float64, read from its file; computed where there is none, or
+        one of another moment."""
+        head = container.head(self.path, FORMAT, "second moments", MomentError)
+        digest = head.get("digests", {}).get(self.site) or container.digest(self._read()[1])
+        file = self.path.with_name(f"{self.path.stem}.{self.site}.factor.safetensors")
+        if file.exists():
+            own, tensors = container.read(file, FACTOR, "the factor of a moment", MomentError)
+            if own.get("of") == digest:
+                return tensors["factor"].to(device or torch.device("cpu"))
+        factor = linalg.cholesky(self.matrix(device))
+        own = {"format": FACTOR, "of": digest}
+        container.write(file, {"factor": factor}, own, "the factor of a moment", MomentError)
+        return factor
+
+    def _read(self) -> tuple[dict[str, Any], Tensor]:
+        what = "second moments"
+        head, found = container.read(self.path, FORMAT, what, MomentError, [self.site])
+        return head, found[self.site]
