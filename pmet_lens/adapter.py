@@ -239,6 +239,22 @@ class Model:
             self.bridge, input_ids, attention_mask, hooks, at=at, stop_at_layer=stop_at_layer
         )
 
+    def logits_at(
+        self,
+        input_ids: Int[Tensor, "batch token"],
+        attention_mask: Int[Tensor, "batch token"],
+        at: Int[Tensor, "n 2"],
+    ) -> Float[Tensor, "n vocab"]:
+        """`forward(…, at=at)` without hooks and without gradients, by the cheapest way there is."""
+        try:
+            bare = self.from_layer(0).bare
+        except ModelError:  # a family that `from_layer` refuses
+            bare = None
+        with torch.no_grad():
+            if bare is None:
+                return self.forward(input_ids, attention_mask, at=at)
+            return bare.run(input_ids, attention_mask, at)
+
     def from_layer(self, first: int) -> Tail:
         """This model from block `first` on, sharing all weights: what changes there costs less.
 

@@ -47,15 +47,18 @@ def score(
     model: Model,
     prompts: Sequence[tokens.Prompt],
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     on_prompts: OnPrompts | None = None,
 ) -> list[Score]:
     """Score every prompt's target. Each distinct (text, target) is read once, and those that are
     read in the same tokens share a row of the forward pass.
 
-    `batch_tokens`: padded tokens per forward pass (one row at least). `on_prompts`: called with
+    `batch_tokens`: padded tokens per forward pass (one row at least); None: 2,048 on a CPU, 32,768
+    elsewhere. `on_prompts`: called with
     (scored so far, all), both of distinct (text, target).
     """
+    if batch_tokens is None:
+        batch_tokens = 2048 if model.device.type == "cpu" else 32768
     distinct = {(p.text, p.target): tokens.Prompt(p.text, None, p.target) for p in prompts}
     # The answers to one text stand side by side, and texts of about one length.
     keys = sorted(distinct, key=lambda key: (len(key[0]), key[0], key[1] or ""))
@@ -106,8 +109,7 @@ def _score_rows(
     run, labels = batch[rows], batch.labels[torch.tensor(chosen, device=on)]
     own, place = (labels != -100).nonzero(as_tuple=True)
     at, which = torch.unique(torch.stack([read[own], place], 1), dim=0, return_inverse=True)
-    with torch.no_grad():
-        logits = model.forward(run.ids, run.mask, at=at)
+    logits = model.logits_at(run.ids, run.mask, at)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wanted = labels[own, place]
     nll = -logits.log_softmax(-1)[which, wanted].double()

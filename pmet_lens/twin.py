@@ -135,13 +135,13 @@ class Bare:
 
     def run(
         self,
-        residual: Float[Tensor, "batch token d_model"],
+        entering: Float[Tensor, "batch token d_model"] | Int[Tensor, "batch token"],
         mask: Int[Tensor, "batch token"],
         at: Int[Tensor, "n 2"] | None = None,
         past: Past | None = None,
     ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
-        """As `Tail.forward` without hooks."""
-        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
+        """As `Tail.forward` without hooks; of token ids, where no block was left out."""
+        ids = entering if entering.ndim == 2 else torch.zeros_like(mask)
         _check_batch(ids, mask)
         more: dict[str, Any] = {"use_cache": False}
         if past is not None:
@@ -151,20 +151,19 @@ class Bare:
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
-                return (residual, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": residual}
+                return (entering, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": entering}
 
         def pick(_: nn.Module, args: tuple[Any, ...]) -> Any:
             return args if at is None else (args[0][at[:, 0], at[:, 1]][None],)
 
         def spread(_: nn.Module, __: Any, out: Tensor) -> Tensor:
             where = at[:, 0], at[:, 1]  # type: ignore[index]
-            return torch.zeros_like(residual).to(out).index_put(where, out[0])
+            return out.new_zeros(*ids.shape, out.shape[-1]).index_put(where, out[0])
 
-        handles = [
-            self._entry.register_forward_pre_hook(enter, with_kwargs=True),
-            self._head.register_forward_pre_hook(pick),
-        ]
+        handles = [self._head.register_forward_pre_hook(pick)]
+        if entering.ndim == 3:
+            handles.append(self._entry.register_forward_pre_hook(enter, with_kwargs=True))
         if at is not None and self._mlp is not None:
             handles.append(self._mlp.register_forward_pre_hook(pick))
             handles.append(self._mlp.register_forward_hook(spread))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import FAMILIES, tiny_batch, tiny_model
 
 import pmet_lens as pl
 from pmet_lens import metrics, world
@@ -145,6 +145,7 @@ def planted(answers: dict[str, str]) -> Model:
         return logits if at is None else logits[at[:, 0], at[:, 1]]
 
     model.forward = forward
+    model.logits_at = lambda ids, mask, at: forward(ids, mask, at=at)
     return model
 
 
@@ -189,15 +190,15 @@ PROMPTS = [
 
 def test_every_distinct_prompt_is_run_once(gpt2, monkeypatch):
     ran = []
-    forward = Model.forward
+    real = Model.logits_at
 
-    def spy(self, input_ids, attention_mask, **more):
+    def spy(self, input_ids, attention_mask, at):
         ran.extend(
             tuple(ids[m.bool()].tolist()) for ids, m in zip(input_ids, attention_mask, strict=True)
         )
-        return forward(self, input_ids, attention_mask, **more)
+        return real(self, input_ids, attention_mask, at)
 
-    monkeypatch.setattr(Model, "forward", spy)
+    monkeypatch.setattr(Model, "logits_at", spy)
     scores = score(gpt2, PROMPTS)
     assert len(ran) == len(set(ran)) == 3
     assert scores[0] == scores[2] == scores[4]
@@ -220,16 +221,32 @@ def exact() -> Model:
 
 @pytest.fixture
 def forward_rows(monkeypatch) -> list[int]:
-    """The number of rows of every forward pass."""
+    """The number of rows of every forward pass that scores or continues prompts."""
     ran: list[int] = []
-    forward = Model.forward
+    for name in ("forward", "logits_at"):
+        real = getattr(Model, name)
 
-    def spy(self, input_ids, attention_mask, **more):
-        ran.append(len(input_ids))
-        return forward(self, input_ids, attention_mask, **more)
+        def spy(self, input_ids, *more, real=real, **named):
+            ran.append(len(input_ids))
+            return real(self, input_ids, *more, **named)
 
-    monkeypatch.setattr(Model, "forward", spy)
+        monkeypatch.setattr(Model, name, spy)
     return ran
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_without_the_wrapper_are_those_with_it(family):
+    """The last MLP runs for the asked tokens alone; in float64 families that compute norms in
+    float32 keep the wrapper."""
+    model = tiny_model(family, torch.float64)
+    ids, mask = tiny_batch()
+    at = torch.tensor([[1, 7], [0, 9], [0, 3], [1, 0]])
+    got = model.logits_at(ids, mask, at)
+    assert not got.requires_grad
+    with torch.no_grad():
+        wanted = model.forward(ids, mask, at=at)
+    assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+    assert not torch.allclose(got[0], got[1])
 
 
 def answers(model: Model, n_tokens: int) -> list[str]:
