@@ -14,7 +14,7 @@ READY  := $(VENV)/.installed
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper test lint lab notebooks models clean
+.PHONY: help figures paper test bench bench-gpu lint lab notebooks models clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,13 @@ paper: $(READY) ## all methods, ablations and loads (90 minutes; goes on where i
 test: lint ## lint, tests and notebooks, without a network
 	$(OFFLINE) $(PY) -m pytest
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+bench: $(READY) ## speed against the plainly written procedure (15 minutes)
+	$(OFFLINE) $(BENCH) tests/benchmarks
+
+bench-gpu: $(READY) ## the same on a GPU, and the shapes of GPT-J-6B
+	$(OFFLINE) $(BENCH) tests/benchmarks --device=cuda
+	$(OFFLINE) $(PY) tests/benchmarks/gptj_shapes.py
 
 lint: $(READY) ## ruff and pyright
 	$(PY) -m ruff check .
@@ -50,14 +57,17 @@ models: $(READY) ## train the bundled models (45 CPU-minutes each) and MEND edit
 	$(PY) figures/train_mend.py world
 	$(PY) figures/train_mend.py world-sequential
 
-clean: ## remove what commands made: figures/out, caches and .venv
-	rm -rf $(VENV) figures/out .pytest_cache .ruff_cache *.egg-info build dist
+clean: ## remove what commands made: figures/out, tests/benchmarks/out, caches and .venv
+	rm -rf $(VENV) figures/out tests/benchmarks/out .pytest_cache .ruff_cache *.egg-info build dist
 	find . -type d \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # Nothing below a test may reach the network; pyright would ask PyPI for a newer pyright.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled \
   TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+
+# Without tests/conftest.py: it checks the shapes in every signature, which takes time.
+BENCH := $(PY) -m pytest -q --confcutdir=tests/benchmarks -o python_files='bench_*.py'
 
 TOO_OLD := pmet_lens needs Python 3.10 or newer. Name one that you have: make PYTHON=python3.11
 NO_VENV := This Python cannot make virtual environments. \

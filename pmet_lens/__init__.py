@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pmet_lens.adapter import Stream as Stream
     from pmet_lens.adapter import load as load
     from pmet_lens.analysis import causal_trace as causal_trace
+    from pmet_lens.costs import Estimate as Estimate
+    from pmet_lens.costs import estimate as estimate
     from pmet_lens.datasets import DataError as DataError
     from pmet_lens.datasets import counterfact as counterfact
     from pmet_lens.datasets import knowns as knowns
@@ -151,6 +153,8 @@ _HOME = {
     "edit_sequentially": "editing",
     "merged": "edits",
     "edit": "editing",
+    "Estimate": "costs",
+    "estimate": "costs",
     "EditError": "live",
     "causal_trace": "analysis",
     "claims": "statements",

@@ -270,7 +270,11 @@ class Model:
                 drop_blocks(model, path, first)
             mlp = names["blocks"].submodules["mlp"].name
             last = None if mlp is None else f"{path}.{self.n_layers - 1 - first}.{mlp}"
-            bare = Bare(plain, f"{path}.0", head, last)
+            inner: dict[str, str] = {}
+            for site in (Site(first, p) for p in get_args(Projection)):
+                own = self.parameter_name(site).removeprefix(f"{path}.{first}.").rpartition(".")[0]
+                inner[f"blocks.0.{_MODULES[site.projection]}.hook_out"] = f"{path}.0.{own}"
+            bare = Bare(plain, f"{path}.0", head, last, inner)
             tail = Tail(_wrap(shortened, self.name), first, bare)
             self._tails[first] = self._check_tail(tail)
         return self._tails[first]
@@ -279,21 +283,23 @@ class Model:
         """Compare the tail with the whole model on a small batch. Kept as it is found to give the
         same: without its wrapper (some wrapped norms compute in float64 what transformers does in
         float32), and behind a past (sliding windows do not, with a plain cache)."""
-        ids = torch.arange(12, device=self.device).reshape(2, 6)
+        ids = torch.arange(18, device=self.device).reshape(3, 6)
         mask = torch.ones_like(ids)
         mask[1, 4:] = 0
         kept: list[Tensor] = []
-        start = torch.tensor([3, 1], device=self.device)
+        start = torch.tensor([3, 1, 0], device=self.device)
         entry = self.stream_hook(tail.first, "resid_pre")
-        wrapped: list[tuple[str, Hook]] = [(self.stream_hook(tail.first, "mlp_out"), lambda _: None)]
+        wrapped: list[tuple[str, Hook]] = [
+            (self.stream_hook(tail.first, "resid_post"), lambda _: None)
+        ]
         with torch.no_grad():
             whole = self.forward(ids, mask, hooks=[(entry, kept.append)])
             at = torch.tensor([[0, 2], [1, 3]], device=self.device)
             some = tail.forward(kept[0], mask, at=at)
             both = [tail.forward(kept[0], mask, hooks=hooks) for hooks in ((), wrapped)]
             past = tail.past(kept[0], start)
-            # Both rows have three more tokens behind their pasts.
-            rest = torch.stack([kept[0][0, 3:6], kept[0][1, 1:4]])
+            # Every row has three tokens behind its past; the last has none.
+            rest = torch.stack([kept[0][i, n : n + 3] for i, n in enumerate(start.tolist())])
             ones = torch.ones_like(ids[:, :3])
             behind = [tail.forward(rest, ones, past=past, hooks=hooks) for hooks in ((), wrapped)]
         largest = whole[mask.bool()].abs().max()
@@ -308,9 +314,33 @@ class Model:
                 f"{self.name!r} does not give the same logits when started at block {tail.first}: "
                 "run the whole model with Model.forward"
             )
-        wanted = torch.stack([whole[0, 3:6], whole[1, 1:4]])
+        wanted = torch.stack([whole[i, n : n + 3] for i, n in enumerate(start.tolist())])
         resumes = all(bool((wanted - got).abs().max() <= close) for got in behind)
+        if tail.bare is not None and bare:
+            self._check_inner(tail, kept[0], mask, exact)
         return replace(tail, bare=tail.bare if bare else None, resumes=resumes)
+
+    def _check_inner(self, tail: Tail, residual: Tensor, mask: Tensor, exact: Tensor) -> None:
+        """Let the unwrapped tail take hooks at the projections only if they do there what they do
+        in the wrapped one (some families flatten the tokens around their MLP)."""
+        bare: Any = tail.bare
+        inner, bare.hooks = bare.hooks, {}
+        push = torch.linspace(-1, 1, self.d_model, device=self.device, dtype=self.dtype)
+        seen: list[torch.Size] = []
+
+        def change(value: Tensor) -> Tensor:
+            seen.append(value.shape)
+            return value + push
+
+        streams: tuple[Stream, ...] = ("attn_out", "mlp_out")
+        hooks = [(self.stream_hook(tail.first, stream), change) for stream in streams]
+        with torch.no_grad():
+            wanted = tail.forward(residual, mask, hooks=hooks)
+            bare.hooks = inner
+            got = tail.forward(residual, mask, hooks=hooks)
+        same = (wanted - got)[mask.bool()].abs().max() <= exact
+        if not (same and set(seen) == {residual.shape}):
+            bare.hooks = {}
 
     def _check_stop(self, stop: int, hooks: Sequence[tuple[str, Hook]], at: Tensor | None) -> None:
         if not 0 < stop <= self.n_layers or at is not None:

@@ -127,7 +127,11 @@ class Reader:
         return found[0]
 
     def _run(
-        self, part: _Part, hooks: Sequence[tuple[str, Hook]], stop: int, chosen: Tensor | None = None
+        self,
+        part: _Part,
+        hooks: Sequence[tuple[str, Hook]],
+        stop: int,
+        chosen: Tensor | None = None,
     ) -> Tensor:
         """The residual stream entering block `stop`, from where the part has been run to."""
         rows = part.rows if chosen is None else part.rows[chosen]

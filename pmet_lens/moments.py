@@ -23,7 +23,7 @@ from pmet_lens.hparams import known_hparams
 OnTokens = Callable[[int, int], object]
 FORMAT = "pmet_lens moments 1"
 FACTOR = "pmet_lens factor 1"
-_N_PROBES, _LEAST_SHARDS = 16, 4
+_N_PROBES, _LEAST_SHARDS, _SHARD = 16, 4, 2
 
 
 class MomentError(ValueError):
@@ -117,7 +117,7 @@ def second_moments(
         dtype: what is summed in: float64, or float32 (half the memory and, on a CPU, half the time
             of the products; a singular moment may then look regular).
         precision: stop before `n_tokens` as soon as `Moment.error` of every site is at most this
-            (0.03, say; at least four shards of 8 · `batch_tokens` tokens are read).
+            (0.03, say; at least four shards of 2 · `batch_tokens` tokens are read).
         on_tokens: called with (tokens so far, `n_tokens` or 0) after every batch.
 
     Raises:
@@ -203,7 +203,7 @@ class _Sum:
 def _shards(
     model: Model, texts: Iterable[str], n_tokens: int | None, max_length: int, batch_tokens: int
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """Parts of the text of about 8 · `batch_tokens`, each in right-padded batches of about
+    """Parts of the text of about `_SHARD` · `batch_tokens`, each in right-padded batches of about
     `batch_tokens`, sorted by length."""
     left = n_tokens if n_tokens is not None else float("inf")
     limit = min(max_length, model.n_positions)
@@ -213,7 +213,7 @@ def _shards(
         left -= len(ids)
         if ids:
             window.append(ids)
-        if sum(map(len, window)) >= 8 * batch_tokens or left <= 0:
+        if sum(map(len, window)) >= _SHARD * batch_tokens or left <= 0:
             yield _padded(model, window, batch_tokens)
             window = []
         if left <= 0:

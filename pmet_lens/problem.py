@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pmet_lens import probes, tokens
@@ -22,10 +22,12 @@ from pmet_lens.adapter import Model, ModelError, Stream
 from pmet_lens.facts import Fact
 from pmet_lens.settings import Method
 from pmet_lens.tokens import Position
-from pmet_lens.twin import Hook, Past, Tail
+from pmet_lens.twin import Hook, Tail
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 1024, 16384
 """Tokens of a step, padding included: what fits a CPU's cache, what fills an accelerator."""
+FEW_TOKENS = 256
+"""Up to so many, running layer L for the edited token alone costs more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Problem:
     ) -> None:
         """`own_norm`: the deltas' reference norms are those of their own streams, else of the
         layer's output."""
-        self.model, self.streams, self.position = model, method.delta_at, method.position
+        self.model, self.streams = model, method.delta_at
+        self.position: Position = method.position
         self.layer, self.tail, self.per_fact = layer, tail, per_fact
         self.n = len(rows) // per_fact
         residual, output, clean = self._record(rows)
@@ -105,15 +108,14 @@ class Problem:
         past = None
         start = rows.at(self.position)
         self._above: Tail | None = None
-        if tail is not None and tail.resumes and int(start.min()) > 0:
+        if tail is not None and tail.resumes and int(start.max()) > 0:
             past = tail.past(residual, start)
             rows, column = rows.behind(start)
             column = column[..., None].expand(-1, -1, model.d_model)
             edited = residual.gather(1, column[:, :1])
             if tail.first == layer and (above := model.from_layer(layer + 1)).resumes:
-                self._above, residual = above, output
+                self._above, self._edited, self._output = above, edited, output.gather(1, column)
             residual = residual.gather(1, column)
-            self._edited = edited
         self._all = (rows, residual, past)
         self.choose(torch.ones(self.n, dtype=torch.bool, device=model.device))
         with torch.no_grad():
@@ -171,12 +173,13 @@ class Problem:
             ]
         if tail is None:
             logits = self.model.forward(rows.ids, rows.mask, hooks=hooks, at=self._at)
-        elif self._above is not None and self._past is not None:
+        elif self._above is not None and self._past is not None and rows.ids.numel() > FEW_TOKENS:
             below, above = self._past.of(slice(1)), self._past.of(slice(1, None))
             first, stop = rows.mask[:, :1], self.layer + 1
             edited = self._edited[self._chosen]
             output = tail.forward(edited, first, hooks=hooks, past=below, stop_at_layer=stop)
-            residual = torch.cat([output, self._residual[:, 1:]], dim=1)
+            behind = self._output[self._chosen, 1 : rows.ids.shape[1]]
+            residual = torch.cat([output, behind], dim=1)
             logits = self._above.forward(residual, rows.mask, at=self._at, past=above)
         else:
             logits = tail.forward(

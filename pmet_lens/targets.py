@@ -195,7 +195,7 @@ def _descend(batch: problem.Problem, hp: Hparams, on_step: OnStep | None) -> Tar
         gradients: tuple[Tensor, ...] = ()
         if not over:
             gradients = torch.autograd.grad(losses["loss"].sum(), list(deltas.values()))
-        columns = {k: v.detach() for k, v in losses.items()}
+        columns: dict[str, Any] = {k: v.detach() for k, v in losses.items()}
         columns.update(fact=active.nonzero()[:, 0], said=told.said, done=done, step=step, last=last)
         steps.append({**columns, **_geometry(deltas, gradients, batch.norms, active)})
         if over:

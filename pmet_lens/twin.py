@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,15 +120,19 @@ class Past:
 
 
 class Bare:
-    """A twin without a wrapper, fed at its first block: cheaper than a bridge, and without hooks.
+    """A twin without a wrapper, fed at its first block: cheaper than a bridge.
 
     `entry`, `head` and `mlp` are the names of the first block, of the unembedding and of the last
-    block's MLP in `model`. Where logits are wanted at some tokens only, that MLP runs on these
+    block's MLP in `model`; `hooks` the modules whose output a hook of a bridge sees, by the name of
+    that hook. Where logits are wanted at some tokens only, that MLP runs on these
     alone: nothing reads what it would write elsewhere.
     """
 
-    def __init__(self, model: nn.Module, entry: str, head: str, mlp: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, entry: str, head: str, mlp: str | None, hooks: Mapping[str, str]
+    ) -> None:
         self.model = model
+        self.hooks = {name: model.get_submodule(path) for name, path in hooks.items()}
         self._entry, self._head = model.get_submodule(entry), model.get_submodule(head)
         self._mlp = None if mlp is None else model.get_submodule(mlp)
         self._parameters = list(model.parameters())
@@ -139,8 +143,9 @@ class Bare:
         mask: Int[Tensor, "batch token"],
         at: Int[Tensor, "n 2"] | None = None,
         past: Past | None = None,
+        hooks: Sequence[tuple[str, Hook]] = (),
     ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
-        """As `Tail.forward` without hooks; of token ids, where no block was left out."""
+        """As `Tail.forward`; of token ids, where no block was left out."""
         ids = entering if entering.ndim == 2 else torch.zeros_like(mask)
         _check_batch(ids, mask)
         more: dict[str, Any] = {"use_cache": False}
@@ -161,7 +166,11 @@ class Bare:
             where = at[:, 0], at[:, 1]  # type: ignore[index]
             return out.new_zeros(*ids.shape, out.shape[-1]).index_put(where, out[0])
 
+        def outside(hook: Hook) -> Any:
+            return lambda _, __, out: hook(out)
+
         handles = [self._head.register_forward_pre_hook(pick)]
+        handles += [self.hooks[n].register_forward_hook(outside(hook)) for n, hook in hooks]
         if entering.ndim == 3:
             handles.append(self._entry.register_forward_pre_hook(enter, with_kwargs=True))
         if at is not None and self._mlp is not None:
@@ -208,31 +217,32 @@ class Tail:
         behind it.
         """
         shifted = [(self._own_name(name), hook) for name, hook in hooks]
-        inside = stop_at_layer is not None or any(name != _ENTRY for name, _ in shifted)
-        if self.bare is not None and not inside:
-            for _, hook in shifted:
-                changed = hook(residual)
+        known = () if self.bare is None else (_ENTRY, *self.bare.hooks)
+        if self.bare is not None and stop_at_layer is None and all(n in known for n, _ in shifted):
+            for name, hook in shifted:
+                changed = hook(residual) if name == _ENTRY else None
                 residual = residual if changed is None else changed
-            return self.bare.run(residual, attention_mask, at, past)
+            inner = [(name, hook) for name, hook in shifted if name != _ENTRY]
+            return self.bare.run(residual, attention_mask, at, past, inner)
         # The ids only give the batch its shape: what they embed to is replaced.
         ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
         injected = [(_ENTRY, lambda _: residual), *shifted]
         stop = None if stop_at_layer is None else stop_at_layer - self.first
-        return run(
-            self.bridge, ids, attention_mask, injected, at=at, past=past, stop_at_layer=stop
-        )
+        return run(self.bridge, ids, attention_mask, injected, at=at, past=past, stop_at_layer=stop)
 
     def past(
         self,
         residual: Float[Tensor, "batch token d_model"],
         length: Int[Tensor, " batch"],
     ) -> Past:
-        """Keys and values of the first `length` tokens of each row (at least one), so that only
-        the tokens behind them need to run again."""
+        """Keys and values of the first `length` tokens of each row, so that only the tokens behind
+        them need to run again; of at least one row at least one token."""
         width = int(length.max())
         residual = residual[:, :width]
         ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
-        mask = (torch.arange(width, device=residual.device) < length[:, None]).long()
+        place = torch.arange(width, device=residual.device)
+        # A row without a past runs one token, for attention to have something, which is not kept.
+        mask = (place < length.clamp(min=1)[:, None]).long()
         hooks = {
             _ENTRY: lambda _: residual,
             "unembed.hook_in": lambda value: value[:1, :1],  # nobody reads the logits
@@ -241,6 +251,7 @@ class Tail:
             _, cache = self.bridge(
                 ids, attention_mask=mask, use_cache=True, return_type="logits_and_cache"
             )
+        mask = (place < length[:, None]).long()
         return Past(tuple((c.keys, c.values) for c in cache.layers), mask)
 
     def _own_name(self, name: str) -> str:

@@ -16,7 +16,7 @@ FLOORS = (
     {"hparams", "moments", "probes", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}
     | {"similarity", "swapping", "targets", "variance"},
-    {"artifact", "editing", "edits", "finetune", "mend", "mend_training", "methods"}
+    {"artifact", "costs", "editing", "edits", "finetune", "mend", "mend_training", "methods"}
     | {"target_files"},
     {"ability", "evaluation", "geometry"},
     {"experiment", "training", "trials"},

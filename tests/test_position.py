@@ -305,8 +305,7 @@ def test_starting_late_changes_nothing_at_any_position(models, family, name, pos
 
 
 def test_what_is_in_front_of_the_edited_token_runs_once(gpt2, monkeypatch):
-    """Where all prompts have something there: at the last token, but not at a subject's first
-    one that begins its prompt."""
+    """Also where some prompts have nothing there, as a subject's first token that begins one."""
     asked: list[list[int]] = []
     for first in (2, 3):
         gpt2.from_layer(first)  # which tries it
@@ -319,11 +318,14 @@ def test_what_is_in_front_of_the_edited_token_runs_once(gpt2, monkeypatch):
     monkeypatch.setattr(Tail, "past", past)
     fact, hp = FACTS[0], replace(HP, n_steps=1)
     prompts = [context.replace("{}", fact.prompt) for context in CONTEXTS]
-    last = [places(gpt2, p, fact.subject)["last"] for p in [*prompts, "{} is a"]]
-    for name, wanted in (("at the first subject token", []), ("at the last token", [last])):
+    found = [places(gpt2, p, fact.subject) for p in [*prompts, "{} is a"]]
+    for name, at in (
+        ("at the first subject token", "first_subject"),
+        ("at the last token", "last"),
+    ):
         asked.clear()
         optimise(gpt2, [fact], pl.ABLATIONS[name], hp, CONTEXTS)
-        assert asked == wanted
+        assert asked == [[place[at] for place in found]]
 
 
 def test_facts_do_not_interact_at_any_position(gpt2, method, found):

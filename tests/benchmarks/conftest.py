@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, the interleaved comparison, and the tables they are kept in."""
+"""What the benchmarks share: models, the comparison in turn, and the tables that are kept."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def logits_of(hf: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return hf(ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
 
 
-# -- targets ----------------------------------------------------------------------------------------
+# -- targets ---------------------------------------------------------------------------------------
 
 
 def target(
@@ -132,7 +132,7 @@ def target(
     return [c + d.detach() for c, d in zip(clean, deltas, strict=True)]
 
 
-# -- keys, moments, solve ---------------------------------------------------------------------------
+# -- keys, moments, solve --------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -226,7 +226,7 @@ def edit(
     return deltas
 
 
-# -- evaluation -------------------------------------------------------------------------------------
+# -- evaluation ------------------------------------------------------------------------------------
 
 
 def record(hf: nn.Module, tokenizer: Any, fact: Fact) -> list[tuple[float, float]]:
