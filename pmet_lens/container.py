@@ -69,8 +69,8 @@ def shape(path: str | Path, name: str, what: str, error: type[ValueError]) -> tu
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bits, rows first."""
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(flat)).hexdigest()
+    flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(flat).hexdigest()
 
 
 @contextmanager
