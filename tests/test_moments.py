@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 
 import pmet_lens as pl
+from pmet_lens import moments as moments_module
 from pmet_lens.adapter import Model, Site
 from pmet_lens.moments import Moment, MomentError, load_moments, save_moments, second_moments
 
@@ -212,3 +213,133 @@ def test_layers_that_do_not_exist_are_refused(gpt2):
 def test_one_string_is_not_read_letter_by_letter():
     with pytest.raises(MomentError, match="one string"):
         second_moments(tiny_model("gpt2"), "The tower of Ilmar", [0])
+
+
+# -- how good it is -------------------------------------------------------------------------------
+
+
+def noise(n: int, d: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.1, 2, d, dtype=torch.float64)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) * scale
+
+
+def sampled(keys: torch.Tensor, shard: int, site: Site = Site(0, "mlp")) -> Moment:
+    """The moment of keys that come in shards of `shard` tokens."""
+    total = moments_module._Sum(keys.shape[1], torch.float64, keys.device, site)
+    for own in keys.split(shard):
+        total.adder(torch.ones(1, len(own), dtype=torch.bool))(own[None])
+        total.end_of_shard(len(own))
+    return total.moment(128)
+
+
+def test_the_error_told_is_the_error_there_is():
+    """Over many samples of known keys the mean estimate meets the mean distance to the truth."""
+    d, n = 20, 400
+    truth = torch.diag(torch.linspace(0.1, 2, d, dtype=torch.float64) ** 2)
+    found = [sampled(noise(n, d, seed), 20) for seed in range(60)]
+    real = sum(float((m.value - truth).norm() / truth.norm()) ** 2 for m in found) / len(found)
+    told = sum(m.error**2 for m in found) / len(found)
+    assert told == pytest.approx(real, rel=0.15)
+    # A quarter of the error in sixteen times the text, also where samples are merged.
+    longer = sum((sampled(noise(n, d, 100 + i), 20) for i in range(16)), start=found[0])
+    assert longer.error == pytest.approx(found[0].error / 17**0.5, rel=0.3)
+    assert longer.shards == 17 * found[0].shards
+
+
+def test_texts_of_one_piece_have_no_known_error(gpt2):
+    site = Site(1, "mlp")
+    assert second_moments(gpt2, TEXTS, [1])[site].error != pytest.approx(0)
+    assert torch.tensor(second_moments(gpt2, TEXTS, [1])[site].error).isnan()
+    many = second_moments(gpt2, TEXTS * 4, [1], batch_tokens=8)[site]
+    assert many.shards > 4
+    assert 0 < many.error < 1
+    assert torch.tensor((many + Moment(many.total, many.count)).error).isnan()
+
+
+def test_reading_stops_when_it_is_good_enough(gpt2):
+    stream = itertools.cycle(TEXTS)
+    many = second_moments(gpt2, stream, [1], n_tokens=4000, batch_tokens=16)
+    wanted = 4 * max(m.error for m in many.values())
+    fewer = second_moments(
+        gpt2, itertools.cycle(TEXTS), [1], n_tokens=4000, batch_tokens=16, precision=wanted
+    )
+    counts = {m.count for m in fewer.values()}
+    assert len(counts) == 1
+    assert 64 <= counts.pop() < 4000
+    assert max(m.error for m in fewer.values()) == pytest.approx(wanted, rel=0.5)
+    with pytest.raises(MomentError, match="precision must be greater than 0"):
+        second_moments(gpt2, TEXTS, [1], precision=0.0)
+
+
+def test_sums_may_be_of_single_precision(gpt2):
+    exact = second_moments(gpt2, TEXTS, [1])
+    single = second_moments(gpt2, TEXTS, [1], dtype=torch.float32)
+    for site, moment in single.items():
+        assert (moment.total.dtype, exact[site].total.dtype) == (torch.float32, torch.float64)
+        assert 0 < off(moment, exact[site].value.float()) < 1e-5
+    with pytest.raises(MomentError, match="float32 or float64"):
+        second_moments(gpt2, TEXTS, [1], dtype=torch.float16)
+
+
+# -- on disk --------------------------------------------------------------------------------------
+
+
+def test_a_file_keeps_what_a_moment_knows(gpt2, tmp_path):
+    path = tmp_path / "m.safetensors"
+    moments = second_moments(gpt2, TEXTS * 4, [1], batch_tokens=8, max_length=9)
+    save_moments(moments, path)
+    for site, loaded in load_moments(path).items():
+        own = moments[site]
+        assert loaded.max_length == own.max_length == 9
+        assert (loaded.shards, loaded.error) == (own.shards, own.error)
+
+
+def test_moments_on_disk_are_read_by_site_and_keep_their_factor(gpt2, tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    site = Site(1, "mlp")
+    keys = noise(600, gpt2.d_in(site), 3)
+    moments = {site: Moment(keys.T @ keys, 600), Site(2, "mlp"): Moment(2 * keys.T @ keys, 600)}
+    save_moments(moments, path)
+    stored = pl.open_moments(path)
+    assert set(stored) == set(moments)
+    assert stored[site].shape == (len(keys.T), len(keys.T))
+    assert not list(tmp_path.glob("*.factor.*"))
+    assert torch.equal(stored[site].matrix(), moments[site].value)
+    first = stored[site].cholesky()
+    assert [p.name for p in tmp_path.glob("*.factor.*")] == ["m.1.mlp.factor.safetensors"]
+    assert torch.equal(first, moments[site].cholesky())
+
+    def fails(_):
+        raise AssertionError("computed a second time")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pmet_lens.linalg.cholesky", fails)
+        assert torch.equal(pl.open_moments(path)[site].cholesky(), first)
+    # The factor of another moment under the same name is not taken for this one's.
+    save_moments({site: Moment(3 * keys.T @ keys, 600)}, path)
+    third = pl.open_moments(path)[site].cholesky()
+    assert torch.allclose(third, 3**0.5 * first)
+    with pytest.raises(MomentError, match="cannot be read"):
+        pl.open_moments(tmp_path / "nowhere")
+
+
+def test_an_edit_from_disk_is_that_from_memory(gpt2, tmp_path):
+    site, path = Site(1, "mlp"), tmp_path / "m.safetensors"
+    keys = noise(600, gpt2.d_in(site), 3)
+    moments = {site: Moment(keys.T @ keys, 600)}
+    save_moments(moments, path)
+    facts = [pl.Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis")]
+    hp = pl.Hparams(layers=(1,), n_steps=3)
+    for method in (pl.PMET, pl.EMMET, pl.ALPHAEDIT):
+        settings = {"null_space_threshold": 1e9} if method is pl.ALPHAEDIT else {}
+        own = pl.Hparams(layers=hp.layers, n_steps=hp.n_steps, **settings)
+        wanted = pl.edit(gpt2, facts, moments, method, own, ["{}"])
+        for _ in range(2):
+            found = pl.edit(gpt2, facts, pl.open_moments(path), method, own, ["{}"])
+            difference = (found.deltas[site] - wanted.deltas[site]).abs().max()
+            assert difference <= 1e-9 * wanted.deltas[site].abs().max()
+    wrong = {site: Moment(torch.eye(5, dtype=torch.float64), 5)}
+    save_moments(wrong, path)
+    with pytest.raises(pl.SettingsError, match="belongs to another model"):
+        pl.edit(gpt2, facts, pl.open_moments(path), pl.PMET, hp, ["{}"])
