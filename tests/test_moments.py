@@ -224,9 +224,9 @@ def noise(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.randn(n, d, generator=generator, dtype=torch.float64) * scale
 
 
-def sampled(keys: torch.Tensor, shard: int, site: Site = Site(0, "mlp")) -> Moment:
+def sampled(keys: torch.Tensor, shard: int) -> Moment:
     """The moment of keys that come in shards of `shard` tokens."""
-    total = moments_module._Sum(keys.shape[1], torch.float64, keys.device, site)
+    total = moments_module._Sum(keys.shape[1], torch.float64, keys.device, Site(0, "mlp"))
     for own in keys.split(shard):
         total.adder(torch.ones(1, len(own), dtype=torch.bool))(own[None])
         total.end_of_shard(len(own))
