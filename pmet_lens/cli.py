@@ -96,10 +96,11 @@ def _edit(args: argparse.Namespace) -> None:
     if isinstance(method, pl.Method):
         hparams = pl.hparams_for(model, method)
         moments = (
-            pl.load_moments(args.moments)
+            pl.open_moments(args.moments)
             if args.moments
             else pl.second_moments(model, pl.texts(), hparams.layers)
         )
+        _say(str(pl.estimate(model, facts, method, hparams)), sys.stderr)
     with tqdm(unit="step") as bar:
         edit = pl.edit(model, facts, moments, method, hparams, on_step=lambda *_: bar.update())
     edit.save(args.out)

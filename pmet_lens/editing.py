@@ -95,7 +95,7 @@ def edit(
                 K = reader.keys(site)
                 stream = method.follows(projection)
                 now = reader.values(targets.layer, stream)
-                R = (targets.values[stream].to(now) - now) / method.share(len(hp.layers) - i)
+                R = (targets.values[stream].to(now.device) - now) / method.share(len(hp.layers) - i)
                 factor = None if factorised is None else factorised.get(site)
                 if factor is None:
                     past = None if earlier is None else earlier[site]

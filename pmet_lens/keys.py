@@ -74,6 +74,7 @@ class Reader:
         def averaged(part: _Part) -> Tensor:
             found = self._read(part, self.model.key_hook(site), site.layer)
             found = found.reshape(len(part.facts), self._per_fact, -1)
+            found = found.to(torch.promote_types(found.dtype, torch.float32))
             plain, prefixed = found[:, 0], found[:, 1:]
             return (plain + prefixed.mean(1)) / 2 if prefixed.shape[1] else plain
 

@@ -80,6 +80,11 @@ def tail_of(model: Model, method: Method, layer: int) -> Tail | None:
         return None
 
 
+def _single(value: Tensor) -> Tensor:
+    """At least float32: deltas and losses of a model in half precision are not."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 class Problem:
     """The facts of one batch. `losses` runs the facts last given to `choose` (at first all)."""
 
@@ -185,7 +190,7 @@ class Problem:
             logits = tail.forward(
                 self._residual, rows.mask, hooks=hooks, at=self._at, past=self._past
             )
-        logp = logits.log_softmax(-1)
+        logp = _single(logits).log_softmax(-1)
         n = len(self._labels)
         return logp[:n], logp[n:]
 
@@ -208,7 +213,7 @@ class Problem:
             self.model.forward(rows.ids, rows.mask, hooks=hooks, stop_at_layer=self.layer + 1)
         number = torch.arange(len(rows), device=self.model.device)
         place = rows.at(self.position)
-        clean: dict[Stream, Tensor] = {s: v[number, place] for s, v in seen.items()}
+        clean: dict[Stream, Tensor] = {s: _single(v[number, place]) for s, v in seen.items()}
         behind = self.tail is not None and self.tail.first > self.layer
         output = seen["resid_post"]
         return output if behind else seen["resid_pre"], output, clean
