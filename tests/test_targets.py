@@ -381,13 +381,10 @@ def test_the_last_layer_is_refused(gpt2):
 
 def test_deltas_of_a_model_in_half_precision_are_float32():
     """Adam on bfloat16 deltas would lose every step smaller than 1/256 of a delta."""
-    half, full = (tiny_model("gpt2", dtype) for dtype in (torch.bfloat16, torch.float32))
-    with torch.no_grad():
-        for own, exact in zip(half.hf.parameters(), full.hf.parameters(), strict=True):
-            exact.copy_(own.float())
-    found, wanted = run(half), run(full)
-    for stream, value in found.values.items():
-        assert value.dtype == torch.float32
-        distance = (found.delta(stream) - wanted.delta(stream)).norm()
-        assert distance < 0.3 * wanted.delta(stream).norm()
-    assert set(found.history.dtypes[["nll", "kl", "loss"]].astype(str)) == {"float64"}
+    found = run(tiny_model("gpt2", torch.bfloat16))
+    for stream in found.values:
+        delta = found.delta(stream)
+        assert delta.dtype == torch.float32
+        assert (delta != delta.bfloat16().float()).any()
+    losses = found.history.groupby("fact")["loss"]
+    assert (losses.last() < losses.first()).all()
