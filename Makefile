@@ -32,7 +32,7 @@ test: lint ## lint, tests and notebooks, without a network
 	$(OFFLINE) $(PY) -m pytest
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
 
-bench: $(READY) ## speed against the procedure written plainly (half an hour)
+bench: $(READY) ## speed against the procedure written plainly (long)
 	$(OFFLINE) $(BENCH) tests/benchmarks
 
 bench-gpu: $(READY) ## the same on a GPU, and the shapes of GPT-J-6B

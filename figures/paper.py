@@ -74,19 +74,19 @@ class Size:
 
 
 QUICK = Size(
-    grid=(1, 4),
-    main=(4,),
-    zsre=(4,),
-    facts_of_small=1,
-    ablated=4,
-    swept=3,
-    curve=(4, 2),
-    moment_tokens=10_000,
+    grid=(1, 5),
+    main=(5,),
+    zsre=(5,),
+    facts_of_small=2,
+    ablated=5,
+    swept=5,
+    curve=(6, 3),
+    moment_tokens=20_000,
     generate=1,
-    others=60,
+    others=200,
     lambdas=(10.0, 1000.0),
     last=(3,),
-    curves=("PMET",),
+    curves=("PMET", "AlphaEdit, protected"),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +22,7 @@ _SOLVERS = {cls.__name__: cls for cls in (linalg.Ridge, linalg.Exact, linalg.Nul
 
 def fingerprint(weight: Tensor) -> str:
     """SHA-256 of a weight's bits, rows first."""
-    flat = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(flat.tobytes()).hexdigest()
+    return container.digest(weight)
 
 
 def save(parts: Mapping[str, Any], path: str | Path) -> None:

@@ -7,6 +7,7 @@ texts for GPT-J). A `Moment` is a sum and a count: samples can be merged in any 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,7 @@ class Moment:
         if self.shards < 2:
             return float("nan")
         probed = float((self.value.double() @ _probes(self.total)).square().sum())
-        between = max(self.squares - self.count * probed, 0.0)
-        return (between / (self.count * (self.shards - 1)) / probed) ** 0.5
+        return _standard_error(self.squares, probed, self.count, self.shards)
 
     def __add__(self, other: Moment) -> Moment:
         """The moment of both samples together."""
@@ -85,6 +85,12 @@ class Moment:
             self.squares + other.squares,
             self.max_length if self.max_length == other.max_length else None,
         )
+
+
+def _standard_error(squares: float, probed: float, count: int, shards: int) -> float:
+    """Of the mean over shards, relative to it: `squares` as in `Moment`, `probed` = ‖C Z‖²."""
+    between = max(squares - count * probed, 0.0)
+    return (between / (count * (shards - 1)) / probed) ** 0.5
 
 
 def _probes(like: Tensor) -> Float[Tensor, "d_in probe"]:
@@ -190,9 +196,8 @@ class _Sum:
         self._own.zero_()
         if self.shards < _LEAST_SHARDS:
             return float("inf")
-        probed = float(self._all.square().sum()) / self.count
-        between = max(self.squares - probed, 0.0)
-        return (between / (self.shards - 1) / probed) ** 0.5
+        probed = float((self._all / self.count).square().sum())
+        return _standard_error(self.squares, probed, self.count, self.shards)
 
     def moment(self, max_length: int) -> Moment:
         """What was summed."""
@@ -298,13 +303,16 @@ class StoredMoment:
         head = container.head(self.path, FORMAT, "second moments", MomentError)
         digest = head.get("digests", {}).get(self.site) or container.digest(self._read()[1])
         file = self.path.with_name(f"{self.path.stem}.{self.site}.factor.safetensors")
-        if file.exists():
-            own, tensors = container.read(file, FACTOR, "the factor of a moment", MomentError)
-            if own.get("of") == digest:
-                return tensors["factor"].to(device or torch.device("cpu"))
+        what = "the factor of a moment"
+        if file.exists() and container.head(file, FACTOR, what, MomentError).get("of") == digest:
+            found = container.read(file, FACTOR, what, MomentError)[1]["factor"]
+            return found.to(device or found.device)
         factor = linalg.cholesky(self.matrix(device))
-        own = {"format": FACTOR, "of": digest}
-        container.write(file, {"factor": factor}, own, "the factor of a moment", MomentError)
+        try:
+            head = {"format": FACTOR, "of": digest}
+            container.write(file, {"factor": factor}, head, what, MomentError)
+        except MomentError as error:  # a folder that cannot be written costs time, not the edit
+            warnings.warn(f"{error}. The next edit computes it again.", stacklevel=2)
         return factor
 
     def _read(self) -> tuple[dict[str, Any], Tensor]:

@@ -190,8 +190,9 @@ class Tail:
     """The blocks of a model from `first` on, fed the residual stream that enters them.
 
     `bridge`: a wrapped twin whose block list starts there; hook names keep the layer numbers of
-    the whole model. `bare`: the same without the wrapper, which runs where no hook lies inside a
-    block. `Model.from_layer` makes one and tests it against the whole model.
+    the whole model. `bare`: the same without the wrapper, which runs where hooks lie only at the
+    entry and at the projections of block `first`. `Model.from_layer` makes one and tests it against
+    the whole model.
     """
 
     bridge: Any

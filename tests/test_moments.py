@@ -324,6 +324,20 @@ def test_moments_on_disk_are_read_by_site_and_keep_their_factor(gpt2, tmp_path, 
         pl.open_moments(tmp_path / "nowhere")
 
 
+def test_a_factor_that_cannot_be_kept_is_used_all_the_same(gpt2, tmp_path, monkeypatch):
+    path, site = tmp_path / "m.safetensors", Site(1, "mlp")
+    keys = noise(600, gpt2.d_in(site), 3)
+    moment = Moment(keys.T @ keys, 600)
+    save_moments({site: moment}, path)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pmet_lens.container.save_file", full)
+    with pytest.warns(UserWarning, match=r"No space left.*next edit computes it again"):
+        assert torch.equal(pl.open_moments(path)[site].cholesky(), moment.cholesky())
+
+
 def test_an_edit_from_disk_is_that_from_memory(gpt2, tmp_path):
     site, path = Site(1, "mlp"), tmp_path / "m.safetensors"
     keys = noise(600, gpt2.d_in(site), 3)
