@@ -12,12 +12,12 @@ import argparse
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
-import torch
-from common import EDITED, HERE, OUT, Progress, into_readme, legend, panels, provenance, save
+from common import EDITED, HERE, OUT, Progress, each, into_readme, legend, panels, provenance, save
 
 import pmet_lens as pl
 from pmet_lens import experiment, plots, targets
@@ -31,23 +31,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few facts, to see that it runs")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    torch.set_num_threads(min(2, torch.get_num_threads()))
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     few, many = (10, 10) if args.quick else (100, 300 if args.record else 100)
     sizes = (few, many)
-    progress = Progress(5 * len(EDITED) + 1)
-    results = []
-    for name in EDITED:
-        results.append(run_model(name, sizes, progress))
-    progress.stage("figures")
-    table = pd.concat(results, ignore_index=True)
+    table = pd.concat(each(list(EDITED), partial(run_model, sizes)), ignore_index=True)
     if not args.record:
         table = pd.concat([table, recorded(few)], ignore_index=True)
     table.to_csv(args.out / "main.csv", index=False)
     draw(table, few, args.out)
-    progress.done()
-    progress.bar.close()
     minutes = (time.perf_counter() - start) / 60
     text = report(table, minutes)
     (args.out / "main.md").write_text(text, encoding="utf-8")
@@ -77,9 +69,10 @@ def record(table: pd.DataFrame, text: str, out: Path) -> None:
     into_readme("results", text)
 
 
-def run_model(name: str, sizes: tuple[int, int], progress: Progress) -> pd.DataFrame:
+def run_model(sizes: tuple[int, int], name: str, place: int) -> pd.DataFrame:
     """All results of one bundled model."""
     few, many = sizes
+    progress = Progress(5, place)
     model, facts = pl.load(name), pl.counterfact(n=many)
     world = pl.knowns()  # every fact of the world
     progress.stage(f"{name}: second moments and the unedited model")
@@ -128,6 +121,7 @@ def run_model(name: str, sizes: tuple[int, int], progress: Progress) -> pd.DataF
         others = experiment.others_of(world, facts[:n])
         tables[run, n] = experiment.measure(model, facts[:n], edit, others)
     progress.done()
+    progress.bar.close()
     return _tidy(name, tables)
 
 

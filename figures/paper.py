@@ -11,23 +11,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from common import EDITED, HERE, OUT, into_readme, make, provenance
+from common import EDITED, HERE, OUT, each, into_readme, make, provenance
 from paper_tables import FIGURES, ablation_table, main_table
 from tqdm import tqdm
 
@@ -68,22 +64,24 @@ class Size:
     moment_tokens: int = 100_000
     generate: int = 10
     others: int = 2250
+    texts: int = 200
     lambdas: tuple[float, ...] = LAMBDAS
     last: tuple[int, ...] = ()
     curves: tuple[str, ...] = tuple(CURVE)
 
 
 QUICK = Size(
-    grid=(1, 5),
-    main=(5,),
-    zsre=(5,),
+    grid=(1, 3),
+    main=(3,),
+    zsre=(3,),
     facts_of_small=2,
-    ablated=5,
-    swept=5,
-    curve=(6, 3),
-    moment_tokens=20_000,
+    ablated=3,
+    swept=3,
+    curve=(4, 2),
+    moment_tokens=10_000,
     generate=1,
-    others=200,
+    others=100,
+    texts=20,
     lambdas=(10.0, 1000.0),
     last=(3,),
     curves=("PMET", "AlphaEdit, protected"),
@@ -102,10 +100,7 @@ def main() -> None:
     prepare(out, fresh=args.fresh or args.quick)
     before = spent(out)
     size = QUICK if args.quick else Size()
-    # Spawned, so that every process sets its own threads; two of one thread beat one of two here.
-    workers = min(len(EDITED), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        done = list(pool.map(partial(run_model, size=size, out=out), EDITED, range(len(EDITED))))
+    done = each(list(EDITED), partial(run_model, size, out))
     minutes = before + (time.perf_counter() - start) / 60
     (out / "minutes.txt").write_text(f"{minutes}\n", encoding="utf-8")
     for name in TABLES:
@@ -164,9 +159,8 @@ def record(out: Path) -> None:
     into_readme("ablations", (out / "ablations.md").read_text(encoding="utf-8"))
 
 
-def run_model(name: str, place: int, size: Size, out: Path) -> dict[str, pd.DataFrame]:
+def run_model(size: Size, out: Path, name: str, place: int) -> dict[str, pd.DataFrame]:
     """All tables of one model, each result from its file where it is there."""
-    torch.set_num_threads(1)
     folder = out / name
     bench = pl.Bench(pl.load(name), folder, n_tokens=size.moment_tokens)
     plan = list(jobs(bench, size))
@@ -259,7 +253,12 @@ def looked_at(
     others = experiment.others_of(pl.knowns(), facts)[: size.others]
     generate = size.generate if len(facts) in size.main else 0
     table = experiment.measure(bench.model, facts, edit, others, generate=generate)
-    return pd.concat([table, pl.general_ability(bench.model, edit, others=())])
+    return pd.concat([table, general(bench, size, edit)])
+
+
+def general(bench: pl.Bench, size: Size, edit: pl.Edit | None) -> pd.DataFrame:
+    """Perplexity, and what the edit changes in the answers to prompts about others."""
+    return pl.general_ability(bench.model, edit, others=(), n_texts=size.texts)
 
 
 def one_by_one(bench: pl.Bench, size: Size, benchmark: str) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import fig_causal_trace
@@ -19,8 +20,7 @@ import fig_delta_geometry
 import fig_lens
 import fig_relation_vs_subject
 import pandas as pd
-import torch
-from common import EDITED, HERE, OUT, STUDIED, Progress, into_readme, make, provenance
+from common import EDITED, HERE, OUT, STUDIED, Progress, each, into_readme, make, provenance
 
 import pmet_lens as pl
 from pmet_lens import metrics, targets, variance
@@ -42,25 +42,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few facts, to see that it runs")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    torch.set_num_threads(min(2, torch.get_num_threads()))
     args.out.mkdir(parents=True, exist_ok=True)
-    start, found = time.perf_counter(), []
-    progress = Progress(4 * len(STUDIED) + 2 * len(EDITED) + 1)
-    for name in STUDIED:
-        tables = components(name, 70 if args.quick else 300, progress)
-        if name in EDITED:
-            tables |= deltas(name, 5 if args.quick else 40, progress)
-        tables["claims"] = pl.claims({_KEYS.get(k, k): v for k, v in tables.items()})
-        tables = summarised(tables)
-        found.append({key: t.assign(model=name) for key, t in tables.items()})
-    progress.stage("figures")
+    start = time.perf_counter()
+    found = each(list(STUDIED), partial(study, (70, 5) if args.quick else (300, 40)))
     for key in dict.fromkeys(k for tables in found for k in tables):
         whole = pd.concat([t[key] for t in found if key in t], ignore_index=True)
         whole.round(4).to_csv(args.out / f"{key}.csv", index=False)
     for name, draw in FIGURES.items():
         make(draw, name, args.out, args.out)
-    progress.done()
-    progress.bar.close()
     text = report(args.out, (time.perf_counter() - start) / 60)
     (args.out / "claims.md").write_text(text, encoding="utf-8")
     sys.stdout.write(f"\n{text}\nFigures and tables: {args.out}\n")
@@ -69,6 +58,17 @@ def main() -> None:
         for file in kept:
             shutil.copy(args.out / file, HERE / "results" / file)
         into_readme("study", text)
+
+
+def study(sizes: tuple[int, int], name: str, place: int) -> Tables:
+    """All tables of one model: the components on so many facts, the deltas on so many."""
+    progress = Progress(6 if name in EDITED else 4, place)
+    tables = components(name, sizes[0], progress)
+    if name in EDITED:
+        tables |= deltas(name, sizes[1], progress)
+    tables["claims"] = pl.claims({_KEYS.get(k, k): v for k, v in tables.items()})
+    progress.bar.close()
+    return {key: t.assign(model=name) for key, t in summarised(tables).items()}
 
 
 def components(name: str, n: int, progress: Progress) -> Tables:

@@ -115,8 +115,8 @@ def _next_token(
         for some in torch.arange(len(batch), device=batch.ids.device).split(step):
             own = batch[some]
             at = torch.stack([torch.arange(len(own), device=own.ids.device), own.last], dim=1)
-            with torch.no_grad():
-                rows.append(model.forward(own.ids, own.mask, at=at).cpu().double().log_softmax(-1))
+            logits = model.logits_at(own.ids, own.mask, at)
+            rows.append(logits.cpu().double().log_softmax(-1))
     return torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.float64)
 
 
@@ -146,8 +146,7 @@ def _sums(model: Model, rows: Sequence[list[int]]) -> list[tuple[float, int]]:
     lengths = torch.tensor([len(own) for own in rows], device=model.device)
     mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
     at = mask[:, 1:].nonzero()  # the tokens but the last, each of which predicts the next
-    with torch.no_grad():
-        logits = model.forward(ids, mask, at=at)
+    logits = model.logits_at(ids, mask, at)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wanted = ids[at[:, 0], at[:, 1] + 1]
     nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double()

@@ -74,9 +74,8 @@ def _next_logits(model: Model, rows: Sequence[list[int]]) -> Tensor:
         own[: len(values)] = torch.tensor(values)
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     at = torch.stack([torch.arange(len(rows)), lengths - 1], dim=1)
-    with torch.no_grad():
-        on = model.device
-        return model.forward(ids.to(on), mask.to(on), at=at.to(on)).float().cpu()
+    on = model.device
+    return model.logits_at(ids.to(on), mask.to(on), at.to(on)).float().cpu()
 
 
 def check_end(model: Model) -> None:
