@@ -92,6 +92,7 @@ class Model:
         _check_tokenizer(tokenizer)
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.bridge = _wrap(twin(hf), name)
+        self._hooks = frozenset(self.bridge.hook_dict)
         self._names = {id(p): n for n, p in hf.named_parameters()}
         self._check_sites()
         self.live_edits = LiveEdits(self.weight)
@@ -173,7 +174,7 @@ class Model:
         """
         _check_name("stream", stream, get_args(Stream))
         name = f"blocks.{self.check_layer(layer)}.{_STREAM_HOOKS[stream]}"
-        if name not in self.bridge.hook_dict:
+        if name not in self._hooks:
             raise ModelError(
                 f"the blocks of {self.name!r} are parallel, so nothing lies between attention and "
                 f"MLP: there is no {stream}; choose from resid_pre, resid_post"
@@ -236,8 +237,9 @@ class Model:
         if stop_at_layer is not None:
             self._check_stop(stop_at_layer, hooks, at)
         return run(
-            self.bridge, input_ids, attention_mask, hooks, at=at, stop_at_layer=stop_at_layer
-        )
+            self.bridge, input_ids, attention_mask, hooks,
+            at=at, stop_at_layer=stop_at_layer, known=self._hooks,
+        )  # fmt: skip
 
     def logits_at(
         self,
@@ -275,7 +277,8 @@ class Model:
                 own = self.parameter_name(site).removeprefix(f"{path}.{first}.").rpartition(".")[0]
                 inner[f"blocks.0.{_MODULES[site.projection]}.hook_out"] = f"{path}.0.{own}"
             bare = Bare(plain, f"{path}.0", head, last, inner)
-            tail = Tail(_wrap(shortened, self.name), first, bare)
+            bridge = _wrap(shortened, self.name)
+            tail = Tail(bridge, first, bare, known=frozenset(bridge.hook_dict))
             self._tails[first] = self._check_tail(tail)
         return self._tails[first]
 
@@ -356,12 +359,11 @@ class Model:
 
     def _check_sites(self) -> None:
         """Every site must be one plain matrix that twin and `hf` share; hooks must exist."""
-        known = self.bridge.hook_dict
         if not hasattr(self.bridge, "blocks"):
             raise ModelError(f"{self.name!r} is not a stack of decoder blocks; it cannot be edited")
         for site in (Site(n, p) for n in range(self.n_layers) for p in get_args(Projection)):
             what = {"attn": "attention", "mlp": "MLP"}[site.projection]
-            if self.key_hook(site) not in known or not _is_projection(self._module(site)):
+            if self.key_hook(site) not in self._hooks or not _is_projection(self._module(site)):
                 raise ModelError(
                     f"layer {site.layer} of {self.name!r} has no single {what} output projection "
                     "(as in a mixture of experts or a recurrent layer), so it cannot be edited"

@@ -92,9 +92,8 @@ def edit(
         for i, layer in enumerate(hp.layers):
             for projection in method.write:
                 site = Site(layer, projection)
-                K = reader.keys(site)
                 stream = method.follows(projection)
-                now = reader.values(targets.layer, stream)
+                K, now = reader.both(site, targets.layer, stream)
                 R = (targets.values[stream].to(now.device) - now) / method.share(len(hp.layers) - i)
                 factor = None if factorised is None else factorised.get(site)
                 if factor is None:

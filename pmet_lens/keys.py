@@ -2,12 +2,12 @@
 
 Nothing behind the edited token can change what is there, so every prompt is cut behind it; and
 nothing below a layer depends on its weights, so the residual stream entering the layer last read is
-kept and the next one starts from it.
+kept on the way and the next pass starts from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from pmet_lens.twin import Hook
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 4096, 65536
 """Tokens of one pass, padding included."""
+FEW_TOKENS = 512
+"""Up to so many, another pass costs more than the rows it would leave out."""
 
 
 @dataclass
@@ -70,79 +72,86 @@ class Reader:
         """½ · key on the plain prompt + ½ · mean of the keys behind the context prefixes; without
         prefixes the plain key alone. Source: released `compute_ks.py` (mean per context type, then
         over types)."""
-
-        def averaged(part: _Part) -> Tensor:
-            found = self._read(part, self.model.key_hook(site), site.layer)
-            found = found.reshape(len(part.facts), self._per_fact, -1)
-            found = found.to(torch.promote_types(found.dtype, torch.float32))
-            plain, prefixed = found[:, 0], found[:, 1:]
-            return (plain + prefixed.mean(1)) / 2 if prefixed.shape[1] else plain
-
-        self._enter(site.layer)
-        return self._gather(averaged)
+        (found,) = self._read([self.model.key_hook(site)], site.layer, site.layer)
+        return _averaged(found)
 
     def values(self, layer: int, stream: Stream) -> Float[Tensor, "fact d_model"]:
         """The stream's value now, on the plain prompts."""
+        (found,) = self._read([self.model.stream_hook(layer, stream)], layer, layer, plain=True)
+        return found[:, 0]
 
-        def plain(part: _Part) -> Tensor:
-            rows = torch.arange(len(part.facts), device=self.model.device) * self._per_fact
-            return self._read(part, self.model.stream_hook(layer, stream), layer, rows)
+    def both(
+        self, site: Site, layer: int, stream: Stream
+    ) -> tuple[Float[Tensor, "fact d_in"], Float[Tensor, "fact d_model"]]:
+        """`keys(site)` and `values(layer, stream)` of a layer not below the site's, with the
+        weights as they are; of few tokens in one pass."""
+        if max(part.rows.ids.numel() for part in self._parts) > FEW_TOKENS:
+            return self.keys(site), self.values(layer, stream)
+        names = [self.model.key_hook(site), self.model.stream_hook(layer, stream)]
+        found, now = self._read(names, site.layer, layer)
+        return _averaged(found), now[:, 0]
 
-        if layer < self._layer:
-            self._enter(layer)
-        return self._gather(plain)
-
-    def _gather(self, of: Callable[[_Part], Tensor]) -> Tensor:
-        """The results of all parts, in the order of the facts."""
+    def _read(
+        self, names: Sequence[str], layer: int, last: int, plain: bool = False
+    ) -> list[Float[Tensor, "fact row d"]]:
+        """What these hooks of the layers up to `last` see at the edited token. The stream entering
+        `layer` is kept on the way, and the next pass starts there; `plain`: only the plain prompts
+        run, and nothing is kept."""
+        self._prepare(layer)
+        keep = None if plain or not self._fast or layer == self._layer else layer
+        found = [self._run(part, names, keep, last + 1, plain) for part in self._parts]
+        if keep is not None:
+            self._layer = layer
         order = torch.tensor([i for part in self._parts for i in part.facts])
-        found = torch.cat([of(part) for part in self._parts])
-        return found[torch.argsort(order).to(found.device)]
+        together = [torch.cat(values) for values in zip(*found, strict=True)]
+        return [values[torch.argsort(order).to(values.device)] for values in together]
 
-    def _enter(self, layer: int) -> None:
-        """Keep the residual stream that enters `layer`, with the weights below as they are."""
-        if layer < self._layer:
+    def _prepare(self, layer: int) -> None:
+        """Start from the first layer again where what is kept lies above `layer`, or where this
+        family's blocks cannot run alone."""
+        if self._fast and layer > self._layer:
+            try:
+                self.model.from_layer(layer)
+            except ModelError:
+                self._fast = False
+        if not self._fast or layer < self._layer:
             self._layer = 0
             for part in self._parts:
                 part.residual = None
-        if not self._fast or layer == self._layer:
-            return
-        try:
-            self.model.from_layer(layer)
-        except ModelError:  # a family whose blocks cannot run alone
-            self._fast = False
-            return self._enter(0)
-        for part in self._parts:
-            part.residual = self._run(part, (), layer).cpu()
-        self._layer = layer
-
-    def _read(
-        self, part: _Part, name: str, layer: int, chosen: Tensor | None = None
-    ) -> Float[Tensor, "row d"]:
-        """What the hook `name` of `layer` sees at the edited token of the chosen rows."""
-        found: list[Tensor] = []
-        place = part.place if chosen is None else part.place[chosen]
-        number = torch.arange(len(place), device=place.device)
-        self._run(
-            part, [(name, lambda value: found.append(value[number, place]))], layer + 1, chosen
-        )
-        return found[0]
 
     def _run(
-        self,
-        part: _Part,
-        hooks: Sequence[tuple[str, Hook]],
-        stop: int,
-        chosen: Tensor | None = None,
-    ) -> Tensor:
-        """The residual stream entering block `stop`, from where the part has been run to."""
-        rows = part.rows if chosen is None else part.rows[chosen]
+        self, part: _Part, names: Sequence[str], keep: int | None, stop: int, plain: bool
+    ) -> list[Float[Tensor, "fact row d"]]:
+        """One part's pass, from where it has been run to, up to block `stop`."""
+        rows, place = part.rows, part.place
+        chosen = torch.arange(0, len(rows), self._per_fact if plain else 1, device=place.device)
+        if plain:
+            rows, place = rows[chosen], place[chosen]
+        number = torch.arange(len(place), device=place.device)
+        found: list[Tensor] = []
+        hooks: list[tuple[str, Hook]] = [
+            (name, lambda value: found.append(value[number, place])) for name in names
+        ]
+        entering: list[Tensor] = []
+        if keep is not None:
+            hooks.append((self.model.stream_hook(keep, "resid_pre"), entering.append))
         with torch.no_grad():
             if part.residual is None:
-                return self.model.forward(rows.ids, rows.mask, hooks=hooks, stop_at_layer=stop)
-            residual = part.residual if chosen is None else part.residual[chosen.cpu()]
-            residual = residual[:, : rows.ids.shape[1]].to(self.model.device)
-            tail = self.model.from_layer(self._layer)
-            return tail.forward(residual, rows.mask, hooks=hooks, stop_at_layer=stop)
+                self.model.forward(rows.ids, rows.mask, hooks=hooks, stop_at_layer=stop)
+            else:
+                residual = part.residual[chosen.cpu(), : rows.ids.shape[1]].to(self.model.device)
+                tail = self.model.from_layer(self._layer)
+                tail.forward(residual, rows.mask, hooks=hooks, stop_at_layer=stop)
+        if entering:
+            part.residual = entering[0].cpu()
+        return [value.view(len(part.facts), -1, value.shape[-1]) for value in found]
+
+
+def _averaged(found: Float[Tensor, "fact row d_in"]) -> Float[Tensor, "fact d_in"]:
+    """Half the first row's key, half the mean of the others."""
+    found = found.to(torch.promote_types(found.dtype, torch.float32))
+    plain, prefixed = found[:, 0], found[:, 1:]
+    return (plain + prefixed.mean(1)) / 2 if prefixed.shape[1] else plain
 
 
 def averaged_keys(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -246,17 +247,23 @@ def _cosine(pair: Sequence[Tensor]) -> Float[Tensor, " fact"]:
 
 def _history(steps: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """`Targets.history` of one batch; the host reads the numbers here, once."""
-    frames = []
+    columns: dict[str, list[Any]] = {}
     for found in steps:
         host = {
             k: (v.double() if v.is_floating_point() else v).cpu().numpy()
             for k, v in found.items()
             if isinstance(v, Tensor)
         }
-        done, last = host.pop("done"), found["last"]
-        why = ["goal" if d else ("steps" if last else "") for d in done.tolist()]
-        order = ["fact", "nll", "kl", "decay", "loss", "said"]
-        head = {"fact": host["fact"], "step": found["step"], **{k: host[k] for k in order[1:]}}
-        more = {k: v for k, v in host.items() if k not in order}
-        frames.append(pd.DataFrame({**head, "stopped": why, **more}))
-    return pd.concat(frames, ignore_index=True)
+        done, n = host.pop("done"), len(host["fact"])
+        host["step"] = np.full(n, found["step"])
+        over = "steps" if found["last"] else ""
+        host["stopped"] = np.where(done, "goal", over).astype(object)
+        # Behind the last step there is no gradient.
+        host.setdefault("gradient_cosine", np.full(n, np.nan))
+        for name, values in host.items():
+            columns.setdefault(name, []).append(values)
+    head = ["fact", "step", "nll", "kl", "decay", "loss", "said", "stopped"]
+    order = [*head, *(name for name in columns if name not in head)]
+    if "cosine" not in columns:  # one stream
+        order.remove("gradient_cosine")
+    return pd.DataFrame({name: np.concatenate(columns[name]) for name in order})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,13 +58,14 @@ def run(
     at: Int[Tensor, "n 2"] | None = None,
     stop_at_layer: int | None = None,
     past: Past | None = None,
+    known: Container[str],
 ) -> Tensor:
     """One forward pass; see `Model.forward`. The hooks are gone afterwards, also on errors.
 
-    With `past`, `ids` and `mask` are those of the tokens behind it.
+    `known`: the names of the bridge's hooks (it collects them anew whenever it is asked). With
+    `past`, `ids` and `mask` are those of the tokens behind it.
     """
     _check_batch(ids, mask)
-    known = bridge.hook_dict
     for name, _ in hooks:
         if name not in known:
             raise ModelError(f"there is no hook {name!r}; see Model.stream_hook, Model.key_hook")
@@ -200,6 +201,8 @@ class Tail:
     bare: Bare | None = None
     resumes: bool = False
     """Whether `past` can be used."""
+    known: frozenset[str] = frozenset()
+    """The names of the hooks of `bridge`."""
 
     def forward(
         self,
@@ -229,7 +232,10 @@ class Tail:
         ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
         injected = [(_ENTRY, lambda _: residual), *shifted]
         stop = None if stop_at_layer is None else stop_at_layer - self.first
-        return run(self.bridge, ids, attention_mask, injected, at=at, past=past, stop_at_layer=stop)
+        return run(
+            self.bridge, ids, attention_mask, injected,
+            at=at, past=past, stop_at_layer=stop, known=self.known,
+        )  # fmt: skip
 
     def past(
         self,
