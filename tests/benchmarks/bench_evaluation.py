@@ -11,10 +11,10 @@ import pmet_lens as pl
 
 @pytest.mark.parametrize("name", ["world", "medium"])
 def test_evaluation(name, compare, device, small):
-    """200 records without generation, at the medium shape 6; the plain side some of them."""
+    """200 records without generation, at the medium shape 12; the plain side some of them."""
     model = subjects.medium(small, device) if name == "medium" else subjects.bundled(name, device)
-    facts = pl.counterfact(n=6 if small or name == "medium" else 200)
-    every = 4 if name == "world" else 3
+    facts = pl.counterfact(n=12 if small or name == "medium" else 200)
+    every = 4
 
     def slow(_: int) -> float:
         chosen = facts[::every]

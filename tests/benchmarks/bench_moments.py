@@ -12,7 +12,7 @@ import torch
 from conftest import keep
 
 import pmet_lens as pl
-from pmet_lens import evaluation, targets, world
+from pmet_lens import evaluation, targets, tokens, world
 
 TOKENS = (2_500, 5_000, 10_000, 20_000, 40_000, 100_000)
 
@@ -20,7 +20,7 @@ TOKENS = (2_500, 5_000, 10_000, 20_000, 40_000, 100_000)
 def test_moments(compare, device, small):
     """Six layers of the medium shape, the MLPs, float32 on both sides, the same batches."""
     model = subjects.medium(small, device)
-    n = 512 if small else 2048
+    n = 512 if small else 1024
     chosen = list(islice(pl.texts(), 400))
     rows = [model.tokenizer(text)["input_ids"][:128] for text in chosen]
     kept, left = [], n
@@ -29,8 +29,9 @@ def test_moments(compare, device, small):
         left -= len(kept[-1])
         if left <= 0:
             break
-    kept.sort(key=len)
-    batches = [plain.padded(kept, model.tokenizer.pad_token_id)]
+    chunks = tokens.chunks([len(row) for row in kept], 2048)
+    pad = model.tokenizer.pad_token_id
+    batches = [plain.padded([kept[i] for i in chunk], pad) for chunk in chunks]
     sites = [pl.Site(layer, "mlp") for layer in subjects.LAYERS]
 
     def slow(_: int) -> float:

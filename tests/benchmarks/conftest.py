@@ -22,7 +22,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
 rows: list[dict[str, Any]] = []
-"""What the run has measured so far; written when it ends."""
+"""What the run has measured so far; written after each."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,7 +51,7 @@ def wait(device: torch.device) -> None:
 
 
 @pytest.fixture
-def compare(benchmark, device):
+def compare(benchmark, device, request):
     """`compare(name, plain, fast, …)`: both in turn, a row of the table. Each is called with the
     number of the round and returns the amount of work it did (1 where both do the same)."""
 
@@ -96,6 +96,7 @@ def compare(benchmark, device):
         }
         benchmark.extra_info.update(row)
         rows.append(row)
+        write(request.config)  # a run that is cut keeps what it has
         return ratio
 
     return run
@@ -134,10 +135,8 @@ def number(x: float) -> str:
     return f"{x:.3g}"
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not rows:
-        return
+def write(config: pytest.Config) -> str:
+    """The rows so far as a table, kept as `keep` does; also what is printed."""
     frame = pd.DataFrame(rows)
     shown = pd.DataFrame(
         {
@@ -153,7 +152,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         }
     )
     note = f"Medians of {frame['rounds'].min()} interleaved rounds or more; in brackets the range."
-    device = session.config.getoption("--device")
-    name = "tiny" if session.config.getoption("--tiny") else device
-    keep(name, shown, note, session.config)
-    sys.stdout.write(f"\n{markdown(shown)}")
+    device = config.getoption("--device")
+    keep("tiny" if config.getoption("--tiny") else device, shown, note, config)
+    return markdown(shown)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if rows:
+        sys.stdout.write(f"\n{write(session.config)}")
