@@ -278,9 +278,15 @@ class Model:
                 inner[f"blocks.0.{_MODULES[site.projection]}.hook_out"] = f"{path}.0.{own}"
             bare = Bare(plain, f"{path}.0", head, last, inner)
             bridge = _wrap(shortened, self.name)
-            tail = Tail(bridge, first, bare, known=frozenset(bridge.hook_dict))
+            known = frozenset(bridge.hook_dict)
+            tail = Tail(bridge, first, bare, window=self._window(), known=known)
             self._tails[first] = self._check_tail(tail)
         return self._tails[first]
+
+    def _window(self) -> int | None:
+        config: Any = self.hf.config
+        found = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+        return min((n for n in found if isinstance(n, int)), default=None)
 
     def _check_tail(self, tail: Tail) -> Tail:
         """Compare the tail with the whole model on a small batch. Kept as it is found to give the
@@ -321,7 +327,7 @@ class Model:
         resumes = all(bool((wanted - got).abs().max() <= close) for got in behind)
         if tail.bare is not None and bare:
             self._check_inner(tail, kept[0], mask, exact)
-        return replace(tail, bare=tail.bare if bare else None, resumes=resumes)
+        return replace(tail, bare=tail.bare if bare else None, has_past=resumes)
 
     def _check_inner(self, tail: Tail, residual: Tensor, mask: Tensor, exact: Tensor) -> None:
         """Let the unwrapped tail take hooks at the projections only if they do there what they do

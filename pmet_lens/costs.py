@@ -132,7 +132,7 @@ class _Count:
     def add(self, facts: Sequence[Fact], contexts: Sequence[str]) -> None:
         """Facts edited together: the batches of `targets.optimise`, then `keys.Reader`."""
         rows, per_fact = problem.prompts(self.model, facts, contexts)
-        whole, at = self.tail is None or not self.tail.resumes, self.method.position
+        whole, at = self.tail is None or not self.tail.has_past, self.method.position
         budget = problem.budget(self.model)
         for chunk in problem.batches(rows, per_fact, at, whole=whole, budget=budget):
             numbers = torch.tensor([i * per_fact + k for i in chunk for k in range(per_fact)])
@@ -145,10 +145,10 @@ class _Count:
         """One `problem.Problem` and one of its steps."""
         (n, width), start = rows.ids.shape, rows.at(self.method.position)
         past, alone, last = 0, False, self.tail
-        if last is not None and last.resumes and int(start.max()) > 0:
+        if last is not None and last.resumes(start, rows.mask):
             past, width = int(start.max()), int((rows.mask.sum(1) - start).max())
             above = self.model.from_layer(self.layer + 1)
-            alone = self.first == self.layer and above.resumes and n * width > problem.FEW_TOKENS
+            alone = self.first == self.layer and above.has_past and n * width > problem.FEW_TOKENS
             last = above if alone else last
         ran, scored = n * width, int(rows.scored.sum()) + facts
         hooked = last is not None and last.first == self.layer

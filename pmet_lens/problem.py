@@ -113,12 +113,12 @@ class Problem:
         past = None
         start = rows.at(self.position)
         self._above: Tail | None = None
-        if tail is not None and tail.resumes and int(start.max()) > 0:
+        if tail is not None and tail.resumes(start, rows.mask):
             past = tail.past(residual, start)
             rows, column = rows.behind(start)
             column = column[..., None].expand(-1, -1, model.d_model)
             edited = residual.gather(1, column[:, :1])
-            if tail.first == layer and (above := model.from_layer(layer + 1)).resumes:
+            if tail.first == layer and (above := model.from_layer(layer + 1)).has_past:
                 self._above, self._edited, self._output = above, edited, output.gather(1, column)
             residual = residual.gather(1, column)
         self._all = (rows, residual, past)

@@ -130,7 +130,7 @@ def optimise(
     if fast:
         tail = problem.tail_of(model, method, layer)
     rows, per_fact = problem.prompts(model, facts, contexts)
-    whole = tail is None or not tail.resumes
+    whole = tail is None or not tail.has_past
     limit = problem.budget(model) if batch_tokens is None else batch_tokens
     chunks = problem.batches(rows, per_fact, method.position, whole=whole, budget=limit)
     own = hparams.reference_norm == "own stream"

@@ -41,12 +41,14 @@ def drop_blocks(model: Any, path: str, first: int) -> None:
     setattr(model.get_submodule(parent), attribute, kept)
     modules: list[Any] = list(kept.modules())
     for module in modules:
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx -= first  # where the module's keys and values lie in a cache
+        for name in ("layer_idx", "layer_id"):  # where its keys and values lie in a cache
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, getattr(module, name) - first)
     model.config.num_hidden_layers = len(blocks) - first
-    if getattr(model.config, "layer_types", None) is not None:
-        # Gemma-2 chooses the mask (sliding window or not) by position in this list.
-        model.config.layer_types = model.config.layer_types[first:]
+    # Gemma-2 and GPT-Neo choose the mask (sliding window or not) by position in these lists.
+    for name in ("layer_types", "attention_layers"):
+        if getattr(model.config, name, None) is not None:
+            setattr(model.config, name, getattr(model.config, name)[first:])
 
 
 def run(
@@ -199,8 +201,11 @@ class Tail:
     bridge: Any
     first: int
     bare: Bare | None = None
-    resumes: bool = False
+    has_past: bool = False
     """Whether `past` can be used."""
+    window: int | None = None
+    """How far back the shortest sliding window reaches, in tokens. It counts what is padding
+    between a past and what runs behind it, too: together they must not be longer."""
     known: frozenset[str] = frozenset()
     """The names of the hooks of `bridge`."""
 
@@ -260,6 +265,12 @@ class Tail:
             )
         mask = (place < length[:, None]).long()
         return Past(tuple((c.keys, c.values) for c in cache.layers), mask)
+
+    def resumes(self, start: Int[Tensor, " batch"], mask: Int[Tensor, "batch token"]) -> bool:
+        """Whether these rows can run from token `start` on, behind a past."""
+        past, behind = int(start.max()), int((mask.sum(1) - start).max())
+        reaches = self.window is None or past + behind <= self.window
+        return self.has_past and past > 0 and reaches
 
     def _own_name(self, name: str) -> str:
         layer = layer_of(name)

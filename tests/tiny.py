@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 FAMILIES = ("gpt2", "gptj", "neox", "llama", "gemma2", "opt")
-PARALLEL = ("gptj", "neox")
+MORE = (
+    "neo", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi", "phi3", "olmo", "olmo2",
+    "stablelm",
+)  # fmt: skip
+"""What people also edit; `test_families.py` holds for all of them."""
+PARALLEL = ("gptj", "neox", "phi")
 N_LAYERS, D_MODEL = 4, 32
 
 _SENTENCES = (
@@ -46,8 +51,8 @@ def tiny_tokenizer(pad: bool = True):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
-def tiny_config(family: str, vocab_size: int = 320):
-    """A 4-layer configuration of width 32; Llama and Gemma-2 share keys among heads."""
+def tiny_config(family: str, vocab_size: int = 320, window: int = 5):
+    """A 4-layer configuration of width 32; the newer families share keys among heads."""
     import transformers as hf
 
     common = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
@@ -66,30 +71,55 @@ def tiny_config(family: str, vocab_size: int = 320):
         "llama": lambda: hf.LlamaConfig(**common, **grouped),
         # Heads whose total is not d_model, and a window shorter than the test batches, yet longer
         # than their padding: a query that sees padding alone is NaN in float64, in plain HF too.
-        "gemma2": lambda: hf.Gemma2Config(**common, **grouped, head_dim=16, sliding_window=5),
+        "gemma2": lambda: hf.Gemma2Config(**common, **grouped, head_dim=16, sliding_window=window),
         "opt": lambda: hf.OPTConfig(**common, **wide, word_embed_proj_dim=D_MODEL, ffn_dim=64),
+        "neo": lambda: hf.GPTNeoConfig(
+            **common,
+            hidden_size=D_MODEL,
+            num_layers=N_LAYERS,
+            num_heads=4,
+            max_position_embeddings=64,
+            attention_types=[[["global", "local"], 2]],
+            window_size=window,
+        ),
+        "mistral": lambda: hf.MistralConfig(**common, **grouped, sliding_window=None),
+        "qwen2": lambda: hf.Qwen2Config(**common, **grouped),
+        "qwen3": lambda: hf.Qwen3Config(**common, **grouped, head_dim=16),
+        "gemma": lambda: hf.GemmaConfig(**common, **grouped, head_dim=16),
+        "gemma3": lambda: hf.Gemma3TextConfig(
+            **common, **grouped, head_dim=16, sliding_window=window, sliding_window_pattern=2
+        ),
+        "phi": lambda: hf.PhiConfig(**common, **{**grouped, "num_key_value_heads": 4}),
+        "phi3": lambda: hf.Phi3Config(**common, **grouped),
+        "olmo": lambda: hf.OlmoConfig(**common, **grouped),
+        "olmo2": lambda: hf.Olmo2Config(**common, **grouped),
+        "stablelm": lambda: hf.StableLmConfig(**common, **grouped),
         "mixtral": lambda: hf.MixtralConfig(**common, **grouped, num_local_experts=2),
     }[family]()
 
 
-def tiny_hf(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def tiny_hf(
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **config: int
+) -> nn.Module:
     """An instantiated Hugging Face causal LM with noise in every parameter, in eval mode."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hf = AutoModelForCausalLM.from_config(tiny_config(family)).to(dtype).eval()
+        hf = AutoModelForCausalLM.from_config(tiny_config(family, **config)).to(dtype).eval()
         with torch.no_grad():
             for parameter in hf.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return hf
 
 
-def tiny_model(family: str = "gpt2", dtype: torch.dtype = torch.float32, seed: int = 0):
+def tiny_model(
+    family: str = "gpt2", dtype: torch.dtype = torch.float32, seed: int = 0, **config: int
+):
     """The same behind `pmet_lens.adapter.load`."""
     from pmet_lens import adapter
 
-    return adapter.load(tiny_hf(family, dtype, seed), tiny_tokenizer(), name=family)
+    return adapter.load(tiny_hf(family, dtype, seed, **config), tiny_tokenizer(), name=family)
 
 
 def tiny_batch(rows: int = 3, tokens: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
