@@ -207,6 +207,12 @@ class Model:
         # A Linear stores [out, in], the Conv1D of GPT-2 the rows we want.
         return stored.T if isinstance(self._module(site), nn.Linear) else stored
 
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the weights are stored `[d_in, d_model]` (Conv1D, as in GPT-2), else `[d_model,
+        d_in]` (Linear)."""
+        return not isinstance(self._module(Site(0, "mlp")), nn.Linear)
+
     def restored(self, sites: Sequence[Site]) -> AbstractContextManager[None]:
         """A block in which these weights may be written; afterwards they are the old bits."""
         return restored([self.weight(site) for site in sites])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,21 @@ def save(parts: Mapping[str, Any], path: str | Path) -> None:
         "hparams": asdict(parts["hparams"]),
         "contexts": parts["contexts"],
         "base": {str(site): digest for site, digest in parts["base"].items()},
+        "parameters": {str(site): name for site, name in parts["parameters"].items()},
+        "fan_in_fan_out": parts["fan_in_fan_out"],
+        "model": parts["model"],
+        "versions": {name: _version(name) for name in ("pmet-lens", "torch", "transformers")},
         "sites": [str(site) for site in parts["factors"]],
         "dtype": str(parts["dtype"]).removeprefix("torch."),
     }
     container.write(path, tensors, head, "an edit", EditError)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a checkout that nobody installed
+        return ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,18 @@ class Recorded:
 
     name: str
     values: dict[str, Any]
+
+
+def both(first: Any, second: Any) -> Any:
+    """What the sum of two edits says of its method (or of its strengths): theirs, where they are
+    the same, else both."""
+    if first == second:
+        return first
+    return Recorded("sum", {"of": [_record(first), _record(second)]})
+
+
+def _record(value: Any) -> dict[str, Any]:
+    return asdict(value) if isinstance(value, Hparams) else _method_record(value)
 
 
 def _method_record(method: Any) -> dict[str, Any]:
@@ -94,4 +118,8 @@ def load(path: str | Path) -> dict[str, Any]:
         **_methods(head),
         "contexts": tuple(head["contexts"]),
         "base": {Site.parse(s): digest for s, digest in head["base"].items()},
+        # Files of the first days do not name them.
+        "parameters": {Site.parse(s): name for s, name in head.get("parameters", {}).items()},
+        "fan_in_fan_out": head.get("fan_in_fan_out", False),
+        "model": head.get("model", ""),
     }

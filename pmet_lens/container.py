@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,14 +29,26 @@ def write(
 
     Raises `error`, which says that `what` ("an edit") could not be written there.
     """
-    part = Path(f"{path}.part")
-    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        save_file(whole, str(part), metadata={KEY: json.dumps(head)})
-        part.replace(path)
+        with whole(Path(path)) as part:
+            save_file(own, str(part), metadata={KEY: json.dumps(head)})
     except (OSError, SafetensorError) as cause:
-        part.unlink(missing_ok=True)
         raise error(f"{what} could not be written to {path}: {cause}") from cause
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: behind the block the file is at `path`, on the disk and not
+    only on its way there; after an error nothing is, and what was at `path` still is."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read(

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens import artifact, keys, tokens
+from pmet_lens import keys, tokens
 from pmet_lens import targets as targeting
 from pmet_lens.adapter import Model, Site
-from pmet_lens.edits import Edit, Editor, merged
+from pmet_lens.edits import Edit, Editor, merged, origin
 from pmet_lens.facts import Fact, check_editable
 from pmet_lens.hparams import hparams_for
 from pmet_lens.linalg import Dense, Factor, On, SecondMoment
@@ -104,8 +104,8 @@ def edit(
                     factorised[site] = factor
                 left, right = factors[site] = factor.factors(K, R)
                 model.weight(site).add_((left @ right).to(model.dtype))
-    base = {site: artifact.fingerprint(model.weight(site)) for site in sites}
-    return Edit(factors, model.dtype, tuple(facts), method, hp, tuple(contexts), targets, base)
+    made_on = origin(model, sites)
+    return Edit(factors, model.dtype, tuple(facts), method, hp, tuple(contexts), targets, **made_on)
 
 
 def edit_sequentially(

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens import artifact
+from pmet_lens import artifact, lora, receipts
 from pmet_lens.adapter import Model, Site
 from pmet_lens.facts import Fact
+from pmet_lens.live import EditError
 from pmet_lens.settings import SettingsError
 from pmet_lens.targets import OnStep, Targets
 
@@ -60,6 +61,12 @@ class Edit:
     """Present on a fresh edit; not saved."""
     base: Mapping[Site, str] = field(default_factory=dict, repr=False)
     """SHA-256 of every weight the edit was computed on."""
+    parameters: Mapping[Site, str] = field(default_factory=dict, repr=False)
+    """The names of these weights in the Hugging Face model."""
+    fan_in_fan_out: bool = field(default=False, repr=False)
+    """Whether they are stored `[d_in, d_model]` there (GPT-2's Conv1D), else the other way."""
+    model: str = ""
+    """The name of the model it was computed on."""
 
     @cached_property
     def deltas(self) -> Mapping[Site, Delta]:
@@ -98,9 +105,79 @@ class Edit:
         artifact.save(parts, path)
 
     @staticmethod
-    def load(path: str | Path) -> Edit:
-        """Read what `save` wrote. Raises ValueError for a file that is not an edit."""
-        return Edit(**artifact.load(path))
+    def load(path: str | Path, model: Model | None = None, *, any_base: bool = False) -> Edit:
+        """Read what `save` wrote.
+
+        With `model`, its weights (as they are without the edits applied now) must be those the edit
+        was computed on; `any_base` takes any others of these shapes.
+
+        Raises:
+            EditError: for a file that is not an edit, and for another model.
+        """
+        edit = Edit(**artifact.load(path))
+        if model is not None and not any_base:
+            edit.check_base(model)
+        return edit
+
+    def check_base(self, model: Model) -> None:
+        """Raises `EditError` unless the edit was computed on the weights of this model."""
+        for site, digest in self.base.items():
+            try:
+                now = artifact.fingerprint(model.live_edits.original(site))
+            except ValueError as error:
+                raise EditError(f"The edit changes {site}, but {error}") from error
+            if now != digest:
+                raise EditError(
+                    f"This edit was computed on {self.model or 'another model'!r} with other "
+                    f"weights at {site} than {model.name!r} has here: it would not do what it did. "
+                    "Load the model it was made on, or pass any_base=True to take it all the same."
+                )
+
+    def __add__(self, other: Edit) -> Edit:
+        """One edit that changes the weights by what both change together, exactly: the sum is
+        rounded once. Its rank is at most theirs together.
+
+        Both must have been computed on the same weights. The sum is not what one edit of all facts
+        would be: neither knew of the other. For edits made one after the other, see `merged`.
+
+        Raises:
+            EditError: for edits computed on different weights or in different dtypes.
+        """
+        shared = self.factors.keys() & other.factors.keys()
+        if self.dtype != other.dtype or any(self.base.get(s) != other.base.get(s) for s in shared):
+            raise EditError(
+                "These edits were computed on different weights, so their sum is none that either "
+                "was computed for; pl.merged adds up edits that were made one after the other."
+            )
+        return replace(
+            _sum([self, other]),
+            method=artifact.both(self.method, other.method),
+            hparams=artifact.both(self.hparams, other.hparams),
+            contexts=tuple(dict.fromkeys([*self.contexts, *other.contexts])),
+            base={**other.base, **self.base},
+            parameters={**other.parameters, **self.parameters},
+        )
+
+    def receipt(self, model: Model, n: int | None = 50) -> receipts.Receipt:
+        """What the edit does to the weights and to the answers about its first `n` facts (None:
+        all): two tables, which show themselves in a notebook. The model is left as it was found."""
+        return receipts.receipt(self, model, n)
+
+    def to_peft(self, directory: str | Path, *, max_rank: int = 256) -> None:
+        """Write a LoRA adapter that `peft.PeftModel.from_pretrained(base, directory)` puts onto the
+        model, to be served, switched off, merged or shared. peft is not needed here.
+
+        Raises:
+            EditError: where its rank exceeds `max_rank`, for an edit from a file that does not name
+                the weights, or where the files cannot be written.
+        """
+        if self.factors.keys() - self.parameters.keys():
+            raise EditError(
+                "This edit was saved before files named their weights: make it again, or apply it "
+                "and save the whole model with model.hf.save_pretrained."
+            )
+        where = (self.factors, self.parameters, self.fan_in_fan_out, self.model)
+        lora.export(*where, directory, max_rank)
 
 
 def merged(edits: Sequence[Edit]) -> Edit:
@@ -111,6 +188,11 @@ def merged(edits: Sequence[Edit]) -> Edit:
     """
     if not edits or any(e.method != edits[0].method for e in edits):
         raise SettingsError("merged needs at least one edit, all of one method.")
+    return _sum(edits)
+
+
+def _sum(edits: Sequence[Edit]) -> Edit:
+    """The first edit with the factors and facts of all."""
     sites = dict.fromkeys(site for e in edits for site in e.factors)
     factors = {
         site: (
@@ -120,5 +202,14 @@ def merged(edits: Sequence[Edit]) -> Edit:
         for site in sites
     }
     facts = tuple(f for e in edits for f in e.facts)
-    first = edits[0]
-    return replace(first, factors=factors, facts=facts, targets=None)
+    return replace(edits[0], factors=factors, facts=facts, targets=None)
+
+
+def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:
+    """The fields of an `Edit` of these sites that say what it was computed on."""
+    return {
+        "base": {site: artifact.fingerprint(model.weight(site)) for site in sites},
+        "parameters": {site: model.parameter_name(site) for site in sites},
+        "fan_in_fan_out": model.fan_in_fan_out,
+        "model": model.name,
+    }

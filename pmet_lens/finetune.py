@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens import artifact, tokens
+from pmet_lens import tokens
 from pmet_lens.adapter import Model, Site
-from pmet_lens.edits import Edit
+from pmet_lens.edits import Edit, origin
 from pmet_lens.facts import Fact, check_editable
 from pmet_lens.settings import SettingsError
 from pmet_lens.targets import OnStep
@@ -113,8 +113,8 @@ class FineTune:
         with torch.enable_grad():
             delta = self._descend(model, facts, site, hp, on_step)
         factors = {site: (delta.double(), torch.eye(model.d_model).to(delta.device).double())}
-        base = {site: artifact.fingerprint(model.weight(site))}
-        return Edit(factors, model.dtype, tuple(facts), self, hp, (), None, base)
+        made_on = origin(model, [site])
+        return Edit(factors, model.dtype, tuple(facts), self, hp, (), **made_on)
 
     def settings(self, model: Model, hparams: FineTuneHparams | None = None) -> FineTuneHparams:
         """`hparams`, or the settings known for this model, checked against `constrained`."""

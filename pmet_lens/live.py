@@ -35,6 +35,11 @@ class LiveEdits:
     def __contains__(self, edit: object) -> bool:
         return any(known is edit for known, _ in self._applied)
 
+    def original(self, site: Any) -> Tensor:
+        """The weight without the edits that are on it now."""
+        kept = self._original.get(site)
+        return self._weight(site) if kept is None else kept
+
     def add(self, edit: object, deltas: Mapping[Any, Tensor]) -> None:
         """Add the deltas to the weights.
 

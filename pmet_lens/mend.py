@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pmet_lens import artifact, container, tokens
 from pmet_lens.adapter import Model, Site
-from pmet_lens.edits import Edit
+from pmet_lens.edits import Edit, origin
 from pmet_lens.facts import Fact, check_editable
 from pmet_lens.finetune import answer_losses, behind, rewrites
 from pmet_lens.live import EditError
@@ -91,8 +91,8 @@ class Mend:
             if on_step is not None:
                 on_step(step, {"loss": losses})
         factors = {site: _thin(own) for site, own in parts.items()}
-        base = {site: artifact.fingerprint(model.weight(site)) for site in editor.sites}
-        return Edit(factors, model.dtype, tuple(facts), self, hp, (), None, base)
+        made_on = origin(model, editor.sites)
+        return Edit(factors, model.dtype, tuple(facts), self, hp, (), **made_on)
 
     def _file(self, model: Model) -> Path:
         if self.path is not None:

@@ -16,9 +16,9 @@ FLOORS = (
     {"hparams", "moments", "probes", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}
     | {"similarity", "swapping", "targets", "variance"},
-    {"artifact", "costs", "editing", "edits", "finetune", "mend", "mend_training", "methods"}
-    | {"target_files"},
-    {"ability", "evaluation", "geometry"},
+    {"artifact", "costs", "editing", "edits", "evaluation", "finetune", "lora", "mend"}
+    | {"mend_training", "methods", "receipts", "target_files"},
+    {"ability", "geometry"},
     {"experiment", "training", "trials"},
     {"method_plots", "plots", "widgets"},
     {"cli", "__init__"},  # `import pmet_lens` is for the command line and for users

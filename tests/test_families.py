@@ -7,6 +7,7 @@ once, from the logits to a whole PMET edit, kept, undone and saved.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,30 @@ def test_an_edit_is_kept_undone_and_saved(model, tmp_path):
     with torch.no_grad():
         loaded = merged(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(loaded[real], changed[real])
+
+
+def test_an_adapter_says_what_the_edited_model_says(model, tmp_path):
+    from peft import PeftModel
+
+    single = tiny_model(model.name, window=WINDOW)
+    method = replace(pl.PMET, write=("attn", "mlp"))
+    edit = pl.edit(single, FACTS, moments(single), method, HP, CONTEXTS)
+    ids, mask = tiny_batch()
+    clean = plain_logits(single, ids, mask)[mask.bool()]
+    with edit.applied(single):
+        wanted = plain_logits(single, ids, mask)[mask.bool()]
+    edit.to_peft(tmp_path)
+    served = PeftModel.from_pretrained(tiny_hf(model.name, window=WINDOW), str(tmp_path))
+    with torch.no_grad():
+        got = served(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        with served.disable_adapter():
+            off = served(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        merged: Any = served.merge_and_unload()
+        within = merged(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    assert close(got, wanted, 1e-5)
+    assert close(within, wanted, 1e-5)
+    assert torch.equal(off, clean)
+    assert not close(wanted, clean, 1e-3)
 
 
 def test_both_components_can_be_written(model):
