@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pmet_lens.evaluation import evaluate as evaluate
     from pmet_lens.evaluation import recall as recall
     from pmet_lens.evaluation import summarise as summarise
+    from pmet_lens.fact_tables import read_facts as read_facts
     from pmet_lens.facts import Fact as Fact
     from pmet_lens.facts import FactError as FactError
     from pmet_lens.finetune import FineTune as FineTune
@@ -111,6 +112,8 @@ _HOME = {
     "SolveError": "linalg",
     "DataError": "datasets",
     "counterfact": "datasets",
+    "read_facts": "fact_tables",
+    "DownloadError": "downloads",
     "knowns": "datasets",
     "texts": "datasets",
     "zsre": "datasets",

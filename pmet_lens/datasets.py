@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pmet_lens import world
+from pmet_lens import downloads, world
 from pmet_lens.facts import Fact, FactError
 
 Record = dict[str, Any]
@@ -23,34 +23,58 @@ class DataError(ValueError):
     """A data file, or a record in it, that cannot be used; the message names it."""
 
 
-def counterfact(path: str | Path | None = None, n: int | None = None) -> list[Fact]:
+def counterfact(
+    path: str | Path | None = None,
+    n: int | None = None,
+    *,
+    download: bool = False,
+    multi: bool = False,
+) -> list[Fact]:
     """The first `n` facts (None: all) of CounterFact or MultiCounterFact.
 
     `path`: a JSON file in the original schema (https://rome.baulab.info/data/dsets/), or None for
-    the bundled world.
+    the bundled world. `download`: the published 21,919 records instead (45 MB, once), with `multi`
+    the 20,877 of MultiCounterFact, without contradictions; see `downloads.fetch`.
 
     Raises:
         DataError: for an unreadable or truncated file or a record without a needed field, naming
             the record.
+        DownloadError: where the published file cannot be had.
     """
-    return _facts(path, n, lambda: world.build().counterfact(), _counterfact)
+    chosen = _chosen(path, download, "multi_counterfact" if multi else "counterfact")
+    return _facts(chosen, n, lambda: world.build().counterfact(), _counterfact)
 
 
-def zsre(path: str | Path | None = None, n: int | None = None) -> list[Fact]:
+def zsre(
+    path: str | Path | None = None, n: int | None = None, *, download: bool = False
+) -> list[Fact]:
     """The first `n` facts (None: all) of zsRE in the MEND format (`zsre_mend_eval.json`).
 
     The question is the prompt, `answers[0]` the new answer, `rephrase` the paraphrase, and the
     "nq question: …" with its answer the neighbour; `benchmark` is "zsre". See `counterfact` for
-    `path` and errors. A record without such a locality prompt and its answer is refused, too:
-    specificity could not be measured on it.
+    `path`, `download` (19,086 records) and errors. A record without such a locality prompt and its
+    answer is refused, too: specificity could not be measured on it.
     """
-    return _facts(path, n, lambda: world.build().zsre(), _zsre)
+    return _facts(_chosen(path, download, "zsre"), n, lambda: world.build().zsre(), _zsre)
 
 
-def knowns(path: str | Path | None = None, n: int | None = None) -> list[Fact]:
+def knowns(
+    path: str | Path | None = None, n: int | None = None, *, download: bool = False
+) -> list[Fact]:
     """The first `n` statements (None: all) a model knows (`known_1000.json` of ROME): facts with
-    `target_true` and nothing to edit. None: every fact of the world, each in one phrasing."""
-    return _facts(path, n, lambda: world.build().knowns(), parse_known)
+    `target_true` and nothing to edit. None: every fact of the world, each in one phrasing.
+    `download`: the 1,209 published ones."""
+    chosen = _chosen(path, download, "knowns")
+    return _facts(chosen, n, lambda: world.build().knowns(), parse_known)
+
+
+def _chosen(path: str | Path | None, download: bool, name: str) -> str | Path | None:
+    """The path given, or that of the downloaded data set."""
+    if not download:
+        return path
+    if path is not None:
+        raise DataError(f"download fetches the published file; leave out the path {str(path)!r}.")
+    return downloads.fetch(downloads.HOMES[name])
 
 
 def texts(path: str | Path | None = None) -> Iterator[str]:
@@ -144,7 +168,7 @@ def _zsre(record: Record) -> Fact:
     subject = record["subject"]
     return Fact(
         subject=subject,
-        prompt=_template(record["src"], subject),
+        prompt=marked(record["src"], subject),
         target_new=record["answers"][0],
         paraphrases=(record["rephrase"],),
         neighbours=(_locality(record),),
@@ -169,14 +193,14 @@ def parse_known(record: Record) -> Fact:
     """One record of `known_1000.json`'s schema as a `Fact`."""
     return Fact(
         subject=record["subject"],
-        prompt=_template(record["prompt"], record["subject"]),
+        prompt=marked(record["prompt"], record["subject"]),
         target_true=record["attribute"],
         relation=record.get("relation_id"),
         case_id=record["known_id"],
     )
 
 
-def _template(text: str, subject: str) -> str:
+def marked(text: str, subject: str) -> str:
     """`text` with the first occurrence of the subject marked; braces of its own are an error."""
     if subject not in text:
         raise FactError(f"the subject {subject!r} does not occur in {text!r}.")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 FLOORS = (
-    {"container", "facts", "linalg", "metrics", "statements", "world"},
-    {"adapter", "datasets", "live", "sources", "twin"},
+    {"container", "downloads", "facts", "linalg", "metrics", "statements", "world"},
+    {"adapter", "datasets", "fact_tables", "live", "sources", "twin"},
     {"hparams", "moments", "probes", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}
     | {"similarity", "swapping", "targets", "variance"},
