@@ -78,6 +78,8 @@ if TYPE_CHECKING:
     from pmet_lens.moments import second_moments as second_moments
     from pmet_lens.patterns import attention_patterns as attention_patterns
     from pmet_lens.patterns import pattern_similarity as pattern_similarity
+    from pmet_lens.published_moments import export_moments as export_moments
+    from pmet_lens.published_moments import import_moments as import_moments
     from pmet_lens.readout import lens as lens
     from pmet_lens.settings import Hparams as Hparams
     from pmet_lens.settings import Method as Method
@@ -124,6 +126,8 @@ _HOME = {
     "MomentError": "moments",
     "load_moments": "moments",
     "open_moments": "moments",
+    "import_moments": "published_moments",
+    "export_moments": "published_moments",
     "save_moments": "moments",
     "second_moments": "moments",
     "sample_contexts": "tokens",
