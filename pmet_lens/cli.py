@@ -7,6 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+_FACTS = (
+    "CSV (subject, prompt, target_new), or JSON as CounterFact and zsRE have it (default: bundled)"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 2 when the input cannot be used (the reason on stderr)."""
@@ -42,18 +46,48 @@ def _parser() -> argparse.ArgumentParser:
     moments.add_argument("--out", required=True, help="file to write (.safetensors)")
 
     edit = command("edit", _edit, "Edit facts and write the edit to a file.")
-    edit.add_argument("--facts", help="CounterFact JSON (default: bundled)")
+    edit.add_argument("--facts", help=_FACTS)
     edit.add_argument("-n", type=int, default=None, help="use the first N records")
     edit.add_argument("--method", default="PMET", help="a name in pmet_lens.METHODS or ABLATIONS")
     edit.add_argument("--moments", help="file written by `pmet-lens moments`")
+    edit.add_argument("--texts", help="text for second moments, where no file of them is given")
+    edit.add_argument("--layers", type=int, nargs="+", help="critical layers (default: known ones)")
     edit.add_argument("--out", required=True, help="file to write (.safetensors)")
 
     evaluate = command("evaluate", _evaluate, "Score facts, with or without an edit.")
-    evaluate.add_argument("--facts", help="CounterFact JSON (default: bundled)")
+    evaluate.add_argument("--facts", help=_FACTS)
     evaluate.add_argument("-n", type=int, default=None, help="use the first N records")
     evaluate.add_argument("--edit", help="file written by `pmet-lens edit`")
     evaluate.add_argument("--out", help="CSV file for the single rows")
+
+    apply = command("apply", _apply, "Write the edited model, or the edit as a LoRA adapter.")
+    apply.add_argument("--edit", required=True, help="file written by `pmet-lens edit`")
+    apply.add_argument("--out", required=True, help="directory to write")
+    apply.add_argument("--adapter", action="store_true", help="a LoRA adapter for peft instead")
+    apply.add_argument(
+        "--any-base", action="store_true", help="also on other weights than it was computed on"
+    )
     return parser
+
+
+def _facts(path: str | None, n: int | None) -> Any:
+    """Facts of any file that the package reads, by its ending and its first record."""
+    import json
+    from pathlib import Path
+
+    import pmet_lens as pl
+
+    if path is None or not Path(path).is_file():
+        return pl.counterfact(path, n)  # says what is wrong with it
+    if Path(path).suffix.lower() != ".json":
+        return pl.read_facts(path, n)
+    try:
+        first = json.loads(Path(path).read_text(encoding="utf-8"))[0]
+    except (ValueError, LookupError, TypeError):
+        return pl.counterfact(path, n)
+    if "requested_rewrite" in first:
+        return pl.counterfact(path, n)
+    return pl.zsre(path, n) if "src" in first else pl.read_facts(path, n)
 
 
 def _say(text: str, stream: Any = None) -> None:
@@ -91,14 +125,15 @@ def _edit(args: argparse.Namespace) -> None:
     import pmet_lens as pl
 
     method = pl.named(args.method)
-    model, facts = pl.load(args.model), pl.counterfact(args.facts, args.n)
+    model, facts = pl.load(args.model), _facts(args.facts, args.n)
     hparams = moments = None
     if isinstance(method, pl.Method):
-        hparams = pl.hparams_for(model, method)
+        known = pl.Hparams(tuple(args.layers)) if args.layers else None
+        hparams = known or pl.hparams_for(model, method)
         moments = (
             pl.open_moments(args.moments)
             if args.moments
-            else pl.second_moments(model, pl.texts(), hparams.layers)
+            else pl.second_moments(model, pl.texts(args.texts), hparams.layers)
         )
         _say(str(pl.estimate(model, facts, method, hparams)), sys.stderr)
     with tqdm(unit="step") as bar:
@@ -112,13 +147,35 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     import pmet_lens as pl
 
-    model, facts = pl.load(args.model), pl.counterfact(args.facts, args.n)
-    edit = pl.Edit.load(args.edit) if args.edit else None
+    model, facts = pl.load(args.model), _facts(args.facts, args.n)
+    edit = pl.Edit.load(args.edit, model) if args.edit else None
     with edit.applied(model) if edit else nullcontext():
         rows = pl.evaluate(model, facts)
     if args.out:
         rows.to_csv(args.out, index=False)
     _say(pl.summarise(rows).round(1).to_string())
+
+
+def _apply(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    import pmet_lens as pl
+
+    model = pl.load(args.model)
+    edit = pl.Edit.load(args.edit, model, any_base=args.any_base)
+    if args.adapter:
+        edit.to_peft(args.out)
+    else:
+        out = Path(args.out)
+        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+            raise pl.EditError(f"{out} is there already and not empty; name another directory.")
+        edit.apply_(model)
+        try:
+            model.hf.save_pretrained(out)
+            model.tokenizer.save_pretrained(out)
+        except OSError as error:
+            raise pl.EditError(f"The model could not be written to {out}: {error}") from error
+    _say(f"{edit!r}: {args.out}")
 
 
 if __name__ == "__main__":
