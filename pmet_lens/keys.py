@@ -17,6 +17,7 @@ from torch import Tensor
 from pmet_lens import tokens
 from pmet_lens.adapter import Model, ModelError, Site, Stream
 from pmet_lens.facts import Fact
+from pmet_lens.probes import check_finite
 from pmet_lens.tokens import Position
 from pmet_lens.twin import Hook
 
@@ -104,6 +105,8 @@ class Reader:
             self._layer = layer
         order = torch.tensor([i for part in self._parts for i in part.facts])
         together = [torch.cat(values) for values in zip(*found, strict=True)]
+        for name, values in zip(names, together, strict=True):
+            check_finite(values, name)
         return [values[torch.argsort(order).to(values.device)] for values in together]
 
     def _prepare(self, layer: int) -> None:

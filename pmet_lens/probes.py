@@ -107,3 +107,12 @@ def _check_positions(positions: Tensor, mask: Tensor) -> None:
         raise ModelError(
             f"row {row} has {int(lengths[row])} tokens, so there is no position {position}"
         )
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """Raises `ModelError` where a number a model computed is NaN or infinite."""
+    if not bool(torch.isfinite(value).all()):
+        raise ModelError(
+            f"{what} is not finite at some fact: look for NaN in the model's weights, or load it "
+            "in a dtype with a wider range (bfloat16 or float32 instead of float16)"
+        )

@@ -214,6 +214,8 @@ class Problem:
         number = torch.arange(len(rows), device=self.model.device)
         place = rows.at(self.position)
         clean: dict[Stream, Tensor] = {s: _single(v[number, place]) for s, v in seen.items()}
+        for stream, value in clean.items():
+            probes.check_finite(value, f"{stream} of layer {self.layer}")
         behind = self.tail is not None and self.tail.first > self.layer
         output = seen["resid_post"]
         return output if behind else seen["resid_pre"], output, clean

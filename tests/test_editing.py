@@ -361,6 +361,26 @@ def test_a_heavy_past_lets_nothing_change(again):
         assert delta.norm() < 1e-6 * light.deltas[site].norm()
 
 
+@pytest.mark.parametrize(
+    ("layer", "words"), [(0, "attn_out of layer 2"), (2, "mlp_out of layer 2")]
+)
+def test_nan_in_the_model_is_found(layer, words):
+    broken = tiny_model("gpt2")
+    broken.weight(Site(layer, "mlp"))[0, 0] = float("nan")
+    with pytest.raises(
+        pl.ModelError, match=f"{words} layer 2 is not finite at some fact: look for NaN"
+    ):
+        edit(broken, FACTS, some_moments(broken), pl.PMET, HP, CONTEXTS)
+
+
+def test_nan_that_only_the_edit_meets(gpt2, targets):
+    """The targets are from before; the keys are read now."""
+    broken = tiny_model("gpt2", torch.float64)
+    broken.weight(Site(0, "attn"))[0, 0] = float("nan")
+    with pytest.raises(pl.ModelError, match=r"blocks\.1\.mlp\.out\.hook_in is not finite"):
+        edit(broken, FACTS, some_moments(broken), pl.PMET, HP, CONTEXTS, targets)
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 SOLVERS = [Ridge(), Ridge(weight=3.0), Exact(), NullSpace(threshold=0.7, l2=2.0)]
