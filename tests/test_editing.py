@@ -361,15 +361,11 @@ def test_a_heavy_past_lets_nothing_change(again):
         assert delta.norm() < 1e-6 * light.deltas[site].norm()
 
 
-@pytest.mark.parametrize(
-    ("layer", "words"), [(0, "attn_out of layer 2"), (2, "mlp_out of layer 2")]
-)
+@pytest.mark.parametrize(("layer", "words"), [(0, "resid_pre of"), (2, "mlp_out of")])
 def test_nan_in_the_model_is_found(layer, words):
     broken = tiny_model("gpt2")
     broken.weight(Site(layer, "mlp"))[0, 0] = float("nan")
-    with pytest.raises(
-        pl.ModelError, match=f"{words} layer 2 is not finite at some fact: look for NaN"
-    ):
+    with pytest.raises(pl.ModelError, match=f"{words} layer 2 is not finite .* look for NaN"):
         edit(broken, FACTS, some_moments(broken), pl.PMET, HP, CONTEXTS)
 
 
