@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from pmet_lens.adapter import Model
 from pmet_lens.facts import Fact, FactError
 from pmet_lens.generation import check_end, generate_batch
 from pmet_lens.generation import generate as generate
+from pmet_lens.memory import halving
 from pmet_lens.metrics import summarise as summarise
 
 OnPrompts = Callable[[int, int], object]
@@ -69,7 +71,9 @@ def score(
             stop += 1
         batch = tokens.encode(model, [distinct[key] for key in keys[start:stop]])
         for chosen, host in _shared_rows(batch, batch_tokens):
-            scores = _score_rows(model, batch, chosen, host)
+            pairs = list(zip(chosen, host, strict=True))
+            parts = halving(pairs, partial(_score_rows, model, batch), "prompts")
+            scores = [one for part in parts for one in part]
             found.update(zip([keys[start + i] for i in chosen], scores, strict=True))
             if on_prompts is not None:
                 on_prompts(len(found), len(keys))
@@ -100,11 +104,10 @@ def _shared_rows(batch: tokens.Batch, batch_tokens: int) -> Iterator[tuple[list[
         hosts = hosts[n:]
 
 
-def _score_rows(
-    model: Model, batch: tokens.Batch, chosen: list[int], host: list[int]
-) -> list[Score]:
-    """The scores of the rows `chosen`, each read from the row `host` of the same place."""
+def _score_rows(model: Model, batch: tokens.Batch, pairs: Sequence[tuple[int, int]]) -> list[Score]:
+    """The scores of rows: pairs of the row and the one it is read from."""
     on = batch.ids.device
+    chosen, host = [row for row, _ in pairs], [own for _, own in pairs]
     rows, read = torch.unique(torch.tensor(host, device=on), return_inverse=True)
     run, labels = batch[rows], batch.labels[torch.tensor(chosen, device=on)]
     own, place = (labels != -100).nonzero(as_tuple=True)

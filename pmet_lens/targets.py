@@ -24,6 +24,7 @@ from torch import Tensor
 from pmet_lens import problem, tokens
 from pmet_lens.adapter import Model, Stream
 from pmet_lens.facts import Fact, FactError
+from pmet_lens.memory import halving
 from pmet_lens.settings import Hparams, Method
 
 Losses = Mapping[str, Float[Tensor, " fact"]]
@@ -134,12 +135,14 @@ def optimise(
     limit = problem.budget(model) if batch_tokens is None else batch_tokens
     chunks = problem.batches(rows, per_fact, method.position, whole=whole, budget=limit)
     own = hparams.reference_norm == "own stream"
-    parts = []
-    for chunk in chunks:
+
+    def found(chunk: Sequence[int]) -> tuple[list[int], Targets]:
         numbers = torch.tensor([i * per_fact + k for i in chunk for k in range(per_fact)])
         chosen = rows[numbers.to(model.device)]
         one = problem.Problem(model, chosen, per_fact, method, layer, tail, own)
-        parts.append((chunk, _descend(one, hparams, on_step)))
+        return list(chunk), _descend(one, hparams, on_step)
+
+    parts = [part for chunk in chunks for part in halving(chunk, found, "facts")]
     return _gather(parts, layer, method.position)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = (
-    {"container", "downloads", "facts", "linalg", "metrics", "statements", "world"},
+    {"container", "downloads", "facts", "linalg", "memory", "metrics", "statements", "world"},
     {"adapter", "datasets", "fact_tables", "live", "sources", "twin"},
     {"hparams", "moments", "probes", "published_moments", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}

@@ -1,0 +1,53 @@
+"""What to do when a batch does not fit into memory: half of it, twice."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_FULL = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class OutOfMemory(ValueError):
+    """Not even a single item fits; the message says what to do."""
+
+
+def halving(
+    items: Sequence[Item], run: Callable[[Sequence[Item]], Result], what: str
+) -> list[Result]:
+    """`[run(items)]`, or the results of the halves, in order, where that ran out of memory; it
+    warns when it does. `run` must not have changed anything when it fails. `what`: the items, in
+    words.
+
+    Raises:
+        OutOfMemory: where one item alone does not fit.
+    """
+    try:
+        return [run(items)]
+    except RuntimeError as error:
+        if not _is_full(error):
+            raise
+        if len(items) == 1:
+            raise OutOfMemory(
+                f"One of the {what} alone does not fit into memory. Load the model in a smaller "
+                "dtype (bfloat16), shorten the prompts, or use a device with more memory."
+            ) from error
+    # Outside the except block: the error holds the frames, and they hold the tensors.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(items) // 2
+    warnings.warn(
+        f"{len(items)} {what} at once do not fit into memory; going on with {half}.", stacklevel=2
+    )
+    return halving(items[:half], run, what) + halving(items[half:], run, what)
+
+
+def _is_full(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _FULL)

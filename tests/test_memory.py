@@ -1,0 +1,86 @@
+"""A batch that does not fit is halved, with the same results, and it is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+
+import pmet_lens as pl
+from pmet_lens import evaluation, problem, targets
+from pmet_lens.adapter import Model
+from pmet_lens.memory import OutOfMemory, halving
+
+torch.set_num_threads(1)
+HP = pl.Hparams(layers=(1, 2), n_steps=3, clamp=2.0)
+FACTS = [
+    pl.Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis"),
+    pl.Fact("Danel Orrin", "The mother tongue of {} is", "Dutch", "French"),
+    pl.Fact("Ostria", "Of {}, the capital is", "Ilmar", "Kel"),
+]
+
+
+def full() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_halves_come_in_order():
+    def run(items):
+        if len(items) > 2:
+            raise full()
+        return sum(items)
+
+    with pytest.warns(UserWarning, match="7 numbers at once do not fit into memory; going on wi"):
+        assert halving(range(7), run, "numbers") == [0, 1 + 2, 3 + 4, 5 + 6]
+
+
+def test_one_that_does_not_fit_is_an_error_and_others_pass():
+    def never(_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    with (
+        pytest.warns(UserWarning, match="2 facts"),
+        pytest.raises(OutOfMemory, match="One of the facts alone"),
+    ):
+        halving([1, 2], never, "facts")
+
+    def other(_):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        halving([1, 2], other, "facts")
+
+
+def test_targets_go_on_with_half(monkeypatch):
+    model = tiny_model("gpt2", torch.float64)
+    wanted = targets.optimise(model, FACTS, pl.PMET, HP, ["{}"])
+    before = problem.Problem.__init__
+
+    def small(self, model, rows, per_fact, *more):
+        if len(rows) // per_fact > 1:
+            raise full()
+        before(self, model, rows, per_fact, *more)
+
+    monkeypatch.setattr(problem.Problem, "__init__", small)
+    with pytest.warns(UserWarning, match="3 facts at once do not fit"):
+        got = targets.optimise(model, FACTS, pl.PMET, HP, ["{}"])
+    for stream, value in wanted.values.items():
+        assert torch.allclose(got.values[stream], value, rtol=1e-9)
+    assert list(got.history["fact"]) == list(wanted.history["fact"])
+
+
+def test_evaluation_goes_on_with_half(monkeypatch):
+    model = tiny_model("gpt2", torch.float64)
+    wanted = evaluation.evaluate(model, FACTS)
+    before = Model.logits_at
+
+    def small(self, ids, mask, at):
+        if len(ids) > 2:
+            raise full()
+        return before(self, ids, mask, at)
+
+    monkeypatch.setattr(Model, "logits_at", small)
+    with pytest.warns(UserWarning, match="prompts at once do not fit"):
+        got = evaluation.evaluate(model, FACTS)
+    for column in ("nll_wanted", "nll_other"):
+        assert got[column].to_numpy() == pytest.approx(wanted[column].to_numpy(), rel=1e-9)
