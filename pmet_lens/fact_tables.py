@@ -52,11 +52,12 @@ def _own(row: dict[str, Any]) -> Fact:
     for name in _NEEDED:
         if name not in row:
             raise FactError(f"it has no {name}.")
-    text = {k: str(v).strip() for k, v in row.items() if k not in ("case_id", *_LISTS)}
-    lists = {k: _parts(row[k]) for k in _LISTS if k in row}
-    prompt = text.pop("prompt")
-    prompt = prompt if "{}" in prompt else marked(prompt, text["subject"])
-    return Fact(prompt=prompt, case_id=row.get("case_id"), **text, **lists)
+    more: dict[str, Any] = {k: _parts(row[k]) for k in _LISTS if k in row}
+    plain = [k for k in row if k not in ("case_id", *_LISTS)]
+    more |= {k: str(row[k]).strip() for k in plain}
+    prompt = more.pop("prompt")
+    prompt = prompt if "{}" in prompt else marked(prompt, more["subject"])
+    return Fact(prompt=prompt, case_id=row.get("case_id"), **more)
 
 
 def _parts(cell: Any) -> tuple[str, ...]:
@@ -67,7 +68,8 @@ def _parts(cell: Any) -> tuple[str, ...]:
 def _table(path: Path) -> pd.DataFrame:
     try:
         if path.suffix.lower() in (".json", ".jsonl"):
-            return pd.read_json(path, lines=path.suffix.lower() == ".jsonl", dtype=False)
+            lines = path.suffix.lower() == ".jsonl"
+            return pd.read_json(path, lines=lines, dtype=False)  # pyright: ignore[reportArgumentType]
         return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
