@@ -170,8 +170,9 @@ def _apply(args: argparse.Namespace) -> None:
         if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
             raise pl.EditError(f"{out} is there already and not empty; name another directory.")
         edit.apply_(model)
+        hf: Any = model.hf
         try:
-            model.hf.save_pretrained(out)
+            hf.save_pretrained(out)
             model.tokenizer.save_pretrained(out)
         except OSError as error:
             raise pl.EditError(f"The model could not be written to {out}: {error}") from error
