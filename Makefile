@@ -25,14 +25,14 @@ figures: $(READY) ## the main job on the bundled models: figures and tables in f
 	$(PY) figures/paper.py --quick
 	$(PY) figures/paper_tables.py
 
-paper: $(READY) ## all methods, ablations and loads (90 minutes; goes on where it stopped)
+paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it stopped)
 	$(PY) figures/paper.py
 
 test: lint ## lint, tests and notebooks, without a network
 	$(OFFLINE) $(PY) -m pytest
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
 
-bench: $(READY) ## speed against the procedure written plainly (long)
+bench: $(READY) ## speed against the procedure written plainly (14 minutes)
 	$(OFFLINE) $(BENCH) tests/benchmarks
 
 bench-gpu: $(READY) ## the same on a GPU, and the shapes of GPT-J-6B
