@@ -99,7 +99,8 @@ def estimate(
         count.add(facts[start : start + size], contexts)
     scale, together = n / len(facts), min(n, method.at_once or n)
     # Of a larger edit a batch is as full as the budget allows.
-    full = count.values * min(together / len(facts), problem.budget(model) / count.ran)
+    budget = problem.budget(model, hp.layers[-1])
+    full = count.values * min(together / len(facts), budget / count.ran)
     streams = count.kept * together / len(facts) * model.d_model
     d_in = [model.d_in(Site(layer, p)) for layer in hp.layers for p in method.write]
     return Estimate(
@@ -133,7 +134,7 @@ class _Count:
         """Facts edited together: the batches of `targets.optimise`, then `keys.Reader`."""
         rows, per_fact = problem.prompts(self.model, facts, contexts)
         whole, at = self.tail is None or not self.tail.has_past, self.method.position
-        budget = problem.budget(self.model)
+        budget = problem.budget(self.model, self.layer)
         for chunk in problem.batches(rows, per_fact, at, whole=whole, budget=budget):
             numbers = torch.tensor([i * per_fact + k for i in chunk for k in range(per_fact)])
             self._batch(rows[numbers.to(self.model.device)], len(chunk))
@@ -161,8 +162,8 @@ class _Count:
         self.step += 2 * forward - sum(self.blocks[self.first : self.layer]) * ran
         self.record += sum(self.blocks[: self.layer + 1]) * rows.ids.numel() + forward
         self.record += sum(self.blocks[self.first :]) * n * past
-        wide = 10 * self.model.d_model + 4 * self.model.d_in(Site(self.layer, "mlp"))
-        values = (wide * ran + 4 * self.model.d_model * n * past) * len(self.above)
+        values = problem.values_per_token(self.model, self.layer) * ran
+        values += 4 * self.model.d_model * n * past * len(self.above)
         values += 3 * self.model.embedding.shape[0] * scored
         self.ran, self.values = self.ran + ran, self.values + values
         self.largest = max(self.largest, values)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pmet_lens import probes, tokens
-from pmet_lens.adapter import Model, ModelError, Stream
+from pmet_lens.adapter import Model, ModelError, Site, Stream
 from pmet_lens.facts import Fact
 from pmet_lens.settings import Method
 from pmet_lens.tokens import Position
@@ -66,9 +66,22 @@ def batches(
     return tokens.chunks(longest, budget // per_fact, total)
 
 
-def budget(model: Model) -> int:
-    """Tokens of a step on this model's device, where nobody says otherwise."""
-    return TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ELSEWHERE
+def budget(model: Model, layer: int, free: int | None = None) -> int:
+    """Tokens of a step with deltas at `layer`, where nobody says otherwise: what suits the device,
+    and no more than keeps half of its `free` memory (bytes; None: asked of a CUDA device)."""
+    if free is None and model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+    if free is None:
+        return TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ELSEWHERE
+    fitting = free // 2 // (values_per_token(model, layer) * model.dtype.itemsize)
+    return max(FEW_TOKENS, min(TOKENS_ELSEWHERE, fitting))
+
+
+def values_per_token(model: Model, layer: int) -> int:
+    """Numbers that a token of a step keeps for the backward pass through the layers from `layer`
+    on; a generous guess."""
+    d_in = model.d_in(Site(layer, "mlp"))
+    return (10 * model.d_model + 4 * d_in) * (model.n_layers - layer)
 
 
 def tail_of(model: Model, method: Method, layer: int) -> Tail | None:

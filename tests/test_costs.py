@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_model
+from tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import pmet_lens as pl
@@ -247,3 +247,26 @@ def test_a_family_whose_blocks_cannot_run_alone_is_counted_whole(gpt2, monkeypat
 def test_what_cannot_be_estimated_is_refused(gpt2, change, error, words):
     with pytest.raises(error, match=words):
         run(gpt2, **change)
+
+
+def test_gpt_j_fits_a_gpu_of_24_gb():
+    """In bfloat16, counted on shapes without weights: the paper's layers, one site at a time."""
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    with torch.device("meta"):
+        hf = GPTJForCausalLM(GPTJConfig()).to(torch.bfloat16)
+    model = pl.load(hf, tiny_tokenizer(), name="gpt-j-6b")
+    hp = pl.HPARAMS["gpt-j-6b"]["PMET"]
+    weights = sum(p.numel() * p.element_size() for p in hf.parameters())
+    assert 12.0e9 < weights < 12.2e9
+    sites = [pl.Site(layer, "mlp") for layer in hp.layers]
+    kept = sum(model.weight(site).numel() * 2 for site in sites)  # for the way back
+    free = int(24e9) - weights - kept
+    tokens = problem.budget(model, hp.layers[-1], free)
+    activations = tokens * problem.values_per_token(model, hp.layers[-1]) * 2
+    assert 1000 < tokens < 16384
+    assert activations <= free / 2
+    moment = 2 * 8 * model.d_in(sites[0]) ** 2  # itself and its factor, float64
+    assert weights + kept + max(activations, moment) < 24e9
+    assert problem.budget(model, hp.layers[-1], int(200e9)) == 16384
+    assert problem.budget(model, hp.layers[-1], 0) == problem.FEW_TOKENS
