@@ -504,16 +504,16 @@ def test_generations_follow_from_their_seed(gpt2):
 def test_generation_ends_with_the_text_and_with_the_model(monkeypatch):
     model = tiny_model("gpt2")
     asked = []
-    forward = Model.forward
+    logits_at = Model.logits_at
     end = model.tokenizer.eos_token_id
 
-    def spy(self, input_ids, attention_mask, **more):
+    def spy(self, input_ids, attention_mask, at):
         asked.append(input_ids.shape[1])
-        logits = forward(self, input_ids, attention_mask, **more)
+        logits = logits_at(self, input_ids, attention_mask, at)
         logits[..., end] = 1e9 if input_ids.shape[1] in stops else -1e9
         return logits
 
-    monkeypatch.setattr(Model, "forward", spy)
+    monkeypatch.setattr(Model, "logits_at", spy)
     first = len(model.tokenizer("Kel")["input_ids"])
     stops: set[int] = set()
     for length, stop, last in ((12, 0, 11), (12, 7, 7), (1000, 0, model.n_positions - 1)):
