@@ -559,16 +559,16 @@ def test_prompts_are_continued_together(gpt2, forward_rows):
 
 def test_a_text_that_ended_is_not_continued_while_others_are(monkeypatch):
     model = tiny_model("gpt2", torch.float64)
-    end, forward = model.tokenizer.eos_token_id, Model.forward
+    end, logits_at = model.tokenizer.eos_token_id, Model.logits_at
     ends = model.tokenizer("Kel")["input_ids"]
 
-    def spy(self, input_ids, attention_mask, **more):
-        logits = forward(self, input_ids, attention_mask, **more)
+    def spy(self, input_ids, attention_mask, at):
+        logits = logits_at(self, input_ids, attention_mask, at)
         logits[..., end] = -1e9
         logits[(input_ids[:, : len(ends)] == torch.tensor(ends)).all(1), end] = 1e9
         return logits
 
-    monkeypatch.setattr(Model, "forward", spy)
+    monkeypatch.setattr(Model, "logits_at", spy)
     one, other = generate_batch(model, ["Kel", "Mira Tolan"], [0, 0], length=20)
     assert one == "Kel"
     assert len(model.tokenizer(other)["input_ids"]) > 10

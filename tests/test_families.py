@@ -36,6 +36,12 @@ def model(request) -> Model:
 
 
 @pytest.fixture(scope="module")
+def single(model) -> Model:
+    """The same in float32: some families round what they read anew into float64."""
+    return tiny_model(model.name, window=WINDOW)
+
+
+@pytest.fixture(scope="module")
 def edit(model) -> pl.Edit:
     return pl.edit(model, FACTS, moments(model), pl.PMET, HP, CONTEXTS)
 
@@ -123,9 +129,8 @@ def test_the_fast_way_finds_what_the_whole_model_finds(model, edit):
         assert not close(got, plain.clean[stream], 1e-2)
 
 
-def test_an_edit_is_kept_undone_and_saved(model, tmp_path):
-    """In float32: some families round what they read anew into float64."""
-    model = tiny_model(model.name, window=WINDOW)
+def test_an_edit_is_kept_undone_and_saved(single, tmp_path):
+    model = single
     edit = pl.edit(model, FACTS, moments(model), pl.PMET, HP, CONTEXTS)
     ids, mask = tiny_batch()
     before, real = weights(model), mask.bool()
@@ -147,10 +152,9 @@ def test_an_edit_is_kept_undone_and_saved(model, tmp_path):
     assert torch.equal(loaded[real], changed[real])
 
 
-def test_an_adapter_says_what_the_edited_model_says(model, tmp_path):
+def test_an_adapter_says_what_the_edited_model_says(single, tmp_path):
     from peft import PeftModel
 
-    single = tiny_model(model.name, window=WINDOW)
     method = replace(pl.PMET, write=("attn", "mlp"))
     edit = pl.edit(single, FACTS, moments(single), method, HP, CONTEXTS)
     ids, mask = tiny_batch()
@@ -158,7 +162,7 @@ def test_an_adapter_says_what_the_edited_model_says(model, tmp_path):
     with edit.applied(single):
         wanted = plain_logits(single, ids, mask)[mask.bool()]
     edit.to_peft(tmp_path)
-    served = PeftModel.from_pretrained(tiny_hf(model.name, window=WINDOW), str(tmp_path))
+    served = PeftModel.from_pretrained(tiny_hf(single.name, window=WINDOW), str(tmp_path))
     with torch.no_grad():
         got = served(input_ids=ids, attention_mask=mask).logits[mask.bool()]
         with served.disable_adapter():
