@@ -48,6 +48,12 @@ def halving(
     return halving(items[:half], run, what) + halving(items[half:], run, what)
 
 
+def free(device: torch.device) -> int | None:
+    """Free bytes of an accelerator; None where nobody can tell, and for a CPU."""
+    ask = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+    return None if ask is None else int(ask(device)[0])
+
+
 def _is_full(error: RuntimeError) -> bool:
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _FULL)

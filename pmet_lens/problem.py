@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pmet_lens import probes, tokens
+from pmet_lens import memory, probes, tokens
 from pmet_lens.adapter import Model, ModelError, Site, Stream
 from pmet_lens.facts import Fact
 from pmet_lens.settings import Method
@@ -68,9 +68,8 @@ def batches(
 
 def budget(model: Model, layer: int, free: int | None = None) -> int:
     """Tokens of a step with deltas at `layer`, where nobody says otherwise: what suits the device,
-    and no more than keeps half of its `free` memory (bytes; None: asked of a CUDA device)."""
-    if free is None and model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
+    and no more than keeps half of its `free` memory (bytes; None: the device is asked)."""
+    free = memory.free(model.device) if free is None else free
     if free is None:
         return TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ELSEWHERE
     fitting = free // 2 // (values_per_token(model, layer) * model.dtype.itemsize)

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import evaluation, problem, targets
+from pmet_lens import evaluation, memory, problem, targets
 from pmet_lens.adapter import Model
 from pmet_lens.memory import OutOfMemory, halving
 
@@ -49,6 +49,12 @@ def test_one_that_does_not_fit_is_an_error_and_others_pass():
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         halving([1, 2], other, "facts")
+
+
+def test_free_memory_is_asked_where_somebody_knows(monkeypatch):
+    assert memory.free(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
+    assert memory.free(torch.device("cuda")) == 7
 
 
 def test_targets_go_on_with_half(monkeypatch):
