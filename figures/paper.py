@@ -28,7 +28,7 @@ from paper_tables import FIGURES, ablation_table, main_table
 from tqdm import tqdm
 
 import pmet_lens as pl
-from pmet_lens import experiment, metrics
+from pmet_lens import container, experiment, metrics
 
 GRID = (1, 10, 32, 100, 316, 750)
 """Every other of the paper's numbers of edits, up to all records of the bundled world."""
@@ -175,9 +175,8 @@ def run_model(size: Size, out: Path, name: str, place: int) -> dict[str, pd.Data
 def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table in `path`, made and written there first where it is not; whole or not at all."""
     if not path.exists():
-        part = path.with_suffix(".part")
-        make().to_csv(part, index=False)
-        part.replace(path)
+        with container.whole(path) as part:
+            make().to_csv(part, index=False)
     # "NA" is the name of a metric here.
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
 

@@ -78,6 +78,23 @@ class LiveEdits:
             if not any(site in d for _, d in self._applied):
                 del self._original[site]
 
+    @contextmanager
+    def without(self, edit: object) -> Iterator[None]:
+        """A block in which one edit is off, whether or not it was on; behind it the weights are the
+        bits they were, because it stands where it stood among the others."""
+        place = next((i for i, (known, _) in enumerate(self._applied) if known is edit), None)
+        if place is None:
+            yield
+            return
+        deltas = self._applied[place][1]
+        self.remove(edit)
+        try:
+            yield
+        finally:
+            self.add(edit, deltas)
+            self._applied.insert(place, self._applied.pop())
+            self._write(deltas)
+
     def _value(self, site: Any) -> Tensor:
         value = self._original[site].clone()
         for _, deltas in self._applied:

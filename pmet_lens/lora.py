@@ -83,10 +83,8 @@ def balanced(
     """Two factors of the same product and of equal size, without the directions that are nothing
     but rounding: what float32 loses least of."""
     inner, outer = torch.linalg.qr(left.double()), torch.linalg.qr(right.double().T)
-    u, s, vh = torch.linalg.svd(inner.R @ outer.R.T)
+    u, s, vh = torch.linalg.svd(inner.R @ outer.R.T, full_matrices=False)
     eps = torch.finfo(s.dtype).eps * max(left.shape[0], right.shape[1])
     used = s > eps * s.max().clamp(min=torch.finfo(s.dtype).tiny)
     root = s[used].sqrt()
-    return (inner.Q @ u[:, : len(s)][:, used]) * root, (root[:, None] * vh[: len(s)][used]) @ (
-        outer.Q.T
-    )
+    return inner.Q @ u[:, used] * root, root[:, None] * (vh[used] @ outer.Q.T)

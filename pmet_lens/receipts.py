@@ -47,18 +47,12 @@ class Receipt:
 def receipt(edit: Any, model: Model, n: int | None = 50) -> Receipt:
     """What `edit` (a `pl.Edit`) does to `model`, asked about its first `n` facts (None: all). The
     model may have the edit on already; it is left as it was found."""
-    live = edit in model.live_edits
-    if live:
-        edit.revert_(model)
-    try:
+    chosen = [fact for fact in edit.facts if fact.target_new is not None][:n]
+    with model.live_edits.without(edit):
         sites = _sites(edit, model)
-        chosen = [fact for fact in edit.facts if fact.target_new is not None][:n]
         before = _said(model, chosen)
         with edit.applied(model):
             after = _said(model, chosen)
-    finally:
-        if live:
-            edit.apply_(model)
     facts = pd.DataFrame(
         {
             "subject": [f.subject for f in chosen],

@@ -94,6 +94,18 @@ def test_a_receipt_of_an_edit_that_is_on(model, pair):
     pair[0].revert_(model)
 
 
+def test_a_receipt_leaves_other_edits_where_they_stand(model, pair):
+    """Three numbers do not add up to the same bits in every order."""
+    third = edit_of(model, [pl.Fact("Danel Orrin", "The mother tongue of {} is", "Vell", "French")])
+    for edit in (*pair, third):
+        edit.apply_(model)
+    on = bits(model)
+    pair[0].receipt(model)
+    assert equal(bits(model), on)
+    for edit in (*pair, third):
+        edit.revert_(model)
+
+
 def test_a_receipt_shows_itself(model, pair):
     both = pair[0] + pair[1]
     got = both.receipt(model, n=1)
