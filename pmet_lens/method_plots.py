@@ -46,7 +46,7 @@ def load_lines(table: pd.DataFrame, ax: Axes, metric: str) -> Axes:
         )
     ax.set_xscale("log")
     edits = sorted(own["edits"].unique())
-    told = [n for n in edits if n in {1, 10, 100} and 3 * n < max(edits)] + [max(edits)]
+    told = [n for n in edits if n in {1, 10, 100} and 2 * n < max(edits)] + [max(edits)]
     ax.set_xticks(told, [str(n) for n in told])
     ax.minorticks_off()
     ax.set_xlabel("edits at once")
