@@ -120,8 +120,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go and logits come back: that of the embeddings. Under a `device_map` other
-        layers lie elsewhere, and what a hook sees lies where its layer does."""
+        """Where token ids go and logits come back: that of the embeddings. Under a `device_map`
+        other layers lie elsewhere, and what a hook sees lies where its layer does."""
         return self.embedding.device
 
     @property

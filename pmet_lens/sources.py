@@ -74,8 +74,8 @@ def _check_plain(config: Any, where: str) -> None:
     if found is not None:
         kind = found.get("quant_method") if isinstance(found, dict) else found.quant_method
         raise ModelError(
-            f"the weights of {where!r} are quantised ({kind}), so nothing can be written into them: "
-            "load the checkpoint it was made from"
+            f"the weights of {where!r} are quantised ({kind}), so nothing can be written into "
+            "them: load the checkpoint it was made from"
         )
 
 

@@ -1,4 +1,4 @@
-"""A second device on a machine that has none: tensors that claim to lie elsewhere, and hold numbers.
+"""A second device on a machine that has none: tensors that claim to lie elsewhere, with numbers.
 
 Inside `second_device()` everything put on `OTHER` becomes a `Remote`: an ordinary tensor in a
 wrapper that reports that device. Operations compute as ever, but one on tensors of both devices is
