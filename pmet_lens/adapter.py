@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from pmet_lens.chat import Messages, frame
 from pmet_lens.live import LiveEdits, restored
 from pmet_lens.sources import DTYPES, ModelError, moved, name_of, read
 from pmet_lens.twin import Bare, Hook, Tail, drop_blocks, layer_of, run, twin
@@ -80,17 +81,21 @@ class Model:
     """A causal language model whose streams can be read and changed and whose weights edited.
 
     `hf`, `tokenizer`: the user's own objects, untouched. `bridge`: the wrapped twin, in eval mode
-    whatever the mode of `hf`. `name`: what hyper-parameters are looked up by. `load` makes one;
-    load again after moving `hf` or changing weights that belong to no `Site` (some are copied).
+    whatever the mode of `hf`. `name`: what hyper-parameters are looked up by. `frame`: what stands
+    around every prompt (`chat.Frame`). `load` makes one; load again after moving `hf` or changing
+    weights that belong to no `Site` (some are copied).
 
     Raises `ModelError` for quantised weights, for a tokenizer without a pad token, and for an
     architecture without one output projection per component (a mixture of experts).
     """
 
-    def __init__(self, hf: nn.Module, tokenizer: Any, name: str) -> None:
+    def __init__(
+        self, hf: nn.Module, tokenizer: Any, name: str, template: str | Messages | None = None
+    ) -> None:
         _check_weights(hf, name)
         _check_tokenizer(tokenizer)
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.frame = frame(tokenizer, template)
         self.bridge = _wrap(twin(hf), name)
         self._hooks = frozenset(self.bridge.hook_dict)
         self._names = {id(p): n for n, p in hf.named_parameters()}
@@ -399,6 +404,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     name: str | None = None,
+    template: str | Messages | None = None,
 ) -> Model:
     """A `Model` from a bundled name, a directory, a hub id or a model in memory.
 
@@ -416,6 +422,9 @@ def load(
     (stored in half precision), else the checkpoint's own.
     `name`: what hyper-parameters are looked up by; None: the bundled name, the end of the path or
     the model type.
+    `template`: for chat models, what the user says, with one `{}` for the prompt ("{}", or
+    "Complete the sentence: {}"), or a list of messages with one; every prompt is then phrased
+    through the tokenizer's chat template, and the answer is the assistant's (`chat.frame`).
 
     Raises `ModelError`, in words, for whatever cannot be loaded or edited.
     """
@@ -423,12 +432,13 @@ def load(
         if device is not None and device_map is not None:
             raise ModelError("give device or device_map, not both")
         hf, tokenizer, found = read(source, tokenizer, dtype, device_map)
-        return Model(hf if device is None else moved(hf, device), tokenizer, name or found)
+        hf = hf if device is None else moved(hf, device)
+        return Model(hf, tokenizer, name or found, template)
     if tokenizer is None:
         raise ModelError("a model in memory needs its tokenizer: load(hf, tokenizer=…)")
     if (device, dtype, device_map) != (None, None, None):
         raise ModelError("your model is left as it is: call hf.to(device, dtype) before load")
-    return Model(source, tokenizer, name or name_of(source))
+    return Model(source, tokenizer, name or name_of(source), template)
 
 
 def _check_name(kind: str, given: str, valid: tuple[str, ...]) -> None:
