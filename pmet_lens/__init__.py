@@ -71,11 +71,12 @@ if TYPE_CHECKING:
     from pmet_lens.methods import PMET as PMET
     from pmet_lens.methods import ROME as ROME
     from pmet_lens.methods import named as named
+    from pmet_lens.moment_files import kept_moments as kept_moments
+    from pmet_lens.moment_files import load_moments as load_moments
+    from pmet_lens.moment_files import open_moments as open_moments
+    from pmet_lens.moment_files import save_moments as save_moments
     from pmet_lens.moments import Moment as Moment
     from pmet_lens.moments import MomentError as MomentError
-    from pmet_lens.moments import load_moments as load_moments
-    from pmet_lens.moments import open_moments as open_moments
-    from pmet_lens.moments import save_moments as save_moments
     from pmet_lens.moments import second_moments as second_moments
     from pmet_lens.patterns import attention_patterns as attention_patterns
     from pmet_lens.patterns import pattern_similarity as pattern_similarity
@@ -127,11 +128,12 @@ _HOME = {
     "SettingsError": "settings",
     "Moment": "moments",
     "MomentError": "moments",
-    "load_moments": "moments",
-    "open_moments": "moments",
+    "kept_moments": "moment_files",
+    "load_moments": "moment_files",
+    "open_moments": "moment_files",
     "import_moments": "published_moments",
     "export_moments": "published_moments",
-    "save_moments": "moments",
+    "save_moments": "moment_files",
     "second_moments": "moments",
     "sample_contexts": "tokens",
     "suggest_hparams": "suggestion",

@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("prompt")
     ask.add_argument("--tokens", type=int, default=20, help="length of the whole text in tokens")
 
-    moments = command("moments", _moments, "Compute the second moments an edit needs.")
+    moments = command(
+        "moments", _moments, "Compute the second moments an edit needs; a run that was cut goes on."
+    )
     moments.add_argument("--texts", help="text file, one text per line (default: bundled)")
     moments.add_argument("--layers", type=int, nargs="+", help="default: those of the settings")
     moments.add_argument("--tokens", type=int, default=100_000)
@@ -101,20 +103,24 @@ def _ask(args: argparse.Namespace) -> None:
 
 
 def _moments(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from tqdm import tqdm
 
     import pmet_lens as pl
 
     model = pl.load(args.model)
     with tqdm(total=args.tokens, unit="token") as bar:
-        moments = pl.second_moments(
+        moments = pl.kept_moments(
+            args.out,
             model,
             pl.texts(args.texts),
             args.layers,
             n_tokens=args.tokens,
             on_tokens=lambda done, _: bar.update(done - bar.n),
         )
-    pl.save_moments(moments, args.out, model.name)
+    if not Path(args.out).exists():  # a full disk: one more try, which says so
+        pl.save_moments(moments, args.out, model.name)
     count = next(iter(moments.values())).count
     _say(f"{len(moments)} second moments over {count} tokens: {args.out}")
 

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 KEY = "pmet_lens"
+HASHES = "sha256"
+"""Where the header has the SHA-256 of every tensor."""
 
 
 def write(
@@ -30,6 +32,7 @@ def write(
     Raises `error`, which says that `what` ("an edit") could not be written there.
     """
     own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    head = {**head, HASHES: {name: digest(tensor) for name, tensor in own.items()}}
     try:
         with whole(Path(path)) as part:
             save_file(own, str(part), metadata={KEY: json.dumps(head)})
@@ -64,8 +67,12 @@ def read(
     Raises `error`, which says that the file is missing, damaged, or not `what` ("an edit").
     """
     with _opened(path, form, what, error) as (head, file):
-        keys = file.keys() if names is None else names
-        return head, {key: file.get_tensor(key) for key in keys}
+        found = {key: file.get_tensor(key) for key in (file.keys() if names is None else names)}
+    known = head.get(HASHES)  # files of the first days have none
+    for name, tensor in found.items():
+        if known is not None and known.get(name) != digest(tensor):
+            raise error(f"{path} is damaged: {name} is not what was written. Make it again.")
+    return head, found
 
 
 def head(path: str | Path, form: str, what: str, error: type[ValueError]) -> dict[str, Any]:

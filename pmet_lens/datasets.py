@@ -15,6 +15,10 @@ from pmet_lens import downloads, world
 from pmet_lens.facts import Fact, FactError
 
 Record = dict[str, Any]
+LARGEST = 1 << 30
+"""Bytes of a data file that is read whole (CounterFact, the largest there is, has 45 MB)."""
+LONGEST = 1 << 24
+"""Characters of a text in a text file."""
 NQ = "nq question: "
 """What the locality prompts of zsRE begin with: they are questions of Natural Questions."""
 
@@ -121,7 +125,14 @@ def _paragraphs(path: Path) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as file:
-            yield from (line.strip() for line in file if line.strip())
+            while line := file.readline(LONGEST):
+                if len(line) == LONGEST:
+                    raise DataError(
+                        f"{path} has a line of {LONGEST:,} characters or more; put every text on a "
+                        "line of its own."
+                    )
+                if line.strip():
+                    yield line.strip()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
@@ -150,6 +161,7 @@ def _facts(
 
 def _read(path: Path) -> list[Record]:
     try:
+        check_size(path)
         records = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -164,6 +176,16 @@ def _read(path: Path) -> list[Record]:
     if not isinstance(records, list):
         raise DataError(f"{path} holds a JSON {type(records).__name__}, not a list of records.")
     return records
+
+
+def check_size(path: Path) -> None:
+    """Refuse a file that is too large to be a list of facts, before it fills the memory."""
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise DataError(
+            f"{path} has {size / 1e9:.1f} GB; a file of facts has at most {LARGEST / 1e9:.1f}. "
+            "Is it the right one? Otherwise split it."
+        )
 
 
 def _whole_records(text: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from pmet_lens.datasets import DataError, marked
+from pmet_lens.datasets import DataError, check_size, marked
 from pmet_lens.facts import Fact, FactError
 
 _NEEDED = ("subject", "prompt", "target_new")
@@ -67,12 +67,15 @@ def _parts(cell: Any) -> tuple[str, ...]:
 
 def _table(path: Path) -> pd.DataFrame:
     try:
+        check_size(path)
         if path.suffix.lower() in (".json", ".jsonl"):
             lines = path.suffix.lower() == ".jsonl"
             return pd.read_json(path, lines=lines, dtype=False)  # pyright: ignore[reportArgumentType]
         return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except DataError:
+        raise
     except ValueError as error:  # also what pandas makes of a broken file
         raise DataError(
             f"{path} cannot be read as a table of facts: {error}. Give a CSV file with a header, a "

@@ -17,6 +17,7 @@ from torch import Tensor
 from pmet_lens import tokens
 from pmet_lens.adapter import Model, ModelError, Site, Stream
 from pmet_lens.facts import Fact
+from pmet_lens.memory import halving
 from pmet_lens.probes import check_finite
 from pmet_lens.tokens import Position
 from pmet_lens.twin import Hook
@@ -100,7 +101,18 @@ class Reader:
         run, and nothing is kept."""
         self._prepare(layer)
         keep = None if plain or not self._fast or layer == self._layer else layer
-        found = [self._run(part, names, keep, last + 1, plain) for part in self._parts]
+        parts: list[_Part] = []
+        found: list[list[Tensor]] = []
+        for part in self._parts:
+
+            def run(rows: Sequence[int], part: _Part = part) -> tuple[_Part, list[Tensor]]:
+                some = part if len(rows) == len(part.facts) else self._some(part, rows)
+                return some, self._run(some, names, keep, last + 1, plain)
+
+            for some, values in halving(range(len(part.facts)), run, "facts"):
+                parts.append(some)
+                found.append(values)
+        self._parts = parts
         if keep is not None:
             self._layer = layer
         order = torch.tensor([i for part in self._parts for i in part.facts])
@@ -108,6 +120,17 @@ class Reader:
         for name, values in zip(names, together, strict=True):
             check_finite(values, name)
         return [values[torch.argsort(order).to(values.device)] for values in together]
+
+    def _some(self, part: _Part, facts: Sequence[int]) -> _Part:
+        """Some facts of a part, as a part of their own."""
+        numbers = [i * self._per_fact + k for i in facts for k in range(self._per_fact)]
+        chosen = torch.tensor(numbers)
+        rows = part.rows[chosen.to(part.place.device)]
+        residual = None
+        if part.residual is not None:
+            residual = part.residual[chosen, : rows.ids.shape[1]]
+        where = part.place[chosen.to(part.place.device)]
+        return _Part([part.facts[i] for i in facts], rows, where, residual)
 
     def _prepare(self, layer: int) -> None:
         """Start from the first layer again where what is kept lies above `layer`, or where this

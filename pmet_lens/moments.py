@@ -7,23 +7,21 @@ texts for GPT-J). A `Moment` is a sum and a count: samples can be merged in any 
 
 from __future__ import annotations
 
-import warnings
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens import container, linalg
+from pmet_lens import linalg
 from pmet_lens.adapter import Model, Projection, Site
 from pmet_lens.hparams import known_hparams
+from pmet_lens.memory import halving
 
 OnTokens = Callable[[int, int], object]
-FORMAT = "pmet_lens moments 1"
-FACTOR = "pmet_lens factor 1"
 _N_PROBES, _LEAST_SHARDS, _SHARD = 16, 4, 2
 
 
@@ -129,35 +127,123 @@ def second_moments(
     Raises:
         MomentError: if the texts hold no token or are one string, or a key is not finite.
     """
-    if isinstance(texts, str):
-        raise MomentError("texts is one string; pass a list of texts, or pl.texts(path).")
-    if dtype not in (torch.float32, torch.float64):
-        raise MomentError(f"second moments are summed in float32 or float64, not {dtype}.")
-    if precision is not None and not precision > 0:
-        raise MomentError(f"precision must be greater than 0, not {precision}.")
-    if layers is None:
-        layers = known_hparams(model, "PMET").layers
-    sites = [Site(model.check_layer(n), p) for n in sorted(set(layers)) for p in projections]
-    sums = {s: _Sum(model.d_in(s), dtype, model.weight(s).device, s) for s in sites}
-    stop, count = 1 + max(s.layer for s in sites), 0
-    for shard in _shards(model, texts, n_tokens, max_length, batch_tokens):
-        own = 0
-        for ids, mask in shard:
-            used = mask.bool()
-            hooks = [(model.key_hook(s), sums[s].adder(used)) for s in sites]
+    run = Run(model, layers, projections, n_tokens, max_length, batch_tokens, dtype, precision)
+    for _ in run.read(texts, on_tokens):
+        pass
+    return run.moments()
+
+
+class Run:
+    """Second moments while texts are read: what `second_moments` does, shard of text by shard, so
+    that it can be kept on the way and gone on with (`moment_files.kept_moments`)."""
+
+    def __init__(
+        self,
+        model: Model,
+        layers: Sequence[int] | None = None,
+        projections: Sequence[Projection] = get_args(Projection),
+        n_tokens: int | None = 100_000,
+        max_length: int = 128,
+        batch_tokens: int = 2048,
+        dtype: torch.dtype = torch.float64,
+        precision: float | None = None,
+    ) -> None:
+        """The arguments of `second_moments`; raises as it does."""
+        if dtype not in (torch.float32, torch.float64):
+            raise MomentError(f"second moments are summed in float32 or float64, not {dtype}.")
+        if precision is not None and not precision > 0:
+            raise MomentError(f"precision must be greater than 0, not {precision}.")
+        if layers is None:
+            layers = known_hparams(model, "PMET").layers
+        self.model, self.n_tokens, self.batch_tokens = model, n_tokens, batch_tokens
+        self.precision, self.max_length = precision, min(max_length, model.n_positions)
+        sites = [Site(model.check_layer(n), p) for n in sorted(set(layers)) for p in projections]
+        self.sums = {s: _Sum(model.d_in(s), dtype, model.weight(s).device, s) for s in sites}
+        self.count, self.n_texts = 0, 0
+        self.read_texts = ""
+        """What was read so far: a hash of the text before and the next text, again and again."""
+
+    def read(self, texts: Iterable[str], on_tokens: OnTokens | None = None) -> Iterator[int]:
+        """Go on with `texts`; gives the number of tokens read so far behind every shard."""
+        if isinstance(texts, str):
+            raise MomentError("texts is one string; pass a list of texts, or pl.texts(path).")
+        stop = 1 + max(site.layer for site in self.sums)
+        for chosen, rows in self._shards(texts):
+            before = self.count
+            for ids, mask in _padded(self.model, rows, self.batch_tokens):
+                self._add(ids, mask, stop)
+                self.count += int(mask.sum())
+                if on_tokens is not None:
+                    on_tokens(self.count, self.n_tokens or 0)
+            self.n_texts += len(chosen)
+            self.read_texts = chained(self.read_texts, chosen)
+            errors = [one.end_of_shard(self.count - before) for one in self.sums.values()]
+            yield self.count
+            if self.precision is not None and max(errors) <= self.precision:
+                break
+        if self.count == 0:
+            raise MomentError("The texts hold no token; pass an iterable of non-empty strings.")
+
+    def moments(self) -> dict[Site, Moment]:
+        """What was summed."""
+        return {s: one.moment(self.max_length) for s, one in self.sums.items()}
+
+    def _add(self, ids: Tensor, mask: Tensor, stop: int) -> None:
+        """One batch; in halves where it does not fit into memory. A site that had its keys before
+        that happened does not get them twice."""
+        had: dict[Site, set[int]] = {site: set() for site in self.sums}
+
+        def some(rows: Sequence[int]) -> None:
+            width = int(mask[list(rows)].sum(1).max())
+            used = mask[list(rows), :width].bool()
+            hooks = [
+                (self.model.key_hook(site), _once(one.adder(used), had[site], rows))
+                for site, one in self.sums.items()
+            ]
             with torch.no_grad():
-                model.forward(ids, mask, hooks=hooks, stop_at_layer=stop)
-            own += int(mask.sum())
-            if on_tokens is not None:
-                on_tokens(count + own, n_tokens or 0)
-        count += own
-        errors = [one.end_of_shard(own) for one in sums.values()]
-        if precision is not None and max(errors) <= precision:
-            break
-    if count == 0:
-        raise MomentError("The texts hold no token; pass an iterable of non-empty strings.")
-    limit = min(max_length, model.n_positions)
-    return {s: one.moment(limit) for s, one in sums.items()}
+                own = ids[list(rows), :width]
+                self.model.forward(own, used.long(), hooks=hooks, stop_at_layer=stop)
+
+        halving(range(len(ids)), some, "texts")
+
+    def _shards(self, texts: Iterable[str]) -> Iterator[tuple[list[str], list[list[int]]]]:
+        """Parts of the text of about `_SHARD` · `batch_tokens` tokens, and their tokens."""
+        left = float("inf") if self.n_tokens is None else self.n_tokens - self.count
+        chosen: list[str] = []
+        window: list[list[int]] = []
+        for text in texts if left > 0 else ():
+            ids = self.model.tokenizer(text)["input_ids"][: int(min(self.max_length, left))]
+            left -= len(ids)
+            chosen.append(text)
+            if ids:
+                window.append(ids)
+            if sum(map(len, window)) >= _SHARD * self.batch_tokens or left <= 0:
+                yield chosen, window
+                chosen, window = [], []
+            if left <= 0:
+                return
+        if window:
+            yield chosen, window
+
+
+def chained(before: str, texts: Iterable[str]) -> str:
+    """A hash of texts read in this order, behind what the hash `before` stands for."""
+    for text in texts:
+        before = hashlib.sha256(f"{before}{text}".encode()).hexdigest()
+    return before
+
+
+def _once(
+    add: Callable[[Tensor], None], had: set[int], rows: Sequence[int]
+) -> Callable[[Tensor], None]:
+    """`add`, unless these rows had their turn."""
+
+    def hook(keys: Tensor) -> None:
+        if not had.issuperset(rows):
+            add(keys)
+            had.update(rows)
+
+    return hook
 
 
 class _Sum:
@@ -175,8 +261,10 @@ class _Sum:
 
         def hook(keys: Tensor) -> None:
             k = keys[used.to(keys.device)].to(self.total)
+            own = (k.T @ (k @ self._probes.to(k.dtype))).double()
+            # In place, so that nothing behind this line can run out of memory.
             linalg.add_gram(self.total, k)
-            self._own += (k.T @ (k @ self._probes.to(k.dtype))).double()
+            self._own += own
             # The first row meets every entry of a key.
             if not bool(torch.isfinite(self.total[0]).all()):
                 raise MomentError(
@@ -204,26 +292,16 @@ class _Sum:
         total = linalg.mirrored(self.total)
         return Moment(total, self.count, self.shards, self.squares, max_length)
 
+    def state(self) -> tuple[dict[str, Tensor], list[float]]:
+        """All that `restore` needs, at the end of a shard."""
+        numbers = [float(self.count), float(self.shards), self.squares]
+        return {"total": self.total, "all": self._all}, numbers
 
-def _shards(
-    model: Model, texts: Iterable[str], n_tokens: int | None, max_length: int, batch_tokens: int
-) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """Parts of the text of about `_SHARD` · `batch_tokens`, each in right-padded batches of about
-    `batch_tokens`, sorted by length."""
-    left = n_tokens if n_tokens is not None else float("inf")
-    limit = min(max_length, model.n_positions)
-    window: list[list[int]] = []
-    for text in texts:
-        ids = model.tokenizer(text)["input_ids"][: int(min(limit, left))]
-        left -= len(ids)
-        if ids:
-            window.append(ids)
-        if sum(map(len, window)) >= _SHARD * batch_tokens or left <= 0:
-            yield _padded(model, window, batch_tokens)
-            window = []
-        if left <= 0:
-            return
-    yield _padded(model, window, batch_tokens)
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Sequence[float]) -> None:
+        """The inverse of `state`."""
+        self.total.copy_(tensors["total"])
+        self._all.copy_(tensors["all"])
+        self.count, self.shards, self.squares = int(numbers[0]), int(numbers[1]), numbers[2]
 
 
 def _padded(
@@ -238,84 +316,3 @@ def _padded(
         ids = torch.tensor([r + [model.tokenizer.pad_token_id] * (width - len(r)) for r in rows])
         mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
         yield ids.to(model.device), mask.to(model.device)
-
-
-def save_moments(moments: Mapping[Site, Moment], path: str | Path, model_name: str = "") -> None:
-    """Write moments to a `.safetensors` file: the sums in their own dtype; counts, and what else a
-    `Moment` knows, in the header."""
-    tensors = {str(s): m.total.cpu().contiguous() for s, m in moments.items()}
-    head = {
-        "format": FORMAT,
-        "model": model_name,
-        "counts": {str(s): m.count for s, m in moments.items()},
-        "read": {str(s): [m.shards, m.squares, m.max_length] for s, m in moments.items()},
-        "digests": {name: container.digest(tensor) for name, tensor in tensors.items()},
-    }
-    container.write(path, tensors, head, "second moments", MomentError)
-
-
-def load_moments(path: str | Path) -> dict[Site, Moment]:
-    """Read what `save_moments` wrote, all of it.
-
-    Raises:
-        MomentError: for a file that is missing, damaged, or holds no moments.
-    """
-    head, tensors = container.read(path, FORMAT, "second moments", MomentError)
-    read = head.get("read", {})
-    return {
-        Site.parse(s): Moment(tensors[s], n, *read.get(s, ())) for s, n in head["counts"].items()
-    }
-
-
-def open_moments(path: str | Path) -> dict[Site, StoredMoment]:
-    """The moments of a file, each read when an edit comes to its site and not kept in memory.
-
-    A Cholesky factor that is computed is kept beside the file (`NAME.SITE.factor.safetensors`,
-    d_in² · 8 bytes), so that every later edit costs triangular solves only.
-
-    Raises:
-        MomentError: for a file that is missing, damaged, or holds no moments.
-    """
-    head = container.head(path, FORMAT, "second moments", MomentError)
-    return {Site.parse(s): StoredMoment(Path(path), s) for s in head["counts"]}
-
-
-@dataclass(frozen=True)
-class StoredMoment:
-    """One site's moment in a file (`open_moments`); see `linalg.SecondMoment`."""
-
-    path: Path
-    site: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the moment, without reading it."""
-        return container.shape(self.path, self.site, "second moments", MomentError)
-
-    def matrix(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
-        """E[k kᵀ], read from the file."""
-        head, found = self._read()
-        return found.to(device or found.device) / head["counts"][self.site]
-
-    def cholesky(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
-        """Its lower Cholesky factor, float64, read from its file; computed where there is none, or
-        one of another moment."""
-        head = container.head(self.path, FORMAT, "second moments", MomentError)
-        digest = head.get("digests", {}).get(self.site) or container.digest(self._read()[1])
-        file = self.path.with_name(f"{self.path.stem}.{self.site}.factor.safetensors")
-        what = "the factor of a moment"
-        if file.exists() and container.head(file, FACTOR, what, MomentError).get("of") == digest:
-            found = container.read(file, FACTOR, what, MomentError)[1]["factor"]
-            return found.to(device or found.device)
-        factor = linalg.cholesky(self.matrix(device))
-        try:
-            head = {"format": FACTOR, "of": digest}
-            container.write(file, {"factor": factor}, head, what, MomentError)
-        except MomentError as error:  # a folder that cannot be written costs time, not the edit
-            warnings.warn(f"{error}. The next edit computes it again.", stacklevel=2)
-        return factor
-
-    def _read(self) -> tuple[dict[str, Any], Tensor]:
-        what = "second moments"
-        head, found = container.read(self.path, FORMAT, what, MomentError, [self.site])
-        return head, found[self.site]

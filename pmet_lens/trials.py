@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from pmet_lens import datasets, evaluation, metrics, moments, target_files, tokens
+from pmet_lens import datasets, evaluation, metrics, moment_files, target_files, tokens
 from pmet_lens.adapter import Model, Site
 from pmet_lens.editing import edit, edit_sequentially
 from pmet_lens.edits import Edit, Editor
@@ -85,19 +85,14 @@ class Bench:
         self._kept: dict[tuple[Any, ...], dict[Site, Factor]] = {}
 
     def _moments(self, texts: Sequence[str] | None, n_tokens: int) -> dict[Site, Moment]:
-        path = self.folder / f"moments-{target_files.weights(self.model)[:16]}.safetensors"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            layers = range(self.model.n_layers - 1)
-            found = moments.second_moments(
-                self.model,
-                datasets.texts() if texts is None else texts,
-                list(layers),
-                projections=("attn", "mlp"),
-                n_tokens=n_tokens,
-            )
-            moments.save_moments(found, path, self.model.name)
-        return moments.load_moments(path)
+        weights = target_files.weights(self.model)[:16]
+        return moment_files.kept_moments(
+            self.folder / f"moments-{weights}-{n_tokens}.safetensors",
+            self.model,
+            datasets.texts() if texts is None else texts,
+            range(self.model.n_layers - 1),
+            n_tokens=n_tokens,
+        )
 
     def hparams(self, trial: Trial) -> Any:
         """The strengths of a trial; None for a gradient method that knows its own."""

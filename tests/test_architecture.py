@@ -13,7 +13,7 @@ import pytest
 FLOORS = (
     {"container", "downloads", "facts", "linalg", "memory", "metrics", "statements", "world"},
     {"adapter", "chat", "datasets", "fact_tables", "live", "sources", "twin"},
-    {"hparams", "moments", "probes", "published_moments", "settings", "tokens"},
+    {"hparams", "moment_files", "moments", "probes", "published_moments", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}
     | {"similarity", "swapping", "targets", "variance"},
     {"artifact", "costs", "editing", "edits", "evaluation", "finetune", "lora", "mend"}

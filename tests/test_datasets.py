@@ -16,6 +16,7 @@ from tiny import tiny_model
 from pmet_lens import world
 from pmet_lens.adapter import load
 from pmet_lens.datasets import DataError, counterfact, knowns, texts, zsre
+from pmet_lens.fact_tables import read_facts
 from pmet_lens.facts import Fact, FactError, check_editable
 from pmet_lens.tokens import Prompt, encode
 
@@ -546,3 +547,21 @@ def test_texts_of_a_parquet_file_are_its_paragraphs(tmp_path):
     for name in ("other", "cut", "nowhere"):
         with pytest.raises(DataError, match=rf"{name}\.parquet cannot be read as parquet"):
             list(texts(tmp_path / f"{name}.parquet"))
+
+
+def test_files_that_are_too_large_are_refused_before_they_are_read(tmp_path):
+    from pmet_lens.datasets import LARGEST, LONGEST
+
+    for name in ("facts.json", "facts.csv"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(LARGEST + 1)  # takes no room on the disk
+    with pytest.raises(DataError, match=r"facts\.json has 1\.1 GB; .* at most 1\.1"):
+        counterfact(tmp_path / "facts.json")
+    with pytest.raises(DataError, match=r"facts\.csv has 1\.1 GB"):
+        read_facts(tmp_path / "facts.csv")
+    with (tmp_path / "text.txt").open("wb") as file:
+        file.write(b"One.\n" + b"x" * LONGEST)
+    found = texts(tmp_path / "text.txt")
+    assert next(found) == "One."
+    with pytest.raises(DataError, match=r"line of 16,777,216 characters or more"):
+        next(found)

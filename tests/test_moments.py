@@ -12,7 +12,8 @@ from tiny import tiny_model
 import pmet_lens as pl
 from pmet_lens import moments as moments_module
 from pmet_lens.adapter import Model, Site
-from pmet_lens.moments import Moment, MomentError, load_moments, save_moments, second_moments
+from pmet_lens.moment_files import load_moments, save_moments
+from pmet_lens.moments import Moment, MomentError, second_moments
 
 torch.set_num_threads(1)
 TEXTS = (

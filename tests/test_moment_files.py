@@ -1,0 +1,278 @@
+"""Second moments that are kept: begun, cut, gone on with, shared, and never read half."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+import pmet_lens as pl
+from pmet_lens import container, keys, moment_files, moments
+from pmet_lens.adapter import Site
+from pmet_lens.moments import MomentError
+
+torch.set_num_threads(1)
+SETTINGS = {"layers": [1, 2], "n_tokens": 2000, "batch_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", positions=128)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return list(itertools.islice(pl.texts(), 200))
+
+
+@pytest.fixture(scope="module")
+def wanted(model, texts):
+    return pl.second_moments(model, texts, **SETTINGS)
+
+
+def same(found, wanted) -> bool:
+    return found.keys() == wanted.keys() and all(
+        torch.equal(found[s].total, m.total)
+        and (found[s].count, found[s].shards, found[s].squares) == (m.count, m.shards, m.squares)
+        for s, m in wanted.items()
+    )
+
+
+class Cut(Exception):
+    """Somebody pulled the plug."""
+
+
+def cut_at(tokens: int):
+    def on_tokens(done: int, _: int) -> None:
+        if done >= tokens:
+            raise Cut
+
+    return on_tokens
+
+
+def test_what_is_kept_is_computed_once(model, texts, wanted, tmp_path, monkeypatch):
+    path = tmp_path / "new folder" / "m.safetensors"
+    assert same(pl.kept_moments(path, model, texts, **SETTINGS), wanted)
+    monkeypatch.setattr(model, "forward", None)
+    assert same(pl.kept_moments(path, model, iter(texts), **SETTINGS), wanted)
+    assert same(pl.load_moments(path), wanted)
+
+
+@pytest.mark.parametrize("tokens", [100, 900, 1900])
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(model, texts, wanted, tmp_path, tokens):
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(Cut):
+        pl.kept_moments(path, model, texts, every=0.0, on_tokens=cut_at(tokens), **SETTINGS)
+    assert not path.exists()
+    seen = []
+    again = pl.kept_moments(
+        path, model, texts, every=0.0, on_tokens=lambda n, _: seen.append(n), **SETTINGS
+    )
+    assert same(again, wanted)
+    # A shard is 400 tokens; all that were whole are not read again.
+    assert min(seen) > max(0, tokens - 2 * 400)
+    assert {p.name for p in tmp_path.iterdir()} <= {"m.safetensors", "m.safetensors.lock"}
+
+
+def test_what_was_made_of_something_else_is_not_taken_for_this(model, texts, tmp_path):
+    path = tmp_path / "m.safetensors"
+    pl.kept_moments(path, model, texts, **SETTINGS)
+    other = tiny_model("llama", seed=1, positions=128)
+    for changed, words in (
+        (lambda: pl.kept_moments(path, other, texts, **SETTINGS), "weights"),
+        (lambda: pl.kept_moments(path, model, texts[1:], **SETTINGS), "texts"),
+        (lambda: pl.kept_moments(path, model, texts, **{**SETTINGS, "layers": [1]}), "sites"),
+        (lambda: pl.kept_moments(path, model, texts, **SETTINGS, max_length=9), "max_length"),
+    ):
+        with pytest.raises(MomentError, match=rf"made with other {words}.*remove it"):
+            changed()
+    pl.save_moments(pl.load_moments(path), path)
+    with pytest.raises(MomentError, match="does not say what it was made of"):
+        pl.kept_moments(path, model, texts, **SETTINGS)
+    with pytest.raises(MomentError, match="one string"):
+        pl.kept_moments(tmp_path / "x", model, "text", **SETTINGS)
+
+
+def test_a_begun_run_with_other_texts_is_not_gone_on_with(model, texts, tmp_path):
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(Cut):
+        pl.kept_moments(path, model, texts, every=0.0, on_tokens=cut_at(900), **SETTINGS)
+    with pytest.raises(MomentError, match=r"m\.safetensors\.begun was made with other texts"):
+        pl.kept_moments(path, model, texts[1:], **SETTINGS)
+
+
+CHILD = """
+import sys
+sys.path.insert(0, {tests!r})
+import itertools, torch, pmet_lens as pl
+from tiny import tiny_model
+torch.set_num_threads(1)
+model = tiny_model("llama", positions=128)
+texts = list(itertools.islice(pl.texts(), 200))
+def told(done, _):
+    sys.stdout.write(f"{{done}}\\n"); sys.stdout.flush()
+    {wait}
+pl.kept_moments({path!r}, model, texts, every=0.0, on_tokens=told, **{settings!r})
+"""
+
+
+def child(path: Path, wait: str = "pass") -> subprocess.Popen[str]:
+    tests = str(Path(__file__).parent)
+    code = CHILD.format(tests=tests, path=str(path), settings=SETTINGS, wait=wait)
+    env = {**os.environ, "PYTHONPATH": str(Path(pl.__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
+
+
+def test_a_killed_process_leaves_what_it_had_and_no_lock(model, texts, wanted, tmp_path):
+    path = tmp_path / "m.safetensors"
+    wait = "import time; time.sleep(600 if done > 900 else 0)"
+    with child(path, wait) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) > 900:
+                break
+        process.send_signal(signal.SIGKILL)
+    assert not path.exists()
+    seen = []
+    found = pl.kept_moments(path, model, texts, on_tokens=lambda n, _: seen.append(n), **SETTINGS)
+    assert same(found, wanted)
+    assert min(seen) > 400
+
+
+def test_of_two_processes_one_computes(model, texts, wanted, tmp_path):
+    path = tmp_path / "m.safetensors"
+    with child(path, "import time; time.sleep(0.05)") as first:
+        assert first.stdout is not None
+        first.stdout.readline()  # it has the lock now
+        with pytest.warns(UserWarning, match="Another process computes .*waiting"):
+            found = pl.kept_moments(
+                path, model, texts, on_tokens=lambda *_: pytest.fail("both compute"), **SETTINGS
+            )
+        first.stdout.read()
+    assert first.returncode == 0
+    assert same(found, wanted)
+
+
+# -- disks ----------------------------------------------------------------------------------------
+
+
+def limited(n: int):
+    """No file of this process may become longer than `n` bytes: a write beyond fails for real."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    return hard
+
+
+def test_a_full_disk_loses_nothing(model, texts, wanted, tmp_path):
+    path = tmp_path / "m.safetensors"
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    hard = limited(5000)
+    try:
+        with pytest.warns(UserWarning, match="could not be written") as warned:
+            found = pl.kept_moments(path, model, texts, every=0.0, **SETTINGS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert same(found, wanted)
+    told = [str(w.message) for w in warned]
+    assert any("Going on without keeping" in text for text in told)
+    assert "returned, but not kept" in told[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors.lock"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(model, texts, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MomentError, match=r"cannot be written.*Name another file"):
+        pl.kept_moments(
+            tmp_path / "file" / "m", model, texts,
+            on_tokens=lambda *_: pytest.fail("computed"), **SETTINGS,
+        )  # fmt: skip
+
+
+def test_a_changed_bit_is_seen(model, wanted, tmp_path):
+    path = tmp_path / "m.safetensors"
+    pl.save_moments(wanted, path)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(MomentError, match=r"is damaged: .* is not what was written"):
+        pl.load_moments(path)
+    site = max(wanted, key=str)
+    with pytest.raises(MomentError, match="is damaged"):
+        pl.open_moments(path)[site].matrix()
+
+
+def test_files_of_the_first_days_are_read(wanted, tmp_path):
+    path = tmp_path / "m.safetensors"
+    site = next(iter(wanted))
+    head = {"format": moment_files.FORMAT, "model": "", "counts": {str(site): wanted[site].count}}
+    metadata = {container.KEY: json.dumps(head)}
+    container.save_file({str(site): wanted[site].total}, path, metadata)
+    assert torch.equal(pl.load_moments(path)[site].value, wanted[site].value)
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_fit_is_halved_to_the_same_sums(model, texts, wanted, monkeypatch):
+    """Out of memory in the last site's hook, when the other sites have had the batch already."""
+    last, full = max(wanted), []
+    original = moments.linalg.add_gram
+
+    def add_gram(total, rows):
+        if len(rows) > 120 and total is sums[last].total:
+            full.append(len(rows))
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        original(total, rows)
+
+    run = moments.Run(model, **SETTINGS)
+    sums = run.sums
+    monkeypatch.setattr(moments.linalg, "add_gram", add_gram)
+    with pytest.warns(UserWarning, match="texts at once do not fit into memory; going on with"):
+        for _ in run.read(texts):
+            pass
+    assert full
+    for site, moment in run.moments().items():
+        assert moment.count == wanted[site].count
+        assert torch.allclose(moment.total, wanted[site].total, rtol=1e-10, atol=1e-10)
+
+
+def test_keys_of_an_edit_are_read_in_halves(model, monkeypatch):
+    facts = pl.counterfact(n=8)
+    reader = keys.Reader(model, facts, ["{}"])
+    wanted = [reader.keys(Site(n, "mlp")) for n in (1, 2)]
+    forward, run = model.forward, []
+
+    def small(ids, mask, **more):
+        if len(ids) > 3:
+            raise RuntimeError("out of memory")
+        run.append(len(ids))
+        return forward(ids, mask, **more)
+
+    monkeypatch.setattr(model, "forward", small)
+    halved = keys.Reader(model, facts, ["{}"])
+    with pytest.warns(UserWarning, match="facts at once do not fit"):
+        found = [halved.keys(Site(n, "mlp")) for n in (1, 2)]
+    assert run == [2, 2, 2, 2]
+    for own, other in zip(found, wanted, strict=True):
+        assert torch.allclose(own, other, atol=1e-5)
+
+
+def test_the_time_between_two_keepings_is_kept(model, texts, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(moment_files, "_keep", lambda *_: kept.append(time.monotonic()))
+    pl.kept_moments(tmp_path / "a", model, texts, every=3600.0, **SETTINGS)
+    assert kept == []
+    pl.kept_moments(tmp_path / "b", model, texts, every=0.0, **SETTINGS)
+    assert len(kept) >= 4
