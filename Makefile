@@ -14,7 +14,7 @@ READY  := $(VENV)/.installed
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper test bench bench-gpu lint lab notebooks models clean
+.PHONY: help figures paper test docs bench bench-gpu lint lab notebooks models clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it s
 test: lint ## lint, tests and notebooks, without a network
 	$(OFFLINE) $(PY) -m pytest
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/index.html (half a minute)
+	$(OFFLINE) $(PY) -m sphinx -E -W --keep-going -q -c docs . docs/_build
 
 bench: $(READY) ## speed against the procedure written plainly (14 minutes)
 	$(OFFLINE) $(BENCH) tests/benchmarks
@@ -57,8 +60,8 @@ models: $(READY) ## train the bundled models (45 CPU-minutes each) and MEND edit
 	$(PY) figures/train_mend.py world
 	$(PY) figures/train_mend.py world-sequential
 
-clean: ## remove what commands made: figures/out, tests/benchmarks/out, caches and .venv
-	rm -rf $(VENV) figures/out tests/benchmarks/out .pytest_cache .ruff_cache *.egg-info build dist
+clean: ## remove what commands made: figures/out, docs/_build, tests/benchmarks/out, caches, .venv
+	rm -rf $(VENV) figures/out docs/_build tests/benchmarks/out .pytest_cache .ruff_cache *.egg-info build dist
 	find . -type d \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
@@ -82,4 +85,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[notebook,dev]'
+	@touch $@
+
+# Sphinx and what it brings are wanted by `make docs` alone.
+$(VENV)/.docs: $(READY)
+	$(PIP) -e '.[docs]'
 	@touch $@
