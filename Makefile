@@ -23,7 +23,7 @@ figures: $(READY) ## the main job on the bundled models: figures and tables in f
 	$(PY) figures/study.py
 	$(PY) figures/make.py
 	$(PY) figures/paper.py --quick
-	$(PY) figures/paper_tables.py
+	$(PY) figures/redraw.py
 
 paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it stopped)
 	$(PY) figures/paper.py

@@ -1,0 +1,69 @@
+"""What a command made, and from what: `manifest.json` beside the figures.
+
+One entry per command, replaced whenever it runs: date, versions, seed, SHA-256 of every input and
+of every table, and which tables each figure was drawn from. `figures/out/manifest.json` is of what
+lies there; `figures/manifest.json` is of the committed results, written with `--record`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pmet_lens as pl
+
+HERE = Path(__file__).parent
+RECORDED = HERE / "manifest.json"
+SEED = 0
+"""No script sets a seed: every draw (world, context prefixes, noise, pairs, bootstrap) follows from
+the default of its function, which is this one; the text of second moments is that of seed 1."""
+PACKAGES = ("matplotlib", "numpy", "pandas", "torch", "transformers", "transformer-lens")
+
+
+def digest(*files: Path) -> str:
+    """SHA-256 of the files' bytes, one after the other."""
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def package() -> dict[str, str]:
+    """What results follow from: the code of the package, its world, its models and editors."""
+    root = Path(pl.__file__).parent
+    bundled = {f"pmet_lens/{f.relative_to(root)}": f for f in root.rglob("*.safetensors")}
+    bundled["pmet_lens/bundled/world.json"] = root / "bundled" / "world.json"
+    found = {"pmet_lens/*.py": digest(*sorted(root.glob("*.py")))}
+    return found | {name: digest(file) for name, file in sorted(bundled.items())}
+
+
+def write(
+    command: str,
+    folder: Path,
+    figures: Mapping[str, Iterable[str]],
+    *,
+    computed: bool,
+    into: Path | None = None,
+) -> None:
+    """Replace the entry of `command` in `into` (None: `folder`'s manifest). `figures`: name -> the
+    tables (files of `folder`) it was drawn from; `computed`: the tables were made from the package,
+    by this command."""
+    path = folder / "manifest.json" if into is None else into
+    whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    tables = sorted({table for used in figures.values() for table in used})
+    whole[command] = {
+        "date": str(date.today()),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "seed": SEED,
+        "inputs": package() if computed else {},
+        "tables": {table: digest(folder / table) for table in tables},
+        "figures": {name: sorted(used) for name, used in sorted(figures.items())},
+    }
+    text = json.dumps(dict(sorted(whole.items())), indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
