@@ -14,7 +14,7 @@ READY  := $(VENV)/.installed
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper test docs bench bench-gpu lint lab notebooks models clean
+.PHONY: help figures paper test docs bench bench-gpu lint lab notebooks review models clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,8 +50,14 @@ lint: $(READY) ## ruff and pyright
 lab: $(READY) ## JupyterLab on notebooks/
 	$(PY) -m jupyter lab --notebook-dir=notebooks
 
-notebooks: $(READY) ## run the notebooks again and keep their outputs
+notebooks: $(READY) ## run the notebooks again and keep their outputs, and their review copies
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 --overwrite notebooks
+	$(MAKE) review
+
+review: $(READY) ## the review copies of the notebooks alone: notebooks/review
+	$(PY) -m jupytext -q --opt notebook_metadata_filter=-all --opt cell_metadata_filter=tags,-all \
+	  --to review//py:percent notebooks/*.ipynb
+	$(PY) -m ruff format -q notebooks/review
 
 models: $(READY) ## train the bundled models (45 CPU-minutes each) and MEND editors (15) again
 	$(PY) figures/train_world.py world
