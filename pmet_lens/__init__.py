@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pmet_lens.datasets import knowns as knowns
     from pmet_lens.datasets import texts as texts
     from pmet_lens.datasets import zsre as zsre
+    from pmet_lens.downloads import DownloadError as DownloadError
     from pmet_lens.editing import edit as edit
     from pmet_lens.editing import edit_sequentially as edit_sequentially
     from pmet_lens.edits import Edit as Edit
@@ -87,6 +88,8 @@ if TYPE_CHECKING:
     from pmet_lens.similarity import component_similarity as component_similarity
     from pmet_lens.sources import ModelError as ModelError
     from pmet_lens.statements import claims as claims
+    from pmet_lens.suggestion import Suggestion as Suggestion
+    from pmet_lens.suggestion import suggest_hparams as suggest_hparams
     from pmet_lens.swapping import transfer as transfer
     from pmet_lens.targets import Targets as Targets
     from pmet_lens.targets import optimise as optimise
@@ -131,6 +134,8 @@ _HOME = {
     "save_moments": "moments",
     "second_moments": "moments",
     "sample_contexts": "tokens",
+    "suggest_hparams": "suggestion",
+    "Suggestion": "suggestion",
     "Targets": "targets",
     "optimise": "targets",
     "ABLATIONS": "methods",

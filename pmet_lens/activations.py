@@ -171,6 +171,7 @@ def batches(
 ) -> Iterator[tuple[Int[Tensor, " row"], tokens.Batch]]:
     """Prompts in batches of similar length, at most `batch_tokens` tokens with padding (or one
     prompt), with the numbers of the prompts in each."""
+    # What a chat template adds is the same everywhere.
     lengths = [len(ids) for ids in model.tokenizer([p.text for p in prompts])["input_ids"]]
     for chunk in tokens.chunks(lengths, batch_tokens):
         yield torch.tensor(chunk), tokens.encode(model, [prompts[j] for j in chunk])

@@ -13,7 +13,7 @@ convention `value = key @ W + b` with `W` as `[d_in, d_model]`. Nothing else imp
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,8 +24,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from pmet_lens.chat import Messages, frame
 from pmet_lens.live import LiveEdits, restored
-from pmet_lens.sources import DTYPES, ModelError, name_of, read
+from pmet_lens.sources import DTYPES, ModelError, moved, name_of, read
 from pmet_lens.twin import Bare, Hook, Tail, drop_blocks, layer_of, run, twin
 
 Stream = Literal["attn_in", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
@@ -80,17 +81,21 @@ class Model:
     """A causal language model whose streams can be read and changed and whose weights edited.
 
     `hf`, `tokenizer`: the user's own objects, untouched. `bridge`: the wrapped twin, in eval mode
-    whatever the mode of `hf`. `name`: what hyper-parameters are looked up by. `load` makes one;
-    load again after moving `hf` or changing weights that belong to no `Site` (some are copied).
+    whatever the mode of `hf`. `name`: what hyper-parameters are looked up by. `frame`: what stands
+    around every prompt (`chat.Frame`). `load` makes one; load again after moving `hf` or changing
+    weights that belong to no `Site` (some are copied).
 
     Raises `ModelError` for quantised weights, for a tokenizer without a pad token, and for an
     architecture without one output projection per component (a mixture of experts).
     """
 
-    def __init__(self, hf: nn.Module, tokenizer: Any, name: str) -> None:
+    def __init__(
+        self, hf: nn.Module, tokenizer: Any, name: str, template: str | Messages | None = None
+    ) -> None:
         _check_weights(hf, name)
         _check_tokenizer(tokenizer)
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.frame = frame(tokenizer, template)
         self.bridge = _wrap(twin(hf), name)
         self._hooks = frozenset(self.bridge.hook_dict)
         self._names = {id(p): n for n, p in hf.named_parameters()}
@@ -120,7 +125,9 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(self.hf.parameters()).device
+        """Where token ids go and logits come back: that of the embeddings. Under a `device_map`
+        other layers lie elsewhere, and what a hook sees lies where its layer does."""
+        return self.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,10 +159,10 @@ class Model:
         # Not a constant vector: a layer norm would take that away again.
         push = torch.linspace(-1, 1, self.d_model, device=self.device, dtype=self.dtype)
         seen: list[Tensor] = []
-        changes = [(self.stream_hook(0, stream), lambda value: value + push)]
+        changes = [(self.stream_hook(0, stream), lambda value: value + push.to(value))]
         with torch.no_grad():
             for extra in ([], changes):
-                hooks = [*extra, (read, seen.append)]
+                hooks = [*extra, (read, lambda value: seen.append(value.to(push.device)))]
                 self.forward(ids, torch.ones_like(ids), hooks=hooks, stop_at_layer=1)
         return seen[0], seen[1], push
 
@@ -308,7 +315,9 @@ class Model:
             (self.stream_hook(tail.first, "resid_post"), lambda _: None)
         ]
         with torch.no_grad():
-            whole = self.forward(ids, mask, hooks=[(entry, kept.append)])
+            whole = self.forward(
+                ids, mask, hooks=[(entry, lambda v: kept.append(v.to(ids.device)))]
+            )
             at = torch.tensor([[0, 2], [1, 3]], device=self.device)
             some = tail.forward(kept[0], mask, at=at)
             both = [tail.forward(kept[0], mask, hooks=hooks) for hooks in ((), wrapped)]
@@ -345,7 +354,7 @@ class Model:
 
         def change(value: Tensor) -> Tensor:
             seen.append(value.shape)
-            return value + push
+            return value + push.to(value)
 
         streams: tuple[Stream, ...] = ("attn_out", "mlp_out")
         hooks = [(self.stream_hook(tail.first, stream), change) for stream in streams]
@@ -393,7 +402,9 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     name: str | None = None,
+    template: str | Messages | None = None,
 ) -> Model:
     """A `Model` from a bundled name, a directory, a hub id or a model in memory.
 
@@ -402,22 +413,32 @@ def load(
     as `save_pretrained` writes it; a hub id; or an instantiated Hugging Face causal LM, which
     stays yours and needs `tokenizer`. A tokenizer read here without a pad token pads with its
     end-of-text token; one you pass is never changed, but refused.
-    `device`: where to put what is read here; None: the CPU.
+    `device`: where to put what is read here; "auto": the accelerator there is, else the CPU; None:
+    the CPU.
+    `device_map`: for a model larger than one accelerator, as `from_pretrained` takes it ("auto",
+    "balanced", or module names to devices). Every delta and solve happens where its weight lies;
+    weights that had to be offloaded to the host or the disk cannot be edited.
     `dtype`: a torch dtype or its name such as "float64"; None: float32 for the bundled models
     (stored in half precision), else the checkpoint's own.
     `name`: what hyper-parameters are looked up by; None: the bundled name, the end of the path or
     the model type.
+    `template`: for chat models, what the user says, with one `{}` for the prompt ("{}", or
+    "Complete the sentence: {}"), or a list of messages with one; every prompt is then phrased
+    through the tokenizer's chat template, and the answer is the assistant's (`chat.frame`).
 
     Raises `ModelError`, in words, for whatever cannot be loaded or edited.
     """
     if not isinstance(source, nn.Module):
-        hf, tokenizer, found = read(source, tokenizer, dtype)
-        return Model(hf if device is None else hf.to(device), tokenizer, name or found)
+        if device is not None and device_map is not None:
+            raise ModelError("give device or device_map, not both")
+        hf, tokenizer, found = read(source, tokenizer, dtype, device_map)
+        hf = hf if device is None else moved(hf, device)
+        return Model(hf, tokenizer, name or found, template)
     if tokenizer is None:
         raise ModelError("a model in memory needs its tokenizer: load(hf, tokenizer=…)")
-    if device is not None or dtype is not None:
+    if (device, dtype, device_map) != (None, None, None):
         raise ModelError("your model is left as it is: call hf.to(device, dtype) before load")
-    return Model(source, tokenizer, name or name_of(source))
+    return Model(source, tokenizer, name or name_of(source), template)
 
 
 def _check_name(kind: str, given: str, valid: tuple[str, ...]) -> None:
@@ -429,6 +450,13 @@ def _check_weights(hf: nn.Module, name: str) -> None:
     plain = all(p.dtype in DTYPES.values() for p in hf.parameters())
     if not plain or getattr(hf, "is_quantized", False):
         raise ModelError(f"the weights of {name!r} are quantised: load it in a floating dtype")
+    away = next((n for n, p in hf.named_parameters() if p.is_meta), None)
+    if away is not None:
+        raise ModelError(
+            f"the weight {away!r} of {name!r} is not in memory (offloaded by its device_map, or "
+            "never loaded), so it cannot be edited: spread the model over more devices, or load it "
+            "in a smaller dtype (bfloat16)"
+        )
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

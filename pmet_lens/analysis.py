@@ -181,7 +181,7 @@ def _place(rows: _Rows, name: str) -> Bool[Tensor, "row token"]:
 def _restore(
     clean: Float[Tensor, "row token d_model"], chosen: Bool[Tensor, "row token"]
 ) -> Callable[[Tensor], Tensor]:
-    return lambda value: torch.where(chosen[..., None], clean, value)
+    return lambda value: torch.where(chosen[..., None].to(value.device), clean, value)
 
 
 def _share(clean: Tensor, corrupted: Tensor, restored: Tensor) -> dict[str, float | int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pmet_lens import container, linalg
 from pmet_lens.adapter import Site
+from pmet_lens.chat import Frame
 from pmet_lens.facts import Fact
 from pmet_lens.live import EditError as EditError
 from pmet_lens.settings import Hparams, Method
@@ -43,6 +44,7 @@ def save(parts: Mapping[str, Any], path: str | Path) -> None:
         "parameters": {str(site): name for site, name in parts["parameters"].items()},
         "fan_in_fan_out": parts["fan_in_fan_out"],
         "model": parts["model"],
+        "frame": asdict(parts["frame"]),
         "versions": {name: _version(name) for name in ("pmet-lens", "torch", "transformers")},
         "sites": [str(site) for site in parts["factors"]],
         "dtype": str(parts["dtype"]).removeprefix("torch."),
@@ -122,4 +124,5 @@ def load(path: str | Path) -> dict[str, Any]:
         "parameters": {Site.parse(s): name for s, name in head.get("parameters", {}).items()},
         "fan_in_fan_out": head.get("fan_in_fan_out", False),
         "model": head.get("model", ""),
+        "frame": Frame(**head.get("frame", {})),
     }

@@ -94,7 +94,8 @@ def edit(
                 site = Site(layer, projection)
                 stream = method.follows(projection)
                 K, now = reader.both(site, targets.layer, stream)
-                R = (targets.values[stream].to(now.device) - now) / method.share(len(hp.layers) - i)
+                left_over = targets.values[stream].to(now.device) - now
+                R = (left_over / method.share(len(hp.layers) - i)).to(K.device)
                 factor = None if factorised is None else factorised.get(site)
                 if factor is None:
                     past = None if earlier is None else earlier[site]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pmet_lens import artifact, lora, receipts
 from pmet_lens.adapter import Model, Site
+from pmet_lens.chat import Frame
 from pmet_lens.facts import Fact
 from pmet_lens.live import EditError
 from pmet_lens.settings import SettingsError
@@ -67,6 +68,8 @@ class Edit:
     """Whether they are stored `[d_in, d_model]` there (GPT-2's Conv1D), else the other way."""
     model: str = ""
     """The name of the model it was computed on."""
+    frame: Frame = field(default_factory=Frame, repr=False)
+    """The chat template its prompts stood in."""
 
     @cached_property
     def deltas(self) -> Mapping[Site, Delta]:
@@ -212,4 +215,5 @@ def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:
         "parameters": {site: model.parameter_name(site) for site in sites},
         "fan_in_fan_out": model.fan_in_fan_out,
         "model": model.name,
+        "frame": model.frame,
     }

@@ -150,7 +150,7 @@ class FineTune:
         batch = tokens.encode(model, rewrites(facts))
         for step in range(hp.n_steps):
             found: list[Tensor] = []
-            for rows in torch.arange(len(batch), device=weight.device).split(hp.batch_size):
+            for rows in torch.arange(len(batch), device=batch.ids.device).split(hp.batch_size):
                 losses = answer_losses(model, batch[rows], hooks)
                 found.append(losses.detach())
                 if float(losses.detach().mean()) >= hp.stop_loss:

@@ -16,7 +16,9 @@ OnPrompts = Callable[[int, int], object]
 
 def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed: int = 0) -> str:
     """`prompt` continued to `length` tokens in all, top-k sampled (1: greedy); stops at the
-    end-of-text token. Deterministic in `seed`. Raises as `generate_batch` does."""
+    end-of-text token. Deterministic in `seed`. Of a chat model: the prompt and the assistant's
+    answer, without the chat template around them, which is not counted. Raises as `generate_batch`
+    does."""
     return generate_batch(model, [prompt], [seed], length, top_k)[0]
 
 
@@ -41,16 +43,20 @@ def generate_batch(
         FactError: for a prompt without a token.
     """
     check_end(model)
-    read = [list(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    plain = [list(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    read = [_framed(model, prompt) for prompt in prompts] if model.frame else plain
+    asked = [len(ids) for ids in read]
     if [] in read:
         raise FactError(f"The prompt {prompts[read.index([])]!r} has no token to continue.")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    length = min(length, model.n_positions)
+    limits = [
+        min(length + n - len(own), model.n_positions) for n, own in zip(asked, plain, strict=True)
+    ]
     order = sorted(range(len(read)), key=lambda i: len(read[i]))
-    size = max(1, batch_tokens // max(1, length))
+    size = max(1, batch_tokens // max(1, *limits))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        going = [i for i in chosen if len(read[i]) < length]
+        going = [i for i in chosen if len(read[i]) < limits[i]]
         while going:
             best = _next_logits(model, [read[i] for i in going]).topk(top_k)
             ended = set()
@@ -60,10 +66,23 @@ def generate_batch(
                     ended.add(i)
                 else:
                     read[i].append(int(ids[pick]))
-            going = [i for i in going if i not in ended and len(read[i]) < length]
+            going = [i for i in going if i not in ended and len(read[i]) < limits[i]]
         if on_prompts is not None:
             on_prompts(start + len(chosen), len(order))
-    return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in read]
+    start = asked if model.frame else [0] * len(read)
+    texts = [
+        model.tokenizer.decode(ids[own:], skip_special_tokens=True)
+        for ids, own in zip(read, start, strict=True)
+    ]
+    if model.frame:
+        return [f"{prompt} {text.strip()}" for prompt, text in zip(prompts, texts, strict=True)]
+    return texts
+
+
+def _framed(model: Model, prompt: str) -> list[int]:
+    """The tokens of a prompt inside the chat template, which writes special tokens itself."""
+    text = model.frame.around(prompt)
+    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _next_logits(model: Model, rows: Sequence[list[int]]) -> Tensor:

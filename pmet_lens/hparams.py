@@ -125,7 +125,7 @@ def known_hparams(model: Model, kind: str) -> Hparams:
         have = ", ".join(sorted(name for name, own in HPARAMS.items() if kind in own))
         raise SettingsError(
             f"There are no {kind} settings for the model {model.name!r}. Pass hparams=Hparams("
-            f"layers=…) (second_moments: layers=…), or take those of another model, "
-            f"HPARAMS[name][{kind!r}] ({have})."
+            f"layers=…) (second_moments: layers=…), begin with suggest_hparams(model, facts), or "
+            f"take those of another model, HPARAMS[name][{kind!r}] ({have})."
         )
     return known[kind]

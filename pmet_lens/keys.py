@@ -133,7 +133,11 @@ class Reader:
         number = torch.arange(len(place), device=place.device)
         found: list[Tensor] = []
         hooks: list[tuple[str, Hook]] = [
-            (name, lambda value: found.append(value[number, place])) for name in names
+            (
+                name,
+                lambda value: found.append(value[number.to(value.device), place.to(value.device)]),
+            )
+            for name in names
         ]
         entering: list[Tensor] = []
         if keep is not None:

@@ -138,7 +138,7 @@ def second_moments(
     if layers is None:
         layers = known_hparams(model, "PMET").layers
     sites = [Site(model.check_layer(n), p) for n in sorted(set(layers)) for p in projections]
-    sums = {s: _Sum(model.d_in(s), dtype, model.device, s) for s in sites}
+    sums = {s: _Sum(model.d_in(s), dtype, model.weight(s).device, s) for s in sites}
     stop, count = 1 + max(s.layer for s in sites), 0
     for shard in _shards(model, texts, n_tokens, max_length, batch_tokens):
         own = 0
@@ -174,7 +174,7 @@ class _Sum:
         """A hook that adds the keys of the `used` tokens."""
 
         def hook(keys: Tensor) -> None:
-            k = keys[used].to(self.total.dtype)
+            k = keys[used.to(keys.device)].to(self.total)
             linalg.add_gram(self.total, k)
             self._own += (k.T @ (k @ self._probes.to(k.dtype))).double()
             # The first row meets every entry of a key.

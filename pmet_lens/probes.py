@@ -78,7 +78,7 @@ def _read(
 
     def keep(name: str, positions: Tensor) -> Hook:
         def hook(value: Tensor) -> None:
-            found[name] = value[_rows_and(positions, value)]
+            found[name] = value[_rows_and(positions, value)].to(ids.device)
 
         return hook
 

@@ -213,7 +213,7 @@ class Problem:
 
         def keep(stream: Stream) -> Callable[[Tensor], None]:
             def hook(value: Tensor) -> None:
-                seen[stream] = value
+                seen[stream] = value.to(self.model.device)
 
             return hook
 

@@ -31,7 +31,10 @@ class ModelError(ValueError):
 
 
 def read(
-    source: str | Path, tokenizer: Any = None, dtype: str | torch.dtype | None = None
+    source: str | Path,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
 ) -> tuple[nn.Module, Any, str]:
     """The Hugging Face model, its tokenizer (yours if you pass one) and a short name.
 
@@ -44,21 +47,36 @@ def read(
     """
     where, default = _locate(source)
     chosen = as_dtype(dtype) or default
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
+        _check_plain(AutoConfig.from_pretrained(where), where)
         with _quiet(source in BUNDLED):
-            hf = AutoModelForCausalLM.from_pretrained(where, dtype=chosen)
+            hf = AutoModelForCausalLM.from_pretrained(where, dtype=chosen, device_map=device_map)
         found = AutoTokenizer.from_pretrained(where) if tokenizer is None else tokenizer
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{where!r} cannot be read as a model with its tokenizer; give a bundled name "
-            f"({', '.join(BUNDLED)}), a directory, a hub id that can be reached, or tokenizer=…"
+            f"({', '.join(BUNDLED)}), a directory, a hub id that can be reached, or tokenizer=… "
+            f"[{next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]}]"
         ) from error
     if tokenizer is None and found.pad_token is None:
         # This object is not the user's, and the mask hides what is padded with.
         found.pad_token = found.eos_token
     return hf, found, Path(where).name
+
+
+def _check_plain(config: Any, where: str) -> None:
+    """Refuse a quantised checkpoint before it is read: that may need packages that are not here."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        kind = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise ModelError(
+            f"the weights of {where!r} are quantised ({kind}), so nothing can be written into "
+            "them: load the checkpoint it was made from"
+        )
 
 
 @contextmanager
@@ -80,6 +98,23 @@ def name_of(hf: nn.Module) -> str:
     """The end of the path an instantiated model was read from, or its model type."""
     config: Any = hf.config
     return Path(getattr(config, "_name_or_path", "") or config.model_type).name
+
+
+def moved(hf: nn.Module, device: str | torch.device) -> nn.Module:
+    """The model on `device`; "auto": the accelerator there is, else the CPU.
+
+    Raises `ModelError` for a device that this machine, or this build of torch, does not have.
+    """
+    if device == "auto":
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        device = found or "cpu"
+    try:
+        return hf.to(device)
+    # torch.OutOfMemoryError is a RuntimeError too, and its message says it best.
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the model cannot be put on device {str(device)!r}: {error}") from error
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

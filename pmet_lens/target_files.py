@@ -71,6 +71,7 @@ def key(
     behind = [c for c in contexts if c != tokens.PLAIN]
     made = [method.delta_at, method.position, asdict(read), asked, behind]
     made.append(model.tokenizer(text)["input_ids"])
+    made += [asdict(model.frame)] if model.frame else []
     whole = json.dumps([*made, weights(model)])
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 

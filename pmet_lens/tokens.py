@@ -142,9 +142,13 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
         FactError: if a subject is not found in the tokens, a prompt or target has no token, or
             a text is longer than the model's context.
     """
-    tokenizer = model.tokenizer
-    texts = [p.text if p.target is None else f"{p.text} {p.target.strip()}" for p in prompts]
-    encoded = tokenizer(list(texts), return_offsets_mapping=True)
+    frame = model.frame
+    texts = [
+        frame.around(p.text) if p.target is None else frame.answered(p.text, p.target)
+        for p in prompts
+    ]
+    # A chat template writes the special tokens itself.
+    encoded = model.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not frame)
     limit = model.n_positions
     rows: list[tuple[list[int], tuple[int, int], int, list[int]]] = []
     for prompt, text, ids, offsets in zip(
@@ -155,7 +159,7 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
                 f"{text[:60]!r}… has {len(ids)} tokens, but the model reads at most {limit}; "
                 "shorten it."
             )
-        end = len(prompt.text)
+        end = len(frame.around(prompt.text))
         # Special tokens have the empty span (0, 0); a token may carry the space before its word.
         answer = [i for i, (a, b) in enumerate(offsets) if b > end and b > a]
         first = answer[0] if answer else len(ids)
@@ -175,7 +179,7 @@ def _subject_tokens(
     """First and last token of the subject; `first`: the first token of the answer."""
     if prompt.subject is None:
         return first - 1, first - 1
-    start = prompt.template.index("{}")
+    start = len(model.frame.head) + prompt.template.index("{}")
     stop = start + len(prompt.subject.rstrip())
     inside = [i for i, (a, b) in enumerate(offsets[:first]) if a < stop and b > start and b > a]
     if not inside:

@@ -73,7 +73,7 @@ def run(
             raise ModelError(f"there is no hook {name!r}; see Model.stream_hook, Model.key_hook")
     if at is not None:
         # Here and not before the final norm: GPT-2 reshapes to [batch, token] in between.
-        hooks = [*hooks, ("unembed.hook_in", lambda value: value[at[:, 0], at[:, 1]][None])]
+        hooks = [*hooks, ("unembed.hook_in", lambda value: _picked(value, at)[None])]
     forward_hooks = _as_bridge_hooks(hooks)
     # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
     more: dict[str, Any] = {"use_cache": False, "stop_at_layer": stop_at_layer}
@@ -84,7 +84,7 @@ def run(
     parameters = list(bridge.parameters()) if torch.is_grad_enabled() else []
     with _frozen(parameters), bridge.hooks(fwd_hooks=forward_hooks):
         out = bridge(ids, attention_mask=mask, **more)
-    return out if at is None else out[0]
+    return (out if at is None else out[0]).to(ids.device)
 
 
 _ENTRY = "blocks.0.hook_in"
@@ -110,7 +110,8 @@ class Past:
 
     def __getitem__(self, rows: Tensor) -> Past:
         """The chosen rows."""
-        return Past(tuple((k[rows], v[rows]) for k, v in self.layers), self.mask[rows])
+        layers = [(k[rows.to(k.device)], v[rows.to(v.device)]) for k, v in self.layers]
+        return Past(tuple(layers), self.mask[rows])
 
     def cache(self) -> Any:
         """A fresh cache as transformers wants it; a forward pass lengthens it."""
@@ -163,10 +164,10 @@ class Bare:
             return args, {**kwargs, "hidden_states": entering}
 
         def pick(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            return args if at is None else (args[0][at[:, 0], at[:, 1]][None],)
+            return args if at is None else (_picked(args[0], at)[None],)
 
         def spread(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-            where = at[:, 0], at[:, 1]  # type: ignore[index]
+            where = at.to(out.device).unbind(1)  # type: ignore[union-attr]
             return out.new_zeros(*ids.shape, out.shape[-1]).index_put(where, out[0])
 
         def outside(hook: Hook) -> Any:
@@ -185,7 +186,7 @@ class Bare:
         finally:
             for handle in handles:
                 handle.remove()
-        return logits if at is None else logits[0]
+        return (logits if at is None else logits[0]).to(mask.device)
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,11 @@ def _as_bridge_hook(function: Hook, name: str) -> Callable[..., Tensor | None]:
         return None if changed is None else changed.reshape(value.shape)
 
     return bridge_hook
+
+
+def _picked(value: Tensor, at: Int[Tensor, "n 2"]) -> Float[Tensor, "n d"]:
+    """The (row, token) pairs `at` of an activation."""
+    return value[at.to(value.device).unbind(1)]
 
 
 @contextmanager

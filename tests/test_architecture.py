@@ -12,12 +12,12 @@ import pytest
 
 FLOORS = (
     {"container", "downloads", "facts", "linalg", "memory", "metrics", "statements", "world"},
-    {"adapter", "datasets", "fact_tables", "live", "sources", "twin"},
+    {"adapter", "chat", "datasets", "fact_tables", "live", "sources", "twin"},
     {"hparams", "moments", "probes", "published_moments", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}
     | {"similarity", "swapping", "targets", "variance"},
     {"artifact", "costs", "editing", "edits", "evaluation", "finetune", "lora", "mend"}
-    | {"mend_training", "methods", "receipts", "target_files"},
+    | {"mend_training", "methods", "receipts", "suggestion", "target_files"},
     {"ability", "geometry"},
     {"experiment", "training", "trials"},
     {"method_plots", "plots", "widgets"},

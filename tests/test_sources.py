@@ -78,3 +78,39 @@ def test_sources_that_do_not_exist_are_refused(tmp_path, directory):
         adapter.load(directory, dtype="float31")
     with refused("cannot be read as a model"):
         adapter.load(str(tmp_path))
+
+
+def test_devices_are_taken_by_name_and_those_that_are_not_here_refused(directory):
+    with torch.no_grad():
+        here = adapter.load(directory, device="auto")
+        spread = adapter.load(directory, device_map="auto", dtype="bfloat16")
+        ids, mask = (t.to(here.device) for t in tiny_batch())
+        assert torch.isfinite(here.forward(ids, mask)[mask.bool()]).all()
+    assert spread.dtype == torch.bfloat16
+    with refused("cannot be put on device 'nonsense'"):
+        adapter.load(directory, device="nonsense")
+    with refused("not both"):
+        adapter.load(directory, device="cpu", device_map="auto")
+    with refused("left as it is"):
+        adapter.load(tiny_hf("gpt2"), tiny_tokenizer(), device_map="auto")
+
+
+def test_weights_that_are_not_in_memory_are_refused(directory):
+    hf = tiny_hf("gpt2")
+    hf.transformer.h[2].to("meta")
+    with refused(r"'transformer\.h\.2\..*' .* is not in memory"):
+        adapter.load(hf, tiny_tokenizer())
+    parts = ("wte", "wpe", "h.0", "h.1", "h.2", "ln_f")
+    somewhere = {**{f"transformer.{part}": "cpu" for part in parts}, "lm_head": "cpu"}
+    with refused("offload|is not in memory"):
+        adapter.load(directory, device_map={**somewhere, "transformer.h.3": "disk"})
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8"])
+def test_a_quantised_checkpoint_is_refused_before_it_is_read(directory, method):
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").unlink()
+    with refused(rf"quantised \({method}\)"):
+        adapter.load(directory)

@@ -51,17 +51,17 @@ def tiny_tokenizer(pad: bool = True):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
-def tiny_config(family: str, vocab_size: int = 320, window: int = 5):
+def tiny_config(family: str, vocab_size: int = 320, window: int = 5, positions: int = 64):
     """A 4-layer configuration of width 32; the newer families share keys among heads."""
     import transformers as hf
 
     common = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-    gpt = {"n_positions": 64, "n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4}
+    gpt = {"n_positions": positions, "n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4}
     wide = {
         "hidden_size": D_MODEL,
         "num_hidden_layers": N_LAYERS,
         "num_attention_heads": 4,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": positions,
     }
     grouped = {**wide, "num_key_value_heads": 2, "intermediate_size": 48}
     return {

@@ -1,0 +1,48 @@
+"""Models in half precision: edited as in full, as far as their own rounding lets them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_hf, tiny_tokenizer
+
+import pmet_lens as pl
+
+torch.set_num_threads(1)
+HP = pl.Hparams(layers=(1, 2), n_steps=6, lr=0.1, second_moment_weight=0.3, clamp=2.0)
+CONTEXTS = ["{}", "The tower of Ilmar. {}"]
+FACTS = [
+    pl.Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis"),
+    pl.Fact("Ostria", "Of {}, the capital is", "Ilmar", "Kel"),
+]
+
+
+def edited(family: str, dtype: torch.dtype):
+    """A model whose weights bfloat16 can hold, read in `dtype`, and one edit of it."""
+    hf = tiny_hf(family).to(torch.bfloat16).to(dtype)
+    model = pl.load(hf, tiny_tokenizer(), name=family)
+    moments = pl.second_moments(model, pl.texts(), HP.layers, n_tokens=1000)
+    return model, pl.edit(model, FACTS, moments, pl.PMET, HP, CONTEXTS)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_edit_in_half_precision_is_the_edit_of_full(family, dtype, tmp_path):
+    _, full = edited(family, torch.float32)
+    model, edit = edited(family, dtype)
+    assert all(d.dtype == torch.float64 for pair in edit.factors.values() for d in pair)
+    for site, delta in edit.deltas.items():
+        wanted = full.deltas[site].double()
+        assert delta.dtype == dtype
+        # What is left is how the forward passes round: eps is 2^-8 and 2^-11.
+        off = float((delta.double() - wanted).norm() / wanted.norm())
+        assert off < 40 * torch.finfo(dtype).eps, (site, off)
+    before = {site: model.weight(site).clone() for site in edit.factors}
+    edit.save(tmp_path / "edit.safetensors")
+    again = pl.Edit.load(tmp_path / "edit.safetensors", model)
+    with again.applied(model), edit.applied(model):
+        table = pl.evaluate(model, FACTS)
+        assert table["nll_wanted"].notna().all()
+        changed = [not torch.equal(model.weight(s), w) for s, w in before.items()]
+        assert all(changed)
+    assert all(torch.equal(model.weight(site), w) for site, w in before.items())
