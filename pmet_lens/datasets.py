@@ -74,20 +74,53 @@ def _chosen(path: str | Path | None, download: bool, name: str) -> str | Path | 
         return path
     if path is not None:
         raise DataError(f"download fetches the published file; leave out the path {str(path)!r}.")
-    return downloads.fetch(downloads.HOMES[name])
+    from tqdm import tqdm
+
+    # disable=None: where somebody watches.
+    with tqdm(desc=name, unit="B", unit_scale=True, disable=None) as bar:
+
+        def told(done: int, total: int) -> None:
+            bar.total = total or None
+            bar.update(done - bar.n)
+
+        return downloads.fetch(downloads.HOMES[name], on_bytes=told)
 
 
-def texts(path: str | Path | None = None) -> Iterator[str]:
-    """The lines of a text file that hold text, in order; None: endless text about the world.
+def texts(path: str | Path | None = None, *, download: bool = False) -> Iterator[str]:
+    """Texts for second moments, in order; None: endless text about the world.
+
+    `path`: a text file, each line that holds text a text of its own, or a `.parquet` file with a
+    column "text". `download`: paragraphs of English Wikipedia (the first half of WikiText-103 raw,
+    about 160 MB, once; headings left out), as the released code takes Wikipedia for its moments.
 
     Raises:
-        DataError: when the file cannot be read as UTF-8.
+        DataError: when the file cannot be read as UTF-8, or as parquet with such a column.
+        DownloadError: where the published file cannot be had.
     """
+    path = _chosen(path, download, "texts")
     if path is None:
-        yield from world.build().texts()
-        return
+        return world.build().texts()
+    return _paragraphs(Path(path)) if Path(path).suffix == ".parquet" else _lines(Path(path))
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    from pyarrow import ArrowException, parquet
+
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["text"]):
+                found = (text.strip() for text in batch.column("text").to_pylist() if text)
+                yield from (text for text in found if text and not text.startswith("= "))
+    # pyarrow raises KeyError for a column that is not there.
+    except (OSError, ArrowException, KeyError, IndexError) as error:
+        raise DataError(
+            f'{path} cannot be read as parquet with a column "text": {error}'
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
             yield from (line.strip() for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
@@ -156,12 +189,18 @@ def _counterfact(record: Record) -> Fact:
         target_new=rewrite["target_new"]["str"],
         target_true=true,
         paraphrases=tuple(record.get("paraphrase_prompts", ())),
-        neighbours=tuple((p, true) for p in record.get("neighborhood_prompts", ())),
+        neighbours=tuple(_neighbour(p, true) for p in record.get("neighborhood_prompts", ())),
         attributes=tuple(record.get("attribute_prompts", ())),
         generation=tuple(record.get("generation_prompts", ())),
         relation=rewrite.get("relation_id"),
         case_id=record["case_id"],
     )
+
+
+def _neighbour(prompt: str | Record, true: str) -> tuple[str, str]:
+    """A prompt about another subject and its answer: the record's true one, unless it has its own
+    (`{"prompt", "target"}`, as some editions have it)."""
+    return (prompt, true) if isinstance(prompt, str) else (prompt["prompt"], prompt["target"])
 
 
 def _zsre(record: Record) -> Fact:

@@ -32,11 +32,13 @@ class Remote:
 
     url: str
     sha256: str | None = None
+    file: str = ""
+    """What it is called here; empty: the last part of the address."""
 
     @property
     def name(self) -> str:
-        """The last part of the address."""
-        return self.url.rpartition("/")[2]
+        """The file's name in the cache."""
+        return self.file or self.url.rpartition("/")[2]
 
 
 _DATA = "https://rome.baulab.info/data/dsets/"
@@ -52,8 +54,14 @@ HOMES = {
         f"{_DATA}known_1000.json",
         "c2a6fd4391b0657508963676afe36b76b5c0f08a373bbe0e7c44a2ed72e75e00",
     ),
+    "texts": Remote(
+        "https://huggingface.co/datasets/Salesforce/wikitext/resolve/main/wikitext-103-raw-v1/"
+        "train-00000-of-00002.parquet",
+        file="wikitext-103-raw-v1.parquet",
+    ),
 }
-"""Where the data sets live (addresses as in the ROME and MEMIT repositories)."""
+"""Where the data sets live (addresses as in the ROME and MEMIT repositories), and the first half of
+WikiText-103 (English Wikipedia) at its authors' page."""
 
 
 def cache() -> Path:

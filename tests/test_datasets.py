@@ -14,6 +14,7 @@ import torch
 from tiny import tiny_model
 
 from pmet_lens import world
+from pmet_lens.adapter import load
 from pmet_lens.datasets import DataError, counterfact, knowns, texts, zsre
 from pmet_lens.facts import Fact, FactError, check_editable
 from pmet_lens.tokens import Prompt, encode
@@ -440,3 +441,108 @@ def test_the_real_records_can_be_edited_together(file, shared):
     assert all(p.startswith("nq question: ") for f in facts for p, _ in f.neighbours if f.benchmark)
     with pytest.raises(FactError, match="there twice"):
         check_editable([*facts, facts[0]])
+
+
+# -- other tokenizers, other editions -------------------------------------------------------------
+
+
+def sentencepiece_style(sample):
+    """A tokenizer as Llama 2 and Mistral have it: a blank in front, "▁" for blanks, bytes for what
+    it has no token for, a token at the start of every text."""
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Punctuation()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(list(words))  # no token crosses words
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    letters = [chr(code) for code in range(33, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000, special_tokens=["<unk>", "<s>"], initial_alphabet=letters,
+        limit_alphabet=150, max_token_length=12, show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(sample, trainer)
+    learnt = json.loads(bpe.to_str())["model"]
+    vocab = learnt["vocab"]
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    bpe.model = models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    bpe.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", pad_token="<unk>")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "world", "sentencepiece"])
+def other_reader(request, shared):
+    if request.param == "gpt2":
+        return request.getfixturevalue("reader")
+    model = tiny_model("llama", positions=512)
+    if request.param == "world":
+        model.tokenizer = load("world").tokenizer
+    else:
+        file = shared / "data/counterfact/training_text_sample.txt"
+        model.tokenizer = sentencepiece_style(itertools.islice(texts(file), 2000))
+    return model
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_subjects_are_found_with_every_kind_of_tokenizer(name, shared, other_reader):
+    file, n = REAL[name]
+    facts = LOADERS[name][0](shared / file)
+    assert len(facts) == n
+    batch = encode(other_reader, [Prompt(f.prompt, f.subject, f.target_new) for f in facts])
+    decode = other_reader.tokenizer.decode
+    merged = 0
+    for fact, ids, place in zip(facts, batch.ids, batch.subject, strict=True):
+        read = decode(ids[: place + 1], skip_special_tokens=True)
+        # One token may hold the subject's last bracket and what follows, as in "(Ontario)'".
+        merged += not read.endswith(fact.subject.rstrip())
+        wanted = fact.prompt.partition("{}")[0] + fact.subject.rstrip()
+        assert read.startswith(wanted), (read, fact)
+        assert read[len(wanted) :].strip(" \"')]}.,?") == "", (read, fact)
+        assert not decode(ids[:place], skip_special_tokens=True).startswith(wanted)
+    assert merged <= 0.03 * n
+
+
+def test_neighbours_with_answers_of_their_own_are_read(tmp_path):
+    """Some editions write the neighbours so; and MultiCounterFact may lack what nobody asks."""
+    record = world.build().counterfact()[0]
+    record["neighborhood_prompts"] = [{"prompt": "The tower of Vell is in", "target": "Vell"}]
+    del record["attribute_prompts"], record["generation_prompts"]
+    (tmp_path / "multi.json").write_text(json.dumps([record]))
+    (fact,) = counterfact(tmp_path / "multi.json")
+    assert fact.neighbours == (("The tower of Vell is in", "Vell"),)
+    assert fact.attributes == fact.generation == ()
+
+
+def test_texts_of_a_parquet_file_are_its_paragraphs(tmp_path):
+    import pandas as pd
+
+    rows = ["", " = Valkyria = \n", " The tower stands in Vell . \n", None, " It is old . \n"]
+    pd.DataFrame({"text": rows}).to_parquet(tmp_path / "some.parquet")
+    assert list(texts(tmp_path / "some.parquet")) == [
+        "The tower stands in Vell .",
+        "It is old .",
+    ]
+    pd.DataFrame({"body": rows}).to_parquet(tmp_path / "other.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "some.parquet").read_bytes()[:-10])
+    for name in ("other", "cut", "nowhere"):
+        with pytest.raises(DataError, match=rf"{name}\.parquet cannot be read as parquet"):
+            list(texts(tmp_path / f"{name}.parquet"))

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import pandas as pd
 import pytest
 
 import pmet_lens as pl
@@ -163,6 +164,11 @@ def test_data_sets_come_from_the_cache(home, tmp_path, monkeypatch):
         assert facts == loaders[name](download=True)
         assert (tmp_path / f"{name}.json").is_file()
     assert len(Home.asked) == 4
+    pd.DataFrame({"text": ["It stands in Vell ."]}).to_parquet(tmp_path / "made")
+    Home.content = (tmp_path / "made").read_bytes()
+    monkeypatch.setitem(downloads.HOMES, "texts", Remote(home, file="texts.parquet"))
+    assert list(pl.texts(download=True)) == list(pl.texts(download=True)) == ["It stands in Vell ."]
+    assert len(Home.asked) == 5
     with pytest.raises(pl.DataError, match="leave out the path"):
         pl.zsre("x.json", download=True)
 
@@ -171,6 +177,7 @@ def test_the_homes_are_the_published_ones(monkeypatch):
     assert {remote.url.split("/")[2] for remote in downloads.HOMES.values()} == {
         "rome.baulab.info",
         "memit.baulab.info",
+        "huggingface.co",
     }
     assert all(r.sha256 is None or len(r.sha256) == 64 for r in downloads.HOMES.values())
     monkeypatch.setenv("PMET_LENS_CACHE", "~/kept")
