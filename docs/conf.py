@@ -7,12 +7,15 @@ Sources lie all over the repository, so its root is the source directory: `make 
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from sphinx.ext.napoleon import Config, GoogleDocstring  # noqa: E402
 
 import pmet_lens  # noqa: E402
 
@@ -23,7 +26,6 @@ release = version = pmet_lens.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "where",
 ]
@@ -49,8 +51,6 @@ autodoc_default_options = {"members": True}
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-napoleon_google_docstring = True
-napoleon_numpy_docstring = False
 viewcode_follow_imported_members = True
 python_maximum_signature_line_length = 88
 add_module_names = False
@@ -77,12 +77,27 @@ def _value_docs(app, what, name, obj, options, lines):
     lines[:] = found.get(("", attribute), [])
 
 
-def _plurals(app, what, name, obj, options, lines):
-    """`Fact`s, as docstrings write it, ends the name before the s only where that is said."""
-    for i, line in enumerate(lines):
-        lines[i] = re.sub(
-            r"(``?[^`]+``?)(\w?)", lambda m: "\\ ".join(filter(None, m.groups())), line
-        )
+def _sections(app, what, name, obj, options, lines):
+    """Args and Raises of functions and classes as lists. Not of values and properties, whose texts
+    napoleon would cut at a colon, as `type: text`."""
+    if what in ("class", "exception", "function", "method"):
+        lines[:] = GoogleDocstring(list(lines), Config(), app, what, name, obj, options).lines()
+
+
+def _names(app, what, name, obj, options, lines):
+    """`name` is a link where there is such a thing, but not where it is an argument; `Fact`s ends
+    before the s."""
+    try:
+        arguments = set(inspect.signature(obj).parameters)
+    except (TypeError, ValueError):
+        arguments = set()
+
+    def shown(found: re.Match[str]) -> str:
+        text, behind = found.groups()
+        plain = text in arguments or not (text[0].isalpha() or text[0] == "_")
+        return (f"``{text}``" if plain else f"`{text}`") + (f"\\ {behind}" if behind else "")
+
+    lines[:] = [re.sub(r"`([^`]+)`(\w?)", shown, line) for line in lines]
 
 
 def _documented_once(app, what, name, obj, skip, options):
@@ -113,7 +128,8 @@ def setup(app):
     for home in set(pmet_lens._HOME.values()):
         importlib.import_module(f"pmet_lens.{home}")
     app.connect("autodoc-process-docstring", _value_docs)
-    app.connect("autodoc-process-docstring", _plurals)
+    app.connect("autodoc-process-docstring", _names)
+    app.connect("autodoc-process-docstring", _sections)
     app.connect("autodoc-skip-member", _documented_once)
     app.connect("source-read", _every_module)
     app.connect("build-finished", _start_page)
