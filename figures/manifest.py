@@ -1,8 +1,10 @@
 """What a command made, and from what: `manifest.json` beside the figures.
 
 One entry per command, replaced whenever it runs: date, versions, seed, SHA-256 of every input and
-of every table, and which tables each figure was drawn from. `figures/out/manifest.json` is of what
-lies there; `figures/manifest.json` is of the committed results, written with `--record`.
+of every table, and which tables each figure was drawn from. A figure stands in one entry: that of
+the command that computed its tables, or, where nobody has told about these tables, that of
+`redraw.py`. `figures/out/manifest.json` is of what lies there; `figures/manifest.json` is of the
+committed results, written with `--record`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from datetime import date
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +59,25 @@ def write(
     by this command."""
     path = folder / "manifest.json" if into is None else into
     whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    tables = sorted({table for used in figures.values() for table in used})
+    whole.pop(command, None)
+    mine = {name: sorted(used) for name, used in figures.items()}
+    for other in whole.values():
+        twice = mine.keys() & other["figures"].keys()
+        for name in twice:
+            told = all(other["tables"][t] == digest(folder / t) for t in mine[name])
+            drop = mine if told and not computed and other["inputs"] else other["figures"]
+            del drop[name]
     whole[command] = {
         "date": str(date.today()),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "seed": SEED,
         "inputs": package() if computed else {},
-        "tables": {table: digest(folder / table) for table in tables},
-        "figures": {name: sorted(used) for name, used in sorted(figures.items())},
+        "tables": {table: digest(folder / table) for table in sorted(set(chain(*mine.values())))},
+        "figures": dict(sorted(mine.items())),
     }
-    text = json.dumps(dict(sorted(whole.items())), indent=1, ensure_ascii=False)
+    for entry in whole.values():
+        used = set(chain(*entry["figures"].values()))
+        entry["tables"] = {table: of for table, of in entry["tables"].items() if table in used}
+    kept = {name: entry for name, entry in sorted(whole.items()) if entry["figures"]}
+    text = json.dumps(kept, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -132,14 +132,25 @@ def test_the_manifest_is_of_the_committed_tables():
     assert all(told.values())
 
 
-def test_an_entry_names_its_inputs_and_replaces_the_last(tmp_path):
-    (tmp_path / "a.csv").write_text("x\n", encoding="utf-8")
-    for used in (["b.csv"], ["a.csv"]):
-        (tmp_path / "b.csv").write_text("y\n", encoding="utf-8")
-        manifest.write("one.py", tmp_path, {"fig": used}, computed=True)
-    (entry,) = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8")).values()
+def test_a_figure_stands_in_the_entry_of_what_made_its_tables(tmp_path):
+    def entries() -> dict:
+        return json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+
+    def told(command: str, *figures: str, computed: bool) -> dict:
+        used = {name: [f"{name}.csv"] for name in figures}
+        manifest.write(command, tmp_path, used, computed=computed)
+        return {name: sorted(entry["figures"]) for name, entry in entries().items()}
+
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text("x\n", encoding="utf-8")
+    assert told("redraw.py", "a", "b", computed=False) == {"redraw.py": ["a", "b"]}
+    assert told("one.py", "a", computed=True) == {"one.py": ["a"], "redraw.py": ["b"]}
+    assert told("redraw.py", "a", "b", computed=False) == {"one.py": ["a"], "redraw.py": ["b"]}
+    entry = entries()["one.py"]
     assert entry["tables"] == {"a.csv": manifest.digest(tmp_path / "a.csv")}
     assert "pmet_lens/bundled/world/model.safetensors" in entry["inputs"]
+    (tmp_path / "a.csv").write_text("y\n", encoding="utf-8")  # by nobody knows whom
+    assert told("redraw.py", "a", "b", computed=False) == {"redraw.py": ["a", "b"]}
 
 
 def test_every_figure_script_and_committed_file_stands_in_the_readme():
