@@ -32,8 +32,8 @@ test: lint ## lint, tests and notebooks, without a network
 	$(OFFLINE) $(PY) -m pytest
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
 
-docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/index.html (half a minute)
-	$(OFFLINE) $(PY) -m sphinx -E -W --keep-going -q -c docs . docs/_build
+docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/html/index.html (half a minute)
+	$(OFFLINE) $(PY) -m sphinx -E -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
 
 bench: $(READY) ## speed against the procedure written plainly (14 minutes)
 	$(OFFLINE) $(BENCH) tests/benchmarks

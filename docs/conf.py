@@ -1,7 +1,7 @@
-"""Sphinx: API reference, executed notebooks and `paper_and_code.md` as pages in `docs/_build`.
+"""Sphinx: API reference, executed notebooks and `paper_and_code.md` as pages in `docs/_build/html`.
 
 Sources lie all over the repository, so its root is the source directory: `make docs` runs
-`sphinx-build -W -c docs . docs/_build`. Nothing is executed and nothing is fetched.
+`sphinx-build -W -c docs . docs/_build/html`. Nothing is executed and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _every_module(app, docname, source):
 
 
 def _start_page(app, exception):
-    """`docs/_build/index.html` leads to the first page."""
+    """`index.html` leads to the first page."""
     if exception is None and app.builder.format == "html":
         text = '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">\n'
         (Path(app.outdir) / "index.html").write_text(text, encoding="utf-8")
