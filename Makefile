@@ -14,7 +14,7 @@ READY  := $(VENV)/.installed
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper test bench bench-gpu lint lab notebooks models clean
+.PHONY: help figures paper test docs bench bench-gpu lint lab notebooks review models clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,7 +23,7 @@ figures: $(READY) ## the main job on the bundled models: figures and tables in f
 	$(PY) figures/study.py
 	$(PY) figures/make.py
 	$(PY) figures/paper.py --quick
-	$(PY) figures/paper_tables.py
+	$(PY) figures/redraw.py
 
 paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it stopped)
 	$(PY) figures/paper.py
@@ -31,6 +31,9 @@ paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it s
 test: lint ## lint, tests and notebooks, without a network
 	$(OFFLINE) $(PY) -m pytest
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/html/index.html (half a minute)
+	$(OFFLINE) $(PY) -m sphinx -E -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
 
 bench: $(READY) ## speed against the procedure written plainly (14 minutes)
 	$(OFFLINE) $(BENCH) tests/benchmarks
@@ -47,8 +50,14 @@ lint: $(READY) ## ruff and pyright
 lab: $(READY) ## JupyterLab on notebooks/
 	$(PY) -m jupyter lab --notebook-dir=notebooks
 
-notebooks: $(READY) ## run the notebooks again and keep their outputs
+notebooks: $(READY) ## run the notebooks again and keep their outputs, and their review copies
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 --overwrite notebooks
+	$(MAKE) review
+
+review: $(READY) ## the review copies of the notebooks alone: notebooks/review
+	$(PY) -m jupytext -q --opt notebook_metadata_filter=-all --opt cell_metadata_filter=tags,-all \
+	  --to review//py:percent notebooks/*.ipynb
+	$(PY) -m ruff format -q notebooks/review
 
 models: $(READY) ## train the bundled models (45 CPU-minutes each) and MEND editors (15) again
 	$(PY) figures/train_world.py world
@@ -57,8 +66,8 @@ models: $(READY) ## train the bundled models (45 CPU-minutes each) and MEND edit
 	$(PY) figures/train_mend.py world
 	$(PY) figures/train_mend.py world-sequential
 
-clean: ## remove what commands made: figures/out, tests/benchmarks/out, caches and .venv
-	rm -rf $(VENV) figures/out tests/benchmarks/out .pytest_cache .ruff_cache *.egg-info build dist
+clean: ## remove what commands made: figures/out, docs/_build, tests/benchmarks/out, caches, .venv
+	rm -rf $(VENV) figures/out docs/_build tests/benchmarks/out .pytest_cache .ruff_cache *.egg-info build dist
 	find . -type d \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
@@ -82,4 +91,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[notebook,dev]'
+	@touch $@
+
+# Sphinx and what it brings are wanted by `make docs` alone.
+$(VENV)/.docs: $(READY)
+	$(PIP) -e '.[docs]'
 	@touch $@

@@ -73,9 +73,9 @@ class Progress:
 
 
 def save(fig: Figure, stem: Path) -> None:
-    """The figure as PDF, SVG and PNG."""
-    for suffix in ("pdf", "svg", "png"):
-        fig.savefig(stem.with_suffix(f".{suffix}"))
+    """The figure as PDF, SVG and PNG; the same figure gives the same bytes."""
+    for suffix, dated in (("pdf", {"CreationDate": None}), ("svg", {"Date": None}), ("png", {})):
+        fig.savefig(stem.with_suffix(f".{suffix}"), metadata=dated)
 
 
 def panels(width: float, height: float, rows: int, columns: int, **more: Any) -> tuple[Figure, Any]:
@@ -104,14 +104,20 @@ def script(draw: Callable[[Path], Figure], name: str, doc: str | None, paper: bo
         parser.exit(2, f"{error.filename} is missing: run `python figures/{maker}` first.\n")
 
 
-def make(draw: Callable[[Path], Figure], name: str, tables: Path, out: Path) -> None:
-    """Draw the figure `name` from the tables in `tables`."""
-    with mpl.rc_context(dict(plots.STYLE)):
+def make(draw: Callable[[Path], Figure], name: str, tables: Path, out: Path) -> list[str]:
+    """Draw the figure `name` from the tables in `tables`; returns the files it was drawn from."""
+    _read.clear()
+    with mpl.rc_context({**plots.STYLE, "svg.hashsalt": name}):
         save(draw(tables), out / name)
+    return sorted(set(_read))
+
+
+_read: list[str] = []  # the tables that the figure being drawn has read
 
 
 def read(tables: Path, name: str) -> pd.DataFrame:
-    """One table of the study, or of `make paper`."""
+    """One table of the study, of `make figures` or of `make paper`."""
+    _read.append(f"{name}.csv")
     # "NA" is the name of a metric here.
     return pd.read_csv(tables / f"{name}.csv", keep_default_na=False, na_values=[""])
 

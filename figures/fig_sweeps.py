@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 import pmet_lens as pl
 from pmet_lens import method_plots
-from pmet_lens.hparams import known_hparams
 
 
 def draw(tables: Path) -> Figure:
@@ -20,7 +19,7 @@ def draw(tables: Path) -> Figure:
         for ax, run in zip(row, ("PMET", "MEMIT"), strict=False):
             own = of(weights, model=name, run=run)
             method_plots.sweep_lines(own, ax, "second_moment_weight")
-            chosen = known_hparams(pl.load(name), run).second_moment_weight
+            chosen = pl.HPARAMS[name][run].second_moment_weight
             ax.axvline(chosen, color="#444444", lw=0.8, ls=":")
             ax.set_xscale("log")
             ax.set_xlabel("λ (dotted: the settings)")

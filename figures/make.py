@@ -15,9 +15,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-import matplotlib as mpl
+import common
+import manifest
 import pandas as pd
-from common import EDITED, HERE, OUT, Progress, each, into_readme, legend, panels, provenance, save
+from common import EDITED, HERE, OUT, Progress, each, into_readme, legend, panels, provenance
+from matplotlib.figure import Figure
 
 import pmet_lens as pl
 from pmet_lens import experiment, plots, targets
@@ -39,7 +41,8 @@ def main() -> None:
     if not args.record:
         table = pd.concat([table, recorded(few)], ignore_index=True)
     table.to_csv(args.out / "main.csv", index=False)
-    draw(table, few, args.out)
+    used = {"fig_main": common.make(draw, "fig_main", args.out, args.out)}
+    manifest.write("make.py", args.out, used, computed=True)
     minutes = (time.perf_counter() - start) / 60
     text = report(table, minutes)
     (args.out / "main.md").write_text(text, encoding="utf-8")
@@ -66,6 +69,8 @@ def record(table: pd.DataFrame, text: str, out: Path) -> None:
     table.round(2).to_csv(results / "main.csv", index=False)
     (results / "main.md").write_text(text, encoding="utf-8")
     shutil.copy(out / "fig_main.png", results / "fig_main.png")
+    used = {"fig_main": ["main.csv"]}
+    manifest.write("make.py", results, used, computed=True, into=manifest.RECORDED)
     into_readme("results", text)
 
 
@@ -133,17 +138,17 @@ def _tidy(name: str, tables: dict[tuple[str, int], pd.DataFrame]) -> pd.DataFram
     return pd.concat(frames, ignore_index=True)[columns]
 
 
-def draw(table: pd.DataFrame, n: int, out: Path) -> None:
-    """The figure of the main job, as PDF, SVG and PNG."""
-    with mpl.rc_context(dict(plots.STYLE)):
-        fig, axes = panels(7, 2.8, 1, len(EDITED), sharey=True)
-        for ax, (name, kind) in zip(axes[0], EDITED.items(), strict=True):
-            own = table[(table["model"] == name) & (table["edits"] == n)]
-            plots.metric_bars(own, ax)
-            ax.set_title(f"{n} edits at once, {kind}")
-        axes[0, 1].set_ylabel("")
-        legend(fig, axes[0, 0], 4)
-        save(fig, out / "fig_main")
+def draw(tables: Path) -> Figure:
+    """One panel per model: every metric of the runs of the smaller number of edits at once."""
+    table = common.read(tables, "main")
+    n = int(table.loc[table["run"] == "unedited", "edits"].iloc[0])
+    fig, axes = panels(7, 2.8, 1, len(EDITED), sharey=True)
+    for ax, (name, kind) in zip(axes[0], EDITED.items(), strict=True):
+        plots.metric_bars(common.of(table, model=name, edits=n), ax)
+        ax.set_title(f"{n} edits at once, {kind}")
+    axes[0, 1].set_ylabel("")
+    legend(fig, axes[0, 0], 4)
+    return fig
 
 
 def report(table: pd.DataFrame, minutes: float) -> str:

@@ -14,13 +14,14 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import manifest
 import numpy as np
 import pandas as pd
 from common import EDITED, HERE, OUT, each, into_readme, make, provenance
@@ -108,13 +109,13 @@ def main() -> None:
         whole.round(3).to_csv(out / f"{name}.csv", index=False)
     note = f"{provenance(minutes)}{' Quick: few facts.' if args.quick else ''}"
     (out / "provenance.txt").write_text(note + "\n", encoding="utf-8")
-    for name, draw in FIGURES.items():
-        make(draw, name, out, out)
+    used = {name: make(draw, name, out, out) for name, draw in FIGURES.items()}
+    manifest.write("paper.py", out, used, computed=True)
     for name, table in (("main", main_table), ("ablations", ablation_table)):
         (out / f"{name}.md").write_text(table(out), encoding="utf-8")
     sys.stdout.write(f"\nTables and figures: {out}\n")
     if args.record:
-        record(out)
+        record(out, used)
 
 
 def prepare(out: Path, fresh: bool) -> None:
@@ -148,7 +149,7 @@ def code() -> str:
     return digest.hexdigest()
 
 
-def record(out: Path) -> None:
+def record(out: Path, used: Mapping[str, Sequence[str]]) -> None:
     """Replace the committed tables and figures, and the README's table of ablations."""
     kept = HERE / "results" / "paper"
     kept.mkdir(parents=True, exist_ok=True)
@@ -156,6 +157,8 @@ def record(out: Path) -> None:
         shutil.copy(out / file, kept / file)
     for figure in out.glob("fig_*.png"):
         shutil.copy(figure, kept / figure.name)
+    placed = {f"paper/{name}": [f"paper/{table}" for table in own] for name, own in used.items()}
+    manifest.write("paper.py", kept.parent, placed, computed=True, into=manifest.RECORDED)
     into_readme("ablations", (out / "ablations.md").read_text(encoding="utf-8"))
 
 

@@ -1,11 +1,7 @@
-"""The tables and figures of `make paper` from its result tables, for the README and for readers.
-
-`python figures/paper_tables.py` draws the full figures again, from the committed tables.
-"""
+"""The tables and figures of `make paper` from its result tables, for the README and for readers."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import fig_ablations
@@ -13,7 +9,7 @@ import fig_scaling
 import fig_sequential
 import fig_sweeps
 import pandas as pd
-from common import EDITED, HERE, OUT, make, of, read
+from common import EDITED, of, read
 
 import pmet_lens as pl
 
@@ -137,11 +133,3 @@ def agreement(rows: pd.DataFrame, says: str) -> str:
     if high < 0:
         return "agrees"
     return "the opposite" if low > 0 else "not told apart from 0"
-
-
-if __name__ == "__main__":
-    committed = HERE / "results" / "paper"
-    OUT.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        make(draw, name, committed, OUT)
-    sys.stdout.write(f"Figures of the committed tables of `make paper`: {OUT}\n")

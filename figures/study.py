@@ -19,6 +19,7 @@ import fig_component_similarity
 import fig_delta_geometry
 import fig_lens
 import fig_relation_vs_subject
+import manifest
 import pandas as pd
 from common import EDITED, HERE, OUT, STUDIED, Progress, each, into_readme, make, provenance
 
@@ -48,8 +49,8 @@ def main() -> None:
     for key in dict.fromkeys(k for tables in found for k in tables):
         whole = pd.concat([t[key] for t in found if key in t], ignore_index=True)
         whole.round(4).to_csv(args.out / f"{key}.csv", index=False)
-    for name, draw in FIGURES.items():
-        make(draw, name, args.out, args.out)
+    used = {name: make(draw, name, args.out, args.out) for name, draw in FIGURES.items()}
+    manifest.write("study.py", args.out, used, computed=True)
     text = report(args.out, (time.perf_counter() - start) / 60)
     (args.out / "claims.md").write_text(text, encoding="utf-8")
     sys.stdout.write(f"\n{text}\nFigures and tables: {args.out}\n")
@@ -57,6 +58,7 @@ def main() -> None:
         kept = [f"{n}.png" for n in FIGURES] + [f"{k}.csv" for k in found[0]] + ["claims.md"]
         for file in kept:
             shutil.copy(args.out / file, HERE / "results" / file)
+        manifest.write("study.py", HERE / "results", used, computed=True, into=manifest.RECORDED)
         into_readme("study", text)
 
 

@@ -22,12 +22,13 @@ STYLE: Mapping[str, object] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "pdf.fonttype": 42,
-    "svg.fonttype": "none",
+    "svg.fonttype": "path",
     "figure.dpi": 150,
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
 }
-"""For `matplotlib.rc_context`: readable at column width, fonts embedded."""
+"""For `matplotlib.rc_context`: readable at column width; fonts embedded in PDF (TrueType), drawn as
+outlines in SVG, so that a figure looks the same everywhere."""
 
 COLOURS: Mapping[str, str] = {
     "unedited": "#7f7f7f",

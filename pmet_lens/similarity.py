@@ -74,7 +74,7 @@ def component_similarity(
 
 
 def jaccard(a: Int[Tensor, "row k"], b: Int[Tensor, "row k"]) -> Float[Tensor, " row"]:
-    """Jaccard similarity of two sets of `k` different tokens per row: |a ∩ b| / |a ∪ b|."""
+    """Jaccard similarity of two sets of `k` different tokens per row: `|a ∩ b| / |a ∪ b|`."""
     shared = (a[:, :, None] == b[:, None, :]).any(-1).sum(-1).double()
     return shared / (a.shape[1] + b.shape[1] - shared)
 

@@ -116,7 +116,8 @@ def test_conda_and_make_install_the_project_and_only_it():
     assert block == ["-c constraints.txt", "-e .[notebook,dev]"]
     assert "-c constraints.txt" in MAKEFILE
     assert "-e '.[notebook,dev]'" in MAKEFILE
-    assert set(PROJECT["optional-dependencies"]) == {"notebook", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {"notebook", "dev", "docs"}
+    assert "-e '.[docs]'" in MAKEFILE
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
@@ -142,10 +143,14 @@ def test_the_version_is_said_once():
     assert TABLES["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "pmet_lens.__version__"}
 
 
-def test_continuous_integration_runs_make_test():
+def test_continuous_integration_runs_the_commands_of_the_readme():
     path = ROOT / ".ci" / "run"
     assert os.access(path, os.X_OK)
-    assert path.read_text(encoding="utf-8").splitlines()[-1] == "make test"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    commands = [line for line in lines if line.startswith("make ")]
+    assert {"make test", "make docs"} <= set(commands)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [command for command in commands if f"`{command}`" not in readme] == []
 
 
 # Each check above sees what it is there for.

@@ -1,0 +1,197 @@
+"""The committed tables are what the package computes, and the figures are drawn from them.
+
+Numbers are compared, never pixels. What takes long (hundreds of edits) is not made again here: of
+the main job and of `make paper` one point, with a second moment of less text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import pmet_lens as pl
+from pmet_lens import plots
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
+import common
+import make
+import manifest
+import paper
+import paper_tables
+import redraw
+import study
+
+ROOT = Path(__file__).parents[1]
+FIGURES = ROOT / "figures"
+RESULTS = FIGURES / "results"
+INTERVAL = ("mean", "ci_low", "ci_high")
+
+
+def committed(name: str, model: str) -> pd.DataFrame:
+    return common.of(common.read(RESULTS, name), model=model)
+
+
+def furthest(new: pd.DataFrame, old: pd.DataFrame, columns: tuple[str, ...] = INTERVAL) -> float:
+    """The largest difference of two tables of the same rows, in any order."""
+    keys = [c for c in new.columns if c not in (*INTERVAL, "n")]
+    both = old.merge(new, on=keys, suffixes=("", " new"), how="outer", validate="one_to_one")
+    return max(float((both[c] - both[f"{c} new"]).abs().max(skipna=False)) for c in columns)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many small products: a second thread gains little, and loses much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", study.STUDIED)
+def test_the_study_gives_the_committed_numbers(name):
+    model, world = pl.load(name), pl.knowns()
+    subjects = set(list(dict.fromkeys(f.subject for f in world))[:: len(world) // 300])
+    facts = [f for f in world if f.subject in subjects]
+    similarity = pl.component_similarity(model, facts)
+    assert furthest(similarity, committed("component_similarity", name)) < 1e-3
+    patterns = pl.pattern_similarity(pl.attention_patterns(model, facts), facts)
+    assert furthest(patterns, committed("patterns", name)) < 1e-3
+
+
+class Few(pl.Bench):
+    """The moments of the written layers alone, of less text: ten tokens per dimension are enough
+    (`tests/benchmarks/results/precision.md`)."""
+
+    def _moments(self, texts: object, n_tokens: int) -> dict[pl.Site, pl.Moment]:
+        return pl.second_moments(self.model, pl.texts(), projections=("mlp",), n_tokens=n_tokens)
+
+
+def test_editing_gives_the_committed_numbers(tmp_path):
+    """Ten edits at once, twice, as `make paper` measures them."""
+    bench = Few(pl.load("world"), tmp_path, n_tokens=13_000)
+    new = paper.mass(bench, paper.Size(grid=(10, 20)), "counterfact", "PMET", 10)
+    old = common.of(common.read(RESULTS / "paper", "scaling"), benchmark="counterfact")
+    old = common.of(old, model="world", edits=10, run="PMET").set_index("metric")
+    both = pd.DataFrame({"old": old["mean"], "new": new.set_index("metric")["mean"]}).dropna()
+    wrong = (both["old"] - both["new"]).abs()
+    assert wrong[["S", "ES", "PS", "NS", "collateral"]].max() < 1.5, both
+    assert wrong[["EA", "PA", "NA"]].max() < 4, both
+
+
+def rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_committed_texts_are_those_of_the_tables():
+    made = {
+        "main.md": make.report(common.read(RESULTS, "main"), 0),
+        "claims.md": study.report(RESULTS, 0),
+        "paper/main.md": paper_tables.main_table(RESULTS / "paper"),
+        "paper/ablations.md": paper_tables.ablation_table(RESULTS / "paper"),
+    }
+    number = re.compile(r"-?\d+\.\d+")
+    for name, text in made.items():
+        now, kept = ("\n".join(rows(t)) for t in (text, (RESULTS / name).read_text("utf-8")))
+        assert number.sub("", now) == number.sub("", kept), name
+        # A table is rounded to two digits, and a text to one, from more.
+        pairs = zip(number.findall(now), number.findall(kept), strict=True)
+        assert max(abs(float(a) - float(b)) for a, b in pairs) < 0.11, name
+
+
+@pytest.mark.parametrize(
+    ("marker", "file"),
+    [("results", "main.md"), ("study", "claims.md"), ("ablations", "paper/ablations.md")],
+)
+def test_the_readme_quotes_the_committed_tables(marker, file):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = readme.split(f"<!-- {marker} -->\n")[1].split(f"<!-- /{marker} -->")[0]
+    assert quoted == (RESULTS / file).read_text(encoding="utf-8")
+
+
+def test_the_manifest_is_of_the_committed_tables():
+    """A table that was replaced without its figures, or the other way, is seen."""
+    entries = json.loads(manifest.RECORDED.read_text(encoding="utf-8"))
+    drawn, told = set(), {}
+    for entry in entries.values():
+        assert entry["seed"] == manifest.SEED
+        assert {"python", *manifest.PACKAGES} == set(entry["versions"])
+        for table, digest in entry["tables"].items():
+            assert digest == manifest.digest(RESULTS / table), table
+        drawn |= set(entry["figures"])
+        told |= entry["figures"]
+    there = {str(p.relative_to(RESULTS).with_suffix("")) for p in RESULTS.rglob("fig_*.png")}
+    assert drawn == there
+    assert all(told.values())
+
+
+def test_a_figure_stands_in_the_entry_of_what_made_its_tables(tmp_path):
+    def entries() -> dict:
+        return json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+
+    def told(command: str, *figures: str, computed: bool) -> dict:
+        used = {name: [f"{name}.csv"] for name in figures}
+        manifest.write(command, tmp_path, used, computed=computed)
+        return {name: sorted(entry["figures"]) for name, entry in entries().items()}
+
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text("x\n", encoding="utf-8")
+    assert told("redraw.py", "a", "b", computed=False) == {"redraw.py": ["a", "b"]}
+    assert told("one.py", "a", computed=True) == {"one.py": ["a"], "redraw.py": ["b"]}
+    assert told("redraw.py", "a", "b", computed=False) == {"one.py": ["a"], "redraw.py": ["b"]}
+    entry = entries()["one.py"]
+    assert entry["tables"] == {"a.csv": manifest.digest(tmp_path / "a.csv")}
+    assert "pmet_lens/bundled/world/model.safetensors" in entry["inputs"]
+    (tmp_path / "a.csv").write_text("y\n", encoding="utf-8")  # by nobody knows whom
+    assert told("redraw.py", "a", "b", computed=False) == {"redraw.py": ["a", "b"]}
+
+
+def test_every_figure_script_and_committed_file_stands_in_the_readme():
+    text = (FIGURES / "README.md").read_text(encoding="utf-8")
+    scripts = {p.name for p in FIGURES.glob("*.py")}
+    tables = {str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.csv")}
+    assert [name for name in sorted(scripts | tables) if f"`{name}`" not in text] == []
+    files = re.findall(r"`([\w/]+\.(?:py|csv|md|txt))`", text)
+    places = (FIGURES, RESULTS, ROOT)
+    assert [f for f in files if not any((place / f).exists() for place in places)] == []
+
+
+def test_fonts_are_embedded_and_the_same_figure_gives_the_same_bytes(tmp_path):
+    def draw(tables: Path) -> Figure:
+        fig, axes = common.panels(3, 2, 1, 1)
+        axes[0, 0].set_title("δ, λ and ‖m‖²")
+        axes[0, 0].plot(np.arange(3))
+        return fig
+
+    for out in (tmp_path / "one", tmp_path / "two"):
+        out.mkdir()
+        common.make(draw, "fig", tmp_path, out)
+    pdf = (tmp_path / "one" / "fig.pdf").read_bytes()
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
+    assert "<text" not in (tmp_path / "one" / "fig.svg").read_text(encoding="utf-8")
+    for suffix in ("pdf", "svg", "png"):
+        one, two = ((tmp_path / n / f"fig.{suffix}").read_bytes() for n in ("one", "two"))
+        assert one == two, suffix
+
+
+def test_there_is_one_style():
+    """Scripts and notebooks take `plots.STYLE`; none sets a look of its own."""
+    assert plots.STYLE["pdf.fonttype"] == 42
+    own = re.compile(r"rcParams\[|plt\.style|style\.use|matplotlib\.rc\(")
+    texts = [p.read_text(encoding="utf-8") for p in FIGURES.glob("*.py")]
+    texts += [p.read_text(encoding="utf-8") for p in (ROOT / "notebooks").glob("*.ipynb")]
+    assert [text for text in texts if own.search(text)] == []
+
+
+def test_every_committed_figure_can_be_drawn_again():
+    drawn = {f"{folder}/{n}".lstrip("/") for folder, own in redraw.FIGURES.items() for n in own}
+    there = {str(p.relative_to(RESULTS).with_suffix("")) for p in RESULTS.rglob("fig_*.png")}
+    assert drawn == there
