@@ -13,13 +13,17 @@ _FACTS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 when the input cannot be used (the reason on stderr)."""
+    """Run one command. Returns 0, 2 when the input cannot be used (the reason on stderr), or 130
+    when it was interrupted."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
     except ValueError as error:  # every error of this package is one, with a message for people
         _say(f"pmet-lens {args.command}: {error}", sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        _say(f"pmet-lens {args.command}: interrupted", sys.stderr)
+        return 130
     return 0
 
 
@@ -33,6 +37,10 @@ def _parser() -> argparse.ArgumentParser:
         own = commands.add_parser(name, help=text, description=text)
         own.set_defaults(run=run)
         own.add_argument("--model", default="world", help="bundled name, directory or hub id")
+        own.add_argument("--device", help='"auto", "cpu", …: where to put it (default: cpu)')
+        own.add_argument("--device-map", help='"auto" or "balanced": over several devices')
+        own.add_argument("--dtype", help="bfloat16, float16, float32 or float64")
+        own.add_argument("--template", help='chat models: what the user says, e.g. "Complete: {}"')
         return own
 
     ask = command("ask", _ask, "Continue a prompt greedily.")
@@ -54,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--moments", help="file written by `pmet-lens moments`")
     edit.add_argument("--texts", help="text for second moments, where no file of them is given")
     edit.add_argument("--layers", type=int, nargs="+", help="critical layers (default: known ones)")
+    edit.add_argument(
+        "--suggest", metavar="FACTS", help="settings from a causal trace of facts the model knows"
+    )
     edit.add_argument("--out", required=True, help="file to write (.safetensors)")
 
     evaluate = command("evaluate", _evaluate, "Score facts, with or without an edit.")
@@ -70,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         "--any-base", action="store_true", help="also on other weights than it was computed on"
     )
     return parser
+
+
+def _load(args: argparse.Namespace) -> Any:
+    import pmet_lens as pl
+
+    where = {"device": args.device, "device_map": args.device_map, "dtype": args.dtype}
+    return pl.load(args.model, **where, template=args.template)
 
 
 def _facts(path: str | None, n: int | None) -> Any:
@@ -99,7 +117,7 @@ def _say(text: str, stream: Any = None) -> None:
 def _ask(args: argparse.Namespace) -> None:
     import pmet_lens as pl
 
-    _say(pl.generate(pl.load(args.model), args.prompt, length=args.tokens, top_k=1))
+    _say(pl.generate(_load(args), args.prompt, length=args.tokens, top_k=1))
 
 
 def _moments(args: argparse.Namespace) -> None:
@@ -109,7 +127,7 @@ def _moments(args: argparse.Namespace) -> None:
 
     import pmet_lens as pl
 
-    model = pl.load(args.model)
+    model = _load(args)
     with tqdm(total=args.tokens, unit="token") as bar:
         moments = pl.kept_moments(
             args.out,
@@ -131,16 +149,25 @@ def _edit(args: argparse.Namespace) -> None:
     import pmet_lens as pl
 
     method = pl.named(args.method)
-    model, facts = pl.load(args.model), _facts(args.facts, args.n)
+    model, facts = _load(args), _facts(args.facts, args.n)
     hparams = moments = None
     if isinstance(method, pl.Method):
         known = pl.Hparams(tuple(args.layers)) if args.layers else None
+        if args.suggest:
+            suggested = pl.suggest_hparams(model, _facts(args.suggest, 30), len(facts))
+            _say(repr(suggested), sys.stderr)
+            known = suggested.hparams
         hparams = known or pl.hparams_for(model, method)
-        moments = (
-            pl.open_moments(args.moments)
-            if args.moments
-            else pl.second_moments(model, pl.texts(args.texts), hparams.layers)
-        )
+        if args.moments:
+            moments = pl.open_moments(args.moments)
+        else:
+            with tqdm(desc="second moments", unit="token") as bar:
+                moments = pl.second_moments(
+                    model,
+                    pl.texts(args.texts),
+                    hparams.layers,
+                    on_tokens=lambda done, _: bar.update(done - bar.n),
+                )
         _say(str(pl.estimate(model, facts, method, hparams)), sys.stderr)
     with tqdm(unit="step") as bar:
         edit = pl.edit(model, facts, moments, method, hparams, on_step=lambda *_: bar.update())
@@ -151,12 +178,14 @@ def _edit(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from contextlib import nullcontext
 
+    from tqdm import tqdm
+
     import pmet_lens as pl
 
-    model, facts = pl.load(args.model), _facts(args.facts, args.n)
+    model, facts = _load(args), _facts(args.facts, args.n)
     edit = pl.Edit.load(args.edit, model) if args.edit else None
-    with edit.applied(model) if edit else nullcontext():
-        rows = pl.evaluate(model, facts)
+    with edit.applied(model) if edit else nullcontext(), tqdm(unit="prompt") as bar:
+        rows = pl.evaluate(model, facts, on_prompts=lambda done, _: bar.update(done - bar.n))
     if args.out:
         rows.to_csv(args.out, index=False)
     _say(pl.summarise(rows).round(1).to_string())
@@ -167,7 +196,7 @@ def _apply(args: argparse.Namespace) -> None:
 
     import pmet_lens as pl
 
-    model = pl.load(args.model)
+    model = _load(args)
     edit = pl.Edit.load(args.edit, model, any_base=args.any_base)
     if args.adapter:
         edit.to_peft(args.out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,10 +118,38 @@ def test_facts_of_every_kind(tmp_path):
     assert len(cli._facts(None, 4)) == 4
 
 
+def test_a_model_without_settings_is_edited_with_suggested_ones(work, tmp_path):
+    bundled = Path(pl.__file__).parent / "bundled" / "world"
+    plain = tmp_path / "somebody's"
+    plain.mkdir()
+    for file in bundled.iterdir():
+        if file.name != "manifest.json":
+            (plain / file.name).write_bytes(file.read_bytes())
+    known = tmp_path / "known.json"
+    known.write_text(json.dumps(datasets.world.build().counterfact()[20:40]), encoding="utf-8")
+    edit = ("edit", "--model", plain, "--facts", work / "facts.csv")
+    out = ("--out", tmp_path / "e.safetensors")
+    assert "There are no PMET settings" in run(*edit, *out, "--dtype", "float32", code=2)
+    (tmp_path / "text.txt").write_text("\n".join(itertools.islice(pl.texts(), 400)), "utf-8")
+    text = ("--texts", tmp_path / "text.txt")
+    said = run(*edit, *out, *text, "--suggest", known, "--dtype", "float32", "--device", "auto")
+    assert re.match(r"Edit\(2 facts, sites \d\.mlp, 3\.mlp, \d\.mlp\)|Edit\(2 .*3\.mlp\)", said)
+
+
+def test_an_interrupted_command_says_so(monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", stopped)
+    assert run("ask", "x", code=130) == "pmet-lens ask: interrupted"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("edit", "--method", "PMTE"), "pmet-lens edit: "),
+        (("ask", "x", "--template", "{}"), "has no chat template"),
+        (("ask", "x", "--device", "nonsense"), "cannot be put on device"),
         (("edit", "--model", "./nowhere"), "there is no directory 'nowhere'"),
         (("edit", "--facts", "none.csv"), "none.csv cannot be read"),
         (("evaluate", "--edit", "none.safetensors"), "none.safetensors cannot be read as an edit"),
@@ -127,7 +157,7 @@ def test_facts_of_every_kind(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_and_ends_with_two(arguments, words, tmp_path):
-    out = () if arguments[0] == "evaluate" else ("--out", tmp_path / "out")
+    out = () if arguments[0] in ("evaluate", "ask") else ("--out", tmp_path / "out")
     assert words in run(*arguments, *out, code=2)
 
 
