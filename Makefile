@@ -29,8 +29,8 @@ paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it s
 	$(PY) figures/paper.py
 
 test: lint ## lint, tests and notebooks, without a network
-	$(OFFLINE) $(PY) -m pytest
-	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+	$(OFFLINE) $(ONE) $(PY) -m pytest -n 2 --dist loadfile
+	$(OFFLINE) $(ONE) $(PY) -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
 
 docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/html/index.html (half a minute)
 	$(OFFLINE) $(PY) -m sphinx -E -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
@@ -74,6 +74,9 @@ clean: ## remove what commands made: figures/out, docs/_build, tests/benchmarks/
 # Nothing below a test may reach the network; pyright would ask PyPI for a newer pyright.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled \
   TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+
+# Two processes of one thread each do more than one of two.
+ONE := OMP_NUM_THREADS=1
 
 # Without tests/conftest.py: it checks the shapes in every signature, which takes time.
 BENCH := $(PY) -m pytest -q --confcutdir=tests/benchmarks -o python_files='bench_*.py'

@@ -1,4 +1,4 @@
-"""For every test: no network, two threads, and the shapes in the package's signatures checked."""
+"""For every test: no network, one thread, and the shapes in the package's signatures checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if any(name.split(".")[0] == "pmet_lens" for name in sys.modules):
     raise RuntimeError("pmet_lens was imported before its shape checks; start pytest without it.")
 collect_ignore = ["benchmarks"]  # `make bench`, without this file: checked shapes take time
 jaxtyping.install_import_hook("pmet_lens", "beartype.beartype")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

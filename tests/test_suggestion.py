@@ -8,7 +8,7 @@ from tiny import tiny_model
 
 import pmet_lens as pl
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", ["world", "world-sequential"])
