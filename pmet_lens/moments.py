@@ -168,8 +168,9 @@ class Run:
         if isinstance(texts, str):
             raise MomentError("texts is one string; pass a list of texts, or pl.texts(path).")
         stop = 1 + max(site.layer for site in self.sums)
-        for chosen, rows in self._shards(texts):
-            before = self.count
+        shards = self._shards(texts)
+        while not self._precise() and (shard := next(shards, None)) is not None:
+            (chosen, rows), before = shard, self.count
             for ids, mask in _padded(self.model, rows, self.batch_tokens):
                 self._add(ids, mask, stop)
                 self.count += int(mask.sum())
@@ -177,12 +178,15 @@ class Run:
                     on_tokens(self.count, self.n_tokens or 0)
             self.n_texts += len(chosen)
             self.read_texts = chained(self.read_texts, chosen)
-            errors = [one.end_of_shard(self.count - before) for one in self.sums.values()]
+            for one in self.sums.values():
+                one.end_of_shard(self.count - before)
             yield self.count
-            if self.precision is not None and max(errors) <= self.precision:
-                break
         if self.count == 0:
             raise MomentError("The texts hold no token; pass an iterable of non-empty strings.")
+
+    def _precise(self) -> bool:
+        errors = [one.error for one in self.sums.values()]
+        return self.precision is not None and max(errors) <= self.precision
 
     def moments(self) -> dict[Site, Moment]:
         """What was summed."""
@@ -273,15 +277,18 @@ class _Sum:
 
         return hook
 
-    def end_of_shard(self, count: int) -> float:
-        """Count the shard of `count` tokens; the relative standard error so far, infinite while
-        there are too few to tell."""
+    def end_of_shard(self, count: int) -> None:
+        """Count the shard of `count` tokens."""
         if count == 0:
-            return float("inf")
+            return
         self.count, self.shards = self.count + count, self.shards + 1
         self.squares += float(self._own.square().sum()) / count
         self._all += self._own
         self._own.zero_()
+
+    @property
+    def error(self) -> float:
+        """The relative standard error so far, infinite while there are too few shards to tell."""
         if self.shards < _LEAST_SHARDS:
             return float("inf")
         probed = float((self._all / self.count).square().sum())
