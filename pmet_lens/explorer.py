@@ -63,7 +63,7 @@ class Explorer:
 
     def __init__(self, session: Session, facts: Sequence[Fact] = ()) -> None:
         self.session = session
-        self.runner = Runner(self._progress)
+        self.runner = Runner(self._progress, self._busy)
         self.box: Any = None
         self._buttons: list[Any] = []
         if widgets.available():
@@ -101,9 +101,8 @@ class Explorer:
     def run(self, what: str, work: Callable[[Tick], Any], then: Callable[[Any], object]) -> None:
         """Run `work(tick)` in a thread with progress and the stop button on, then show its result
         with `then`. Errors are shown in words."""
-        self._busy(True)
-        self._progress(0, 0, what)
         self.runner.start(work, lambda future: self._finish(what, future, then))
+        self._progress(0, 0, what)
 
     def say(self, text: str, kind: str = "") -> None:
         """Show a line of status."""
@@ -115,10 +114,9 @@ class Explorer:
 
     def _finish(self, what: str, future: Future[Any], then: Callable[[Any], object]) -> None:
         error = future.exception()
-        self._busy(False)
         self._bar.value = 0.0 if error else 1.0
         if error is None:
-            self.say(f"{what}: done.")
+            self.say(f"{what}: done.")  # before `then`, which may have more to say
             self._safely(lambda: then(future.result()))
         elif isinstance(error, Stopped):
             self.say(f"{what}: stopped. The model is as it was.")
@@ -136,6 +134,8 @@ class Explorer:
         self.say(f"{kind}{error}", "error")
 
     def _busy(self, busy: bool) -> None:
+        if self.box is None:
+            return
         self._stop.disabled = not busy
         for made in self._buttons:
             made.disabled = busy

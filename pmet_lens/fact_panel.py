@@ -9,6 +9,8 @@ from pmet_lens import widgets
 from pmet_lens.facts import Fact, FactError
 from pmet_lens.sessions import Session
 
+_NEIGHBOURS = 5  # of an example; all of them make a long table
+
 
 class FactPanel:
     """Subject, prompt and new answer; paraphrases and neighbours are folded away."""
@@ -20,7 +22,7 @@ class FactPanel:
             "Example",
             [("your own", -1), *((text, i) for i, text in enumerate(texts))],
             tip="A fact to begin with; change anything you like",
-            wide="100%",
+            wide="auto",
         )
         self.subject = widgets.text("Subject", tip="Who or what the fact is about", hint="Paris")
         self.prompt = widgets.text(
@@ -54,7 +56,7 @@ class FactPanel:
         self.new.value = fact.target_new or ""
         told = [p.replace(fact.subject, "{}") for p in fact.paraphrases]
         self.paraphrases.value = "\n".join(told)
-        self.neighbours.value = "\n".join(prompt for prompt, _ in fact.neighbours)
+        self.neighbours.value = "\n".join(p for p, _ in fact.neighbours[:_NEIGHBOURS])
 
     @property
     def text(self) -> str:

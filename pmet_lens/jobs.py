@@ -26,11 +26,18 @@ class Stopped(Exception):
 
 
 class Runner:
-    """Runs one step at a time. `on_progress(done, all, what)` is called as `then` is: in the event
-    loop of the thread that started the step, or inside `wait` where there is none."""
+    """Runs one step at a time.
 
-    def __init__(self, on_progress: Callable[[int, int, str], object] | None = None) -> None:
-        self._on_progress = on_progress
+    `on_progress(done, all, what)` and `on_busy(whether)` are called as `then` is: in the event loop
+    of the thread that started the step, or inside `wait` where there is none.
+    """
+
+    def __init__(
+        self,
+        on_progress: Callable[[int, int, str], object] | None = None,
+        on_busy: Callable[[bool], object] | None = None,
+    ) -> None:
+        self._on_progress, self._on_busy = on_progress, on_busy
         self._pool: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
         self._over = threading.Event()
@@ -58,6 +65,7 @@ class Runner:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:  # no front end: `wait` does what a loop would
             self._loop = None
+        self._tell(True)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pmet_lens")
         future = self._pool.submit(self._run, work)
@@ -98,6 +106,11 @@ class Runner:
             then(done)
         finally:
             self._over.set()
+            self._tell(False)
+
+    def _tell(self, busy: bool) -> None:
+        if self._on_busy is not None:
+            self._on_busy(busy)
 
     def _drain(self) -> None:
         with self._draining:

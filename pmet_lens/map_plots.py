@@ -80,6 +80,7 @@ def _cells(ax: Axes, values: np.ndarray, measure: str, worst: float) -> None:
     for (y, x), value in np.ndenumerate(values):
         if not np.isnan(value):
             text = f"{value:.0f}" if measure == "rank" else f"{value:.2f}".replace("0.", ".", 1)
+            text = "" if text in (".00", "-.00") else text
             colour = "black" if shade[y, x] > low + 0.55 * (high - low) else "white"
             ax.text(x, y, text, ha="center", va="center", fontsize=6, color=colour, gid="cell")
 
@@ -94,6 +95,7 @@ def loss_curve(history: pd.DataFrame, figure: Figure, n_steps: int | None = None
     last = int(history["step"].max()) if len(history) else 1
     ax.set_xlim(0, max(1, last, (n_steps or 1) - 1))
     ax.set_ylim(bottom=0)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("optimisation step")
     ax.set_ylabel("nats")
     ax.legend(frameon=False, fontsize=8, loc="upper right")
@@ -121,7 +123,7 @@ def prompt_shifts(table: pd.DataFrame, figure: Figure) -> None:
     ax.plot(table["p_before"], y, "o", color=BEFORE, ms=5, label="before")
     ax.plot(table["p_after"], y, "o", color=AFTER, ms=6, label="after")
     ax.set_yticks(
-        y, [_short(f"{k}: {p}") for k, p in zip(table["kind"], table["prompt"], strict=True)]
+        y, [f"{k}: {_short(p)}" for k, p in zip(table["kind"], table["prompt"], strict=True)]
     )
     ax.invert_yaxis()
     ax.set_xlim(-0.02, 1.02)
@@ -184,8 +186,9 @@ def _visible(token: str) -> str:
     return token.strip() or repr(token)[1:-1]
 
 
-def _short(text: str, most: int = 44) -> str:
-    return text if len(text) <= most else f"{text[:12]} … {text[-(most - 15) :]}"
+def _short(text: str, most: int = 36) -> str:
+    """The end of a text, which is what differs between prompts."""
+    return text if len(text) <= most else f"… {text[-most:].partition(' ')[2]}"
 
 
 def rows_of(table: pd.DataFrame, columns: Sequence[str]) -> list[list[object]]:

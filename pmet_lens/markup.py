@@ -22,12 +22,12 @@ def escape(value: object) -> str:
     if isinstance(value, Raw):
         return value
     if isinstance(value, float):
-        return "–" if value != value else html.escape(f"{value:.3g}")
+        return "–" if value != value else f"{value:.3f}" if abs(value) < 1 else f"{value:.4g}"
     return html.escape("–" if value is None else str(value))
 
 
 def table(
-    rows: Sequence[Sequence[object]], head: Sequence[str], caption: str = "", wide: int = 48
+    rows: Sequence[Sequence[object]], head: Sequence[str], caption: str = "", wide: int = 20
 ) -> str:
     """A table. Numbers stand right; texts longer than `wide` characters may wrap."""
     numeric = [
@@ -38,7 +38,7 @@ def table(
 
     def cell(value: object, i: int, kind: str) -> str:
         style = "text-align: right; font-variant-numeric: tabular-nums; " if numeric[i] else ""
-        if len(str(value)) <= wide and not isinstance(value, Raw):
+        if kind == "td" and len(str(value)) <= wide and not isinstance(value, Raw):
             style += "white-space: nowrap; "
         scope = ' scope="col"' if kind == "th" else ""
         return f'<{kind}{scope} style="{_CELL.format(style)}">{escape(value)}</{kind}>'
@@ -47,10 +47,9 @@ def table(
     body = "".join(
         f"<tr>{''.join(cell(value, i, 'td') for i, value in enumerate(row))}</tr>" for row in rows
     )
-    told = f'<caption style="text-align: left">{escape(caption)}</caption>' if caption else ""
-    return (
-        f'<table style="{_TABLE}">{told}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
-    )
+    name = f'<caption style="text-align: left">{escape(caption)}</caption>' if caption else ""
+    inside = f"{name}<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    return f'<div style="overflow-x: auto"><table style="{_TABLE}">{inside}</table></div>'
 
 
 def pairs(values: Mapping[str, object], title: str = "") -> str:
@@ -68,16 +67,6 @@ def listed(values: Sequence[object], most: int = 3) -> Raw:
     """Values one below the other, the first `most` of them and how many more there are."""
     more = [f"… and {len(values) - most} more"] if len(values) > most else []
     return Raw("<br>".join([*map(escape, values[:most]), *more]) or "–")
-
-
-def bar(share: float, text: str) -> Raw:
-    """A bar of `share` of its full length (0 to 1), and a text; in the colour of the text."""
-    percent = 100 * min(max(share, 0.0), 1.0)
-    return Raw(
-        f'<span style="display: inline-block; width: 6em; height: 0.6em; border: {LINE}">'
-        f'<span style="display: block; width: {percent:.1f}%; height: 100%; '
-        f'background: currentColor; opacity: 0.55"></span></span> {escape(text)}'
-    )
 
 
 def _number(value: object) -> bool:

@@ -37,7 +37,7 @@ class Shell(Protocol):
 
 
 class Pane:
-    """A figure, what is told beside it, and its export: links, files in a folder, the lines."""
+    """What is told, the figure of it, and its export: links, files in a folder, the lines."""
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
@@ -49,10 +49,10 @@ class Pane:
         save = shell.button("Save", "Write these four files into the folder", self._save)
         self._row = widgets.row(export, self._folder, save)
         self._row.layout.display = "none"
-        self.box = widgets.column(self._figure, self._text, self._row, self._out)
+        self.box = widgets.column(self._text, self._figure, self._row, self._out)
 
     def show(self, view: View, text: str = "") -> None:
-        """Show a view, and HTML below its figure."""
+        """Show a view, and HTML above its figure."""
         self.view = view
         self._figure.value, self._text.value = view.inline(), text
         self._out.value = ""

@@ -31,11 +31,10 @@ def look(
 
 
 def edit(session: Session, step: Step) -> str:
-    """The edit of a session, with the edits it was made on."""
-    place = session.steps.index(step)
-    below = [s for s in session.steps[:place] if session.is_on(s)]
-    lines = [*_before(session, below, also=[step]), "", *_edit(session, step)]
-    return _text([*lines, "table = pl.Session(model).answers(fact, edit)", "table"])
+    """The edit of a session, made on the edits that were on the model then."""
+    name = f"edit_{session.steps.index(step) + 1}"
+    lines = _replay(session, step.upon, also=step)
+    return _text([*lines, f"table = pl.Session(model).answers(fact, {name})", "table"])
 
 
 def ablate(session: Session, fact: Fact, methods: Mapping[str, Method], hparams: Hparams) -> str:
@@ -55,23 +54,55 @@ def ablate(session: Session, fact: Fact, methods: Mapping[str, Method], hparams:
     return _text([*lines, "}", "table = pl.ablate(session, fact, methods)", "table"])
 
 
+def _call(name: str, arguments: Sequence[str]) -> str:
+    """A call, on one line where it fits."""
+    short = f"{name}({', '.join(arguments)})"
+    lines = "".join(f"    {argument},\n" for argument in arguments)
+    return short if len(short) <= 80 else f"{name}(\n{lines})"
+
+
 def _text(lines: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _before(
-    session: Session, steps: Sequence[Step] | None = None, also: Sequence[Step] = ()
-) -> list[str]:
-    """The model as it is now: loaded, and with the edits that are on it (`steps`)."""
-    on = [s for s in session.steps if session.is_on(s)] if steps is None else list(steps)
+def _before(session: Session) -> list[str]:
+    """The model as it is now: loaded, and with the edits that are on it."""
+    return _replay(session, session.on())
+
+
+def _replay(session: Session, then: Sequence[Step], also: Step | None = None) -> list[str]:
+    """Load the model, make the edits `then` and `also`, each on those that were on at its time, and
+    leave `then` on the model."""
+    needed = _with_all_below([*then, *([] if also is None else [also])])
     lines = _load(session)
-    if not on and not also:
-        return lines
-    sites = [site for s in [*on, *also] if s.hparams is not None for site in s.edit.factors]
+    sites = [site for s in needed if s.hparams is not None for site in s.edit.factors]
     lines += ["", *_shared(session, sites)] if sites else []
-    for step in on:
-        lines += ["", *_edit(session, step), "edit.apply_(model)  # edit.revert_(model) undoes it"]
-    return lines
+    names = {step: f"edit_{n}" for n, step in enumerate(session.steps, start=1)}
+    on: list[Step] = []
+
+    def switch(wanted: Sequence[Step]) -> list[str]:
+        off = [s for s in on if s not in wanted]
+        new = [s for s in wanted if s not in on]
+        on[:] = [s for s in on if s in wanted] + new
+        lines = [f"{names[s]}.revert_(model)" for s in off]
+        return lines + [f"{names[s]}.apply_(model)" for s in new]
+
+    for step in session.steps:
+        if step in needed:
+            lines += [*switch(step.upon), "", *_edit(session, step, names[step])]
+    return lines + switch(then)
+
+
+def _with_all_below(steps: Sequence[Step]) -> set[Step]:
+    """The steps and all that were on the model when they were made, and so on."""
+    found: set[Step] = set()
+    waiting = list(steps)
+    while waiting:
+        step = waiting.pop()
+        if step not in found:
+            found.add(step)
+            waiting.extend(step.upon)
+    return found
 
 
 def _load(session: Session) -> list[str]:
@@ -94,16 +125,16 @@ def _shared(session: Session, sites: Sequence[Site]) -> list[str]:
     return [*lines, f"moments = pl.second_moments(model, {texts}, {call})"]
 
 
-def _edit(session: Session, step: Step) -> list[str]:
+def _edit(session: Session, step: Step, name: str) -> list[str]:
     lines = [f"fact = {_fact(step.fact)}"]
     method = _method(named(step.method))
     if step.hparams is None:
-        return [*lines, f"edit = pl.edit(model, [fact], None, {method})"]
+        return [*lines, f"{name} = pl.edit(model, [fact], None, {method})"]
     told = ""
     if step.hparams != _known(session, step.method):
         lines.append(f"hparams = {_settings(step.hparams)}")
         told = ", hparams"
-    return [*lines, f"edit = pl.edit(model, [fact], moments, {method}{told}, contexts=contexts)"]
+    return [*lines, f"{name} = pl.edit(model, [fact], moments, {method}{told}, contexts=contexts)"]
 
 
 def _known(session: Session, method: str) -> Hparams | None:
@@ -116,8 +147,7 @@ def _known(session: Session, method: str) -> Hparams | None:
 def _fact(fact: Fact, full: bool = True) -> str:
     parts = ["subject", "prompt", "target_new", "target_true"]
     parts += ["paraphrases", "neighbours"] if full else []
-    told = [f"{name}={getattr(fact, name)!r}" for name in parts if getattr(fact, name)]
-    return f"pl.Fact({', '.join(told)})"
+    return _call("pl.Fact", [f"{n}={getattr(fact, n)!r}" for n in parts if getattr(fact, n)])
 
 
 def _settings(hparams: Hparams) -> str:
@@ -127,7 +157,7 @@ def _settings(hparams: Hparams) -> str:
         for f in fields(hparams)
         if f.default is MISSING or getattr(hparams, f.name) != f.default
     ]
-    return f"pl.Hparams({', '.join(told)})"
+    return _call("pl.Hparams", told)
 
 
 def _method(method: Any) -> str:

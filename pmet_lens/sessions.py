@@ -39,6 +39,8 @@ class Step:
     edit: Edit
     table: pd.DataFrame
     """`Session.answers` of the fact, before and after."""
+    upon: tuple[Step, ...] = ()
+    """The steps whose edits were on the model when this one was made."""
 
 
 class Session:
@@ -181,14 +183,14 @@ class Session:
         Raises:
             FactError, SettingsError, SolveError: as `pl.edit` does.
         """
-        value, hp = named(method), self.settings(method)
+        value, hp, upon = named(method), self.settings(method), tuple(self.on())
         if hp is not None:
             hp = replace(hp, **(change or {}))
         known, contexts = self.needed(value, hp, on_progress)
         made = editing.edit(self.model, [fact], known, value, hp, contexts, on_step=on_step)
         table = self.answers(fact, made)
         made.apply_(self.model)
-        step = Step(fact, method, hp, made, table)
+        step = Step(fact, method, hp, made, table, upon)
         self.steps.append(step)
         return step
 
@@ -203,6 +205,10 @@ class Session:
     def is_on(self, step: Step) -> bool:
         """Whether the edit is on the model now."""
         return step.edit in self.model.live_edits
+
+    def on(self) -> list[Step]:
+        """The steps whose edits are on the model now."""
+        return [step for step in self.steps if self.is_on(step)]
 
     def needed(
         self, method: Any, hp: Any, on_progress: OnProgress | None = None

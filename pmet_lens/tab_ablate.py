@@ -99,4 +99,6 @@ class AblateTab:
 
     def _show(self, view: View, table: Any) -> None:
         flat = table.reset_index()
+        for name in ("paraphrases", "neighbours"):
+            flat[name] = [None if v != v else round(v) for v in flat[name]]
         self.pane.show(view, markup.table(map_plots.rows_of(flat, list(flat.columns)), _HEAD))

@@ -64,12 +64,9 @@ class EditTab:
         self.box = widgets.column(
             widgets.row(self.method, self.button, reset),
             self._strengths,
-            self.pane.box,
-            widgets.html("<b>Edits so far</b>"),
             self._rows,
+            self.pane.box,
         )
-        self._empty = widgets.html(widgets.message("None yet."))
-        self._rows.children = (self._empty,)
 
     def _reset(self) -> None:
         try:
@@ -124,11 +121,11 @@ class EditTab:
         loss = ""
         if step.edit.targets is not None:
             loss = _drawn(step.edit.targets.history, step.fact.text)
-        self.pane.show(self._view(step), markup.table(rows, _HEAD) + loss)
+        self.pane.show(self._view(step), loss + markup.table(rows, _HEAD))
 
     def _remember(self, step: Step) -> None:
         number = len(self.history) + 1
-        line = widgets.html()
+        line = widgets.beside(widgets.html())
         tip = f"Take edit {number} off the model, or put it on again"
         button = self._shell.button("Undo", tip, lambda: self._toggle(step))
         self.history.append((step, line, button))

@@ -40,12 +40,12 @@ class LookTab:
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
         streams = all_streams(shell.session.model)
-        named = [(f"{COMPONENT_NAMES.get(s, 'residual stream')} ({s})", s) for s in streams]
+        named = [(f"{COMPONENT_NAMES[s]} ({s})" if s in COMPONENT_NAMES else s, s) for s in streams]
         self.kind = widgets.choice("View", KINDS.items(), tip="What the map shows")
         self.component = widgets.choice(
             "Component",
             [("all, side by side", _ALL), *named],
-            "mlp_out",
+            "resid_post",
             "Whose output is read, or put back; the trace of “all” is that of the residual stream",
         )
         places = [("every token", ""), ("last subject token", "last_subject")]
@@ -55,7 +55,7 @@ class LookTab:
             "Answer",
             (),
             "The answer that is looked for; empty: what the unedited model says",
-            "empty: what the model says",
+            "what the model says",
         )
         self.window = widgets.number(
             "Window", 1, min(10, shell.session.model.n_layers), 1,

@@ -83,7 +83,9 @@ class View:
         for name, content in self.files().items():
             kind = _MIME[Path(name).suffix]
             href = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-            found.append(f'<a download="{name}" href="{href}">{name}</a>')
+            found.append(
+                f'<a style="text-decoration: underline" download="{name}" href="{href}">{name}</a>'
+            )
         return "Download: " + " · ".join(found)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pmet_lens.markup import escape
 
-WIDE, LABEL = "22rem", "7.5rem"
+WIDE, LABEL = "16rem", "6rem"
 
 
 def available() -> bool:
@@ -29,7 +29,7 @@ def text(label: str, value: str = "", tip: str = "", hint: str = "", wide: str =
 
 def area(label: str, value: str = "", tip: str = "", rows: int = 3) -> Any:
     """Several lines of text, over the whole width."""
-    return _make("Textarea", label, tip, "100%", value=value, rows=rows, continuous_update=False)
+    return _make("Textarea", label, tip, "auto", value=value, rows=rows, continuous_update=False)
 
 
 def choice(label: str, options: Any, value: Any = None, tip: str = "", wide: str = WIDE) -> Any:
@@ -108,6 +108,12 @@ def html(value: str = "") -> Any:
     return ipywidgets.HTML(value, layout=ipywidgets.Layout(width="auto", max_width="100%"))
 
 
+def beside(made: Any) -> Any:
+    """The same, taking the room that is left beside others in a row."""
+    made.layout.flex = "1 1 12rem"
+    return made
+
+
 def row(*children: Any) -> Any:
     """Side by side, and below each other where the page is narrow."""
     return _box("HBox", children, flex_flow="row wrap", align_items="center")
@@ -123,7 +129,7 @@ def tabs(children: Mapping[str, Any]) -> Any:
     import ipywidgets
 
     made = ipywidgets.Tab(children=tuple(children.values()), titles=tuple(children))
-    made.layout.width = "100%"
+    made.layout.width = "auto"
     return made
 
 
@@ -132,7 +138,7 @@ def folded(title: str, child: Any) -> Any:
     import ipywidgets
 
     made = ipywidgets.Accordion(children=(child,), titles=(title,), selected_index=None)
-    made.layout.width = "100%"
+    made.layout.width = "auto"
     return made
 
 
@@ -146,7 +152,9 @@ def message(text: str, kind: str = "") -> str:
 def _make(kind: str, label: str, tip: str, wide: str, **options: Any) -> Any:
     import ipywidgets
 
-    layout = ipywidgets.Layout(width=wide, max_width="100%")
+    # As many side by side as there is room for, each as wide as the room lets it be.
+    sized = {"width": "auto", "flex": f"1 1 {WIDE}", "max_width": "24rem"}
+    layout = ipywidgets.Layout(**(sized if wide == WIDE else {"width": wide, "max_width": "98%"}))
     style = {"description_width": "initial" if kind == "Checkbox" else LABEL}
     maker = getattr(ipywidgets, kind)
     return maker(description=label, tooltip=tip or label, layout=layout, style=style, **options)
@@ -156,5 +164,5 @@ def _box(kind: str, children: Sequence[Any], **layout: str) -> Any:
     import ipywidgets
 
     made = getattr(ipywidgets, kind)(tuple(children))
-    made.layout = ipywidgets.Layout(width="100%", overflow="visible", **layout)
+    made.layout = ipywidgets.Layout(width="auto", overflow="visible", **layout)
     return made
