@@ -11,13 +11,14 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
+BROWSER := $(VENV)/.browser
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper test bench bench-gpu lint lab notebooks models clean
+.PHONY: help figures paper test test-browser bench bench-gpu lint lab notebooks models clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 figures: $(READY) ## the main job on the bundled models: figures and tables in figures/out
 	$(PY) figures/study.py
@@ -31,6 +32,9 @@ paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it s
 test: lint ## lint, tests and notebooks, without a network
 	$(OFFLINE) $(PY) -m pytest
 	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+test-browser: $(BROWSER) ## notebooks and explorer in JupyterLab and Chromium (3 minutes)
+	$(OFFLINE) $(PY) -m pytest --confcutdir=tests/browser tests/browser
 
 bench: $(READY) ## speed against the procedure written plainly (14 minutes)
 	$(OFFLINE) $(BENCH) tests/benchmarks
@@ -57,8 +61,8 @@ models: $(READY) ## train the bundled models (45 CPU-minutes each) and MEND edit
 	$(PY) figures/train_mend.py world
 	$(PY) figures/train_mend.py world-sequential
 
-clean: ## remove what commands made: figures/out, tests/benchmarks/out, caches and .venv
-	rm -rf $(VENV) figures/out tests/benchmarks/out .pytest_cache .ruff_cache *.egg-info build dist
+clean: ## remove what commands made: figures/out, tests/*/out, caches and .venv
+	rm -rf $(VENV) figures/out tests/benchmarks/out tests/browser/out .pytest_cache .ruff_cache *.egg-info build dist
 	find . -type d \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
@@ -82,4 +86,17 @@ $(READY): pyproject.toml constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[notebook,dev]'
+	@touch $@
+
+NO_CHROMIUM := make test-browser needs Chromium, and only root can install it here: \
+  sudo apt-get install chromium, or CHROMIUM=/path/to/chrome make test-browser
+
+# Chromium of the system: the one that playwright would download is not needed.
+$(BROWSER): $(READY)
+	$(PIP) -e '.[notebook,dev,browser]'
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
+	  [ -n "$$name" ] && command -v "$$name" >/dev/null && exit 0; done; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update && \
+	  apt-get install -y --no-install-recommends chromium && exit 0; \
+	  echo "$(NO_CHROMIUM)" >&2; exit 1
 	@touch $@

@@ -91,12 +91,9 @@ class Explorer:
     def button(self, label: str, tip: str, on_click: Callable[[], object], style: str = "") -> Any:
         """A button that is off while a step runs."""
         made = widgets.button(label, tip, lambda: self._safely(on_click), style)
+        made.disabled = self.runner.busy
         self._buttons.append(made)
         return made
-
-    def forget(self, made: Any) -> None:
-        """Take no more care of a button that is gone."""
-        self._buttons.remove(made)
 
     def run(self, what: str, work: Callable[[Tick], Any], then: Callable[[Any], object]) -> None:
         """Run `work(tick)` in a thread with progress and the stop button on, then show its result

@@ -49,7 +49,10 @@ class FactPanel:
             self.example.value = 0
 
     def _choose(self, change: Any) -> None:
+        fields = (self.subject, self.prompt, self.new, self.paraphrases, self.neighbours)
         if change["new"] < 0:
+            for field in fields:
+                field.value = ""
             return
         fact = self._facts[change["new"]]
         self.subject.value, self.prompt.value = fact.subject, fact.prompt

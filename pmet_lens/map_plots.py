@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from pmet_lens.plots import COMPONENT_NAMES
 
@@ -95,7 +96,7 @@ def loss_curve(history: pd.DataFrame, figure: Figure, n_steps: int | None = None
     last = int(history["step"].max()) if len(history) else 1
     ax.set_xlim(0, max(1, last, (n_steps or 1) - 1))
     ax.set_ylim(bottom=0)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("optimisation step")
     ax.set_ylabel("nats")
     ax.legend(frameon=False, fontsize=8, loc="upper right")

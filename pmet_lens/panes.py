@@ -23,10 +23,6 @@ class Shell(Protocol):
         """A button that is off while a step runs."""
         ...
 
-    def forget(self, made: Any) -> None:
-        """Take no more care of a button that is gone."""
-        ...
-
     def run(self, what: str, work: Callable[[Tick], Any], then: Callable[[Any], object]) -> None:
         """Run a step in a thread, then show its result."""
         ...

@@ -68,6 +68,8 @@ class Session:
         self.steps: list[Step] = []
         self._moments: dict[Site, Any] = dict(moments or {})
         self._contexts: list[str] | None = None
+        self.on_change: Callable[[], object] = lambda: None
+        """Called after every edit, undo and redo."""
 
     def settings(self, method: str | Method) -> Hparams | None:
         """The strengths `method` takes; None for a method with settings of its own (fine-tuning).
@@ -192,15 +194,18 @@ class Session:
         made.apply_(self.model)
         step = Step(fact, method, hp, made, table, upon)
         self.steps.append(step)
+        self.on_change()
         return step
 
     def undo(self, step: Step) -> None:
         """Take one edit off the model, whatever came after it; it stays in `steps`."""
         step.edit.revert_(self.model)
+        self.on_change()
 
     def redo(self, step: Step) -> None:
         """Put an edit that was undone onto the model again, behind the others."""
         step.edit.apply_(self.model)
+        self.on_change()
 
     def is_on(self, step: Step) -> bool:
         """Whether the edit is on the model now."""

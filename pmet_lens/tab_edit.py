@@ -61,6 +61,7 @@ class EditTab:
         self.history: list[tuple[Step, Any, Any]] = []
         self.method.observe(lambda _: self._reset(), names="value")
         self._reset()
+        shell.session.on_change = self._changed
         self.box = widgets.column(
             widgets.row(self.method, self.button, reset),
             self._strengths,
@@ -116,21 +117,27 @@ class EditTab:
         return View(f"edit-{number}", title, step.table, draw, code, size)
 
     def _show(self, step: Step) -> None:
-        self._remember(step)  # first: whatever fails behind it, the edit can be undone
+        self._remember()  # first: whatever fails behind it, the edit can be undone
         rows = map_plots.rows_of(step.table, _COLUMNS)
         loss = ""
         if step.edit.targets is not None:
             loss = _drawn(step.edit.targets.history, step.fact.text)
         self.pane.show(self._view(step), loss + markup.table(rows, _HEAD))
 
-    def _remember(self, step: Step) -> None:
-        number = len(self.history) + 1
-        line = widgets.beside(widgets.html())
-        tip = f"Take edit {number} off the model, or put it on again"
-        button = self._shell.button("Undo", tip, lambda: self._toggle(step))
-        self.history.append((step, line, button))
-        self._rows.children = tuple(widgets.row(b, h) for _, h, b in self.history)
+    def _remember(self) -> None:
+        """Give every step of the session a row, those that were made in code too."""
+        for step in self._shell.session.steps[len(self.history) :]:
+            line = widgets.beside(widgets.html())
+            tip = f"Take edit {len(self.history) + 1} off the model, or put it on again"
+            button = self._shell.button("Undo", tip, partial(self._toggle, step))
+            self.history.append((step, line, button))
+            self._rows.children = (*self._rows.children, widgets.row(button, line))
         self._tell()
+
+    def _changed(self) -> None:
+        """An edit was made or undone, here or in code."""
+        if not self._shell.runner.busy:  # then the step tells it itself, where widgets may change
+            self._remember()
 
     def _toggle(self, step: Step) -> None:
         session = self._shell.session
@@ -138,7 +145,6 @@ class EditTab:
             session.undo(step)
         else:
             session.redo(step)
-        self._tell()
 
     def _tell(self) -> None:
         """What the model says now about the fact of every edit."""

@@ -12,7 +12,7 @@ import pytest
 
 FLOORS = (
     {"container", "downloads", "facts", "jobs", "linalg", "markup", "memory", "metrics"}
-    | {"statements", "world"},
+    | {"statements", "summaries", "world"},
     {"adapter", "datasets", "fact_tables", "live", "sources", "twin"},
     {"hparams", "moments", "probes", "published_moments", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}

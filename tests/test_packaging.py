@@ -116,7 +116,7 @@ def test_conda_and_make_install_the_project_and_only_it():
     assert block == ["-c constraints.txt", "-e .[notebook,dev]"]
     assert "-c constraints.txt" in MAKEFILE
     assert "-e '.[notebook,dev]'" in MAKEFILE
-    assert set(PROJECT["optional-dependencies"]) == {"notebook", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {"notebook", "browser", "dev"}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
@@ -142,10 +142,10 @@ def test_the_version_is_said_once():
     assert TABLES["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "pmet_lens.__version__"}
 
 
-def test_continuous_integration_runs_make_test():
+def test_continuous_integration_runs_every_test():
     path = ROOT / ".ci" / "run"
     assert os.access(path, os.X_OK)
-    assert path.read_text(encoding="utf-8").splitlines()[-1] == "make test"
+    assert path.read_text(encoding="utf-8").splitlines()[-2:] == ["make test", "make test-browser"]
 
 
 # Each check above sees what it is there for.
