@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pmet_lens import markup, widgets
 from pmet_lens.fact_panel import FactPanel
@@ -12,6 +12,7 @@ from pmet_lens.sessions import Session
 from pmet_lens.views import View
 
 
+@runtime_checkable
 class Shell(Protocol):
     """What a tab may ask of the explorer."""
 

@@ -19,7 +19,7 @@ class AskTab:
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
         self.prompt = widgets.text(
-            "Prompt", tip="A text that ends right before the answer", hint="empty: that of the fact"
+            "Other prompt", tip="Empty: the prompt of the fact above", hint="that of the fact"
         )
         self.k = widgets.number("Tokens shown", 1, 20, 5, "How many of the likeliest next tokens")
         self.length = widgets.number(

@@ -158,8 +158,9 @@ class EditTab:
             state = "on" if on else "off"
             told = f"{number}. {step.method}: {step.fact.text} → {step.fact.target_new}"
             line.value = (
-                f'<span style="opacity: {1 if on else 0.65}">{markup.escape(told)} ({state}); '
-                f"the model says now: <b>{markup.escape(now)}</b></span>"
+                f'<div style="line-height: 1.35; opacity: {1 if on else 0.7}">'
+                f"{markup.escape(told)} ({state}); "
+                f"the model says now: <b>{markup.escape(now)}</b></div>"
             )
         on = sum(session.is_on(step) for step, _, _ in self.history)
         self._shell.say(f"{on} of {len(self.history)} edits are on the model.")

@@ -68,7 +68,7 @@ def strength(label: str, low: float, high: float, value: float, step: float, tip
     )  # fmt: skip
 
 
-def magnitude(label: str, low: float, high: float, value: float, tip: str = "") -> Any:
+def magnitude(label: str, low: int, high: int, value: float, tip: str = "") -> Any:
     """A number on a logarithmic slider; `low` and `high` are powers of ten."""
     return _make(
         "FloatLogSlider", label, tip, WIDE, min=low, max=high, value=value, step=0.05,
@@ -153,7 +153,7 @@ def _make(kind: str, label: str, tip: str, wide: str, **options: Any) -> Any:
     import ipywidgets
 
     # As many side by side as there is room for, each as wide as the room lets it be.
-    sized = {"width": "auto", "flex": f"1 1 {WIDE}", "max_width": "24rem"}
+    sized = {"width": "auto", "flex": f"1 1 {WIDE}", "max_width": "24rem", "min_width": "0"}
     layout = ipywidgets.Layout(**(sized if wide == WIDE else {"width": wide, "max_width": "98%"}))
     style = {"description_width": "initial" if kind == "Checkbox" else LABEL}
     maker = getattr(ipywidgets, kind)

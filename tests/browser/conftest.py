@@ -57,7 +57,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     own |= {"JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_TOKEN": token}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
-    command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
+    command += [
+        "--LabApp.expose_app_in_browser=True",
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={folder}",
+    ]
     log = (folder / "server.log").open("w")
     server = subprocess.Popen(
         command, env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT

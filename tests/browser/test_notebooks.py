@@ -111,10 +111,15 @@ def test_a_fact_is_typed_edited_and_undone(opened):
     assert notebook.errors() == []
     page.locator(".widget-tab").wait_for()
 
+    page.keyboard.press("Control+b")  # without the file browser
     page.get_by_label("Example", exact=True).select_option("your own")
     notebook.fill("Subject", "Penton")
     notebook.fill("Prompt", "The spoken language of {} is")
     notebook.fill("New answer", NEW)
+    page.get_by_text("Paraphrases and neighbours to check").click()
+    notebook.fill("Paraphrases", "The register lists {} with the main language")
+    notebook.fill("Neighbours", "Coldhaven, where people speak\nKingscliff, where people speak")
+    page.get_by_text("Paraphrases and neighbours to check").click()
     notebook.click("Ask")
     notebook.told(f"The spoken language of Penton is {OLD}")
     notebook.picture("ask")
@@ -143,8 +148,9 @@ def test_a_fact_is_typed_edited_and_undone(opened):
     notebook.told(f"the model says now: {NEW}")
     assert "(on)" in row.inner_text()
     notebook.picture("edit")
+    kinds = page.locator(".widget-html table td:first-child").locator("visible=true")
+    assert kinds.all_inner_texts() == ["rewrite", "paraphrase", "neighbour", "neighbour"]
     page.set_viewport_size({"width": 800, "height": 800})
-    page.keyboard.press("Control+b")
     notebook.picture("edit-800")
     notebook.click("Undo")
     notebook.told(f"the model says now: {OLD}")
@@ -160,7 +166,9 @@ def test_a_fact_is_typed_edited_and_undone(opened):
     notebook.tab("Ablate")
     notebook.click("Compare")
     notebook.told("Compare: done.")
-    notebook.menu("Settings", "Theme", "JupyterLab Dark")
-    page.locator('body[data-jp-theme-light="false"]').wait_for()
+    page.evaluate(
+        "jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
+    page.locator('body[data-jp-theme-light="false"]').wait_for(state="attached")
     notebook.picture("ablate-800-dark")
     assert notebook.errors() == []
