@@ -11,13 +11,14 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
+BROWSER := $(VENV)/.browser
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper test docs bench bench-gpu lint lab notebooks review models clean
+.PHONY: help figures paper test test-browser docs bench bench-gpu lint lab notebooks review models clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 figures: $(READY) ## the main job on the bundled models: figures and tables in figures/out
 	$(PY) figures/study.py
@@ -34,6 +35,9 @@ test: lint ## lint, tests and notebooks, without a network
 
 docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/html/index.html (half a minute)
 	$(OFFLINE) $(PY) -m sphinx -E -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
+
+test-browser: $(BROWSER) ## notebooks and explorer in JupyterLab and Chromium (3 minutes)
+	$(OFFLINE) $(PY) -m pytest --confcutdir=tests/browser tests/browser
 
 bench: $(READY) ## speed against the procedure written plainly (14 minutes)
 	$(OFFLINE) $(BENCH) tests/benchmarks
@@ -66,8 +70,8 @@ models: $(READY) ## train the bundled models (45 CPU-minutes each) and MEND edit
 	$(PY) figures/train_mend.py world
 	$(PY) figures/train_mend.py world-sequential
 
-clean: ## remove what commands made: figures/out, docs/_build, tests/benchmarks/out, caches, .venv
-	rm -rf $(VENV) figures/out docs/_build tests/benchmarks/out .pytest_cache .ruff_cache *.egg-info build dist
+clean: ## remove what commands made: figures/out, docs/_build, tests/*/out, caches, .venv
+	rm -rf $(VENV) figures/out docs/_build tests/benchmarks/out tests/browser/out .pytest_cache .ruff_cache *.egg-info build dist
 	find . -type d \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
@@ -99,4 +103,17 @@ $(READY): pyproject.toml constraints.txt
 # Sphinx and what it brings are wanted by `make docs` alone.
 $(VENV)/.docs: $(READY)
 	$(PIP) -e '.[docs]'
+	@touch $@
+
+NO_CHROMIUM := make test-browser needs Chromium, and only root can install it here: \
+  sudo apt-get install chromium, or CHROMIUM=/path/to/chrome make test-browser
+
+# Chromium of the system: the one that playwright would download is not needed.
+$(BROWSER): $(READY)
+	$(PIP) -e '.[notebook,dev,browser]'
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
+	  [ -n "$$name" ] && command -v "$$name" >/dev/null && exit 0; done; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update && \
+	  apt-get install -y --no-install-recommends chromium && exit 0; \
+	  echo "$(NO_CHROMIUM)" >&2; exit 1
 	@touch $@

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pmet_lens.adapter import Stream as Stream
     from pmet_lens.adapter import load as load
     from pmet_lens.analysis import causal_trace as causal_trace
+    from pmet_lens.analysis import trace_tokens as trace_tokens
     from pmet_lens.costs import Estimate as Estimate
     from pmet_lens.costs import estimate as estimate
     from pmet_lens.datasets import DataError as DataError
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from pmet_lens.evaluation import evaluate as evaluate
     from pmet_lens.evaluation import recall as recall
     from pmet_lens.evaluation import summarise as summarise
+    from pmet_lens.explorer import Explorer as Explorer
+    from pmet_lens.explorer import explore as explore
     from pmet_lens.fact_tables import read_facts as read_facts
     from pmet_lens.facts import Fact as Fact
     from pmet_lens.facts import FactError as FactError
@@ -80,9 +83,12 @@ if TYPE_CHECKING:
     from pmet_lens.moments import second_moments as second_moments
     from pmet_lens.patterns import attention_patterns as attention_patterns
     from pmet_lens.patterns import pattern_similarity as pattern_similarity
+    from pmet_lens.patterns import subject_attention as subject_attention
     from pmet_lens.published_moments import export_moments as export_moments
     from pmet_lens.published_moments import import_moments as import_moments
     from pmet_lens.readout import lens as lens
+    from pmet_lens.readout import lens_tokens as lens_tokens
+    from pmet_lens.sessions import Session as Session
     from pmet_lens.settings import Hparams as Hparams
     from pmet_lens.settings import Method as Method
     from pmet_lens.settings import SettingsError as SettingsError
@@ -100,10 +106,18 @@ if TYPE_CHECKING:
     from pmet_lens.trials import ablations as ablations
     from pmet_lens.trials import compare as compare
     from pmet_lens.variance import variance_split as variance_split
+    from pmet_lens.variants import ablate as ablate
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Session": "sessions",
+    "ablate": "variants",
+    "Explorer": "explorer",
+    "explore": "explorer",
+    "trace_tokens": "analysis",
+    "subject_attention": "patterns",
+    "lens_tokens": "readout",
     "Model": "adapter",
     "Projection": "adapter",
     "Site": "adapter",

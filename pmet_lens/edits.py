@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens import artifact, lora, receipts
+from pmet_lens import artifact, lora, markup, receipts
 from pmet_lens.adapter import Model, Site
 from pmet_lens.chat import Frame
 from pmet_lens.facts import Fact
@@ -79,6 +79,13 @@ class Edit:
     def __repr__(self) -> str:
         sites = ", ".join(map(str, self.factors))
         return f"Edit({len(self.facts)} facts, sites {sites})"
+
+    def _repr_html_(self) -> str:
+        sites = [f"{site} (rank {a.shape[1]})" for site, (a, _) in self.factors.items()]
+        facts = [f"{f.text} → {f.target_new}" for f in self.facts]
+        told = {"facts": markup.listed(facts, 5), "weights": ", ".join(sites)}
+        told |= {"method": repr(self.method), "model": self.model or "–"}
+        return markup.pairs(told, f"Edit of {len(self.facts)} facts")
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pmet_lens import markup
+
 BENCHMARKS = ("zsre",)
 """Benchmarks that are scored in their own way; see `Fact.benchmark`."""
 
@@ -75,6 +77,13 @@ class Fact:
         listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
         pairs = tuple((prompt, answer) for prompt, answer in record["neighbours"])
         return cls(**{**record, **listed, "neighbours": pairs})
+
+    def _repr_html_(self) -> str:
+        told: dict[str, object] = {"prompt": self.text, "new answer": self.target_new}
+        told |= {"true answer": self.target_true, "relation": self.relation}
+        told["paraphrases"] = markup.listed(self.paraphrases)
+        told["neighbours"] = markup.listed([f"{p} → {answer}" for p, answer in self.neighbours])
+        return markup.pairs({k: v for k, v in told.items() if v}, f"Fact about {self.subject}")
 
     @property
     def text(self) -> str:

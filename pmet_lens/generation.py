@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -83,6 +84,30 @@ def _framed(model: Model, prompt: str) -> list[int]:
     """The tokens of a prompt inside the chat template, which writes special tokens itself."""
     text = model.frame.around(prompt)
     return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answers(model: Model, prompts: Sequence[str], n_tokens: int = 6) -> list[str]:
+    """What the model says next, greedily: up to `n_tokens` tokens behind each prompt, cut at the
+    end of the sentence or line, without blanks around. Raises `FactError` for a prompt without a
+    token."""
+    read = [list(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    if [] in read:
+        raise FactError(f"The prompt {prompts[read.index([])]!r} has no token to continue.")
+    rows = [list(ids) for ids in read]
+    going = list(range(len(rows)))
+    for _ in range(n_tokens):
+        going = [i for i in going if len(rows[i]) < model.n_positions]
+        if not going:
+            break
+        best = _next_logits(model, [rows[i] for i in going]).argmax(-1).tolist()
+        for i, token in zip(going, best, strict=True):
+            rows[i].append(token)
+        going = [i for i in going if rows[i][-1] != model.tokenizer.eos_token_id]
+    said = [
+        model.tokenizer.decode(row[len(ids) :], skip_special_tokens=True).strip()
+        for row, ids in zip(rows, read, strict=True)
+    ]
+    return [re.split(r"[.!?](?:\s|$)|\n", text)[0].strip() for text in said]
 
 
 def _next_logits(model: Model, rows: Sequence[list[int]]) -> Tensor:

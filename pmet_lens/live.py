@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class LiveEdits:
 
     def __contains__(self, edit: object) -> bool:
         return any(known is edit for known, _ in self._applied)
+
+    def __iter__(self) -> Iterator[object]:
+        """The edits that are on the model, in the order they were applied."""
+        return iter([known for known, _ in self._applied])
 
     def original(self, site: Any) -> Tensor:
         """The weight without the edits that are on it now."""
@@ -94,6 +98,14 @@ class LiveEdits:
             self.add(edit, deltas)
             self._applied.insert(place, self._applied.pop())
             self._write(deltas)
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """A block in which every edit is off; behind it the weights are the bits they were."""
+        with ExitStack() as stack:
+            for edit in list(self):
+                stack.enter_context(self.without(edit))
+            yield
 
     def _value(self, site: Any) -> Tensor:
         value = self._original[site].clone()

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pmet_lens.summaries import Summary
+
 Numbers = npt.NDArray[np.float64]
 
 
@@ -187,7 +189,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """
     cases = _cases(rows)
     order = [k for k in _ORDER if k in cases]
-    return pd.DataFrame(
+    return Summary(
         [_interval(cases[k].to_numpy(), "harmonic" if k in _SCORES else "mean") for k in order],
         index=pd.Index(order, name="metric"),
         columns=pd.Index(["mean", "ci_low", "ci_high", "n"]),

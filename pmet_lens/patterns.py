@@ -8,7 +8,8 @@ length comparable, and the patterns of facts are compared within and across rela
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -54,16 +55,61 @@ def attention_patterns(
             model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=1 + max(layers))
         roles = _roles(batch)
         for layer in layers:
-            if layer not in found:
-                raise ModelError(
-                    f"{model.name!r} does not show its attention weights; load the Hugging Face "
-                    'model with attn_implementation="eager"'
-                )
+            _check_shown(model, layer, found)
             frames.append(_table(found[layer].double(), roles.double(), chosen, layer))
     frame = pd.concat(frames, ignore_index=True).sort_values(by=["fact", "layer", "head"])
     frame.insert(1, "subject", [facts[i].subject for i in frame["fact"]])
     frame.insert(2, "relation", [facts[i].relation for i in frame["fact"]])
     return frame.reset_index(drop=True)
+
+
+def subject_attention(
+    model: Model, fact: Fact, layers: Sequence[int] | None = None
+) -> pd.DataFrame:
+    """How much every token of one prompt looks at the subject, per head.
+
+    One row per layer, head and token: columns layer, head, position (of the looking token, from 0),
+    token (its text), weight (its attention on all subject tokens together, 0 to 1; 0 in front of
+    the subject). Raises `ModelError` as `attention_patterns` does.
+    """
+    layers = range(model.n_layers) if layers is None else layers
+    if not layers:
+        raise ModelError("subject_attention needs at least one layer")
+    batch, texts = tokens.shown(model, fact)
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[Tensor], None]:
+        def hook(value: Tensor) -> None:
+            found[layer] = value[0]  # [head, query, key]
+
+        return hook
+
+    hooks = [(model.pattern_hook(n), keep(n)) for n in layers]
+    with torch.no_grad():
+        model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=1 + max(layers))
+    first, stop = int(batch.first[0]), int(batch.subject[0]) + 1
+    frames = []
+    for layer in layers:
+        _check_shown(model, layer, found)
+        weight = found[layer][..., first:stop].double().sum(-1).cpu().numpy()
+        heads, n = weight.shape
+        columns: dict[str, Any] = {
+            "layer": layer,
+            "head": np.repeat(np.arange(heads), n),
+            "position": np.tile(np.arange(n), heads),
+            "token": texts * heads,
+            "weight": weight.ravel(),
+        }
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _check_shown(model: Model, layer: int, found: Mapping[int, Tensor]) -> None:
+    if layer not in found:
+        raise ModelError(
+            f"{model.name!r} does not show its attention weights; load the Hugging Face "
+            'model with attn_implementation="eager"'
+        )
 
 
 def pattern_similarity(patterns: pd.DataFrame, facts: Sequence[Fact]) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from pmet_lens import tokens
 from pmet_lens.activations import Position, probe
 from pmet_lens.adapter import Model, ModelError, Stream
 from pmet_lens.facts import Fact, FactError
+from pmet_lens.twin import Hook
 
 Answer = Literal["target_true", "target_new"]
 ROWS_PER_CHUNK = 256
@@ -61,6 +62,53 @@ def lens(
             }
             tops = [tuple(model.tokenizer.decode([t]) for t in row) for row in top.tolist()]
             frames.append(pd.DataFrame({**head, "top": tops}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def lens_tokens(
+    model: Model,
+    fact: Fact,
+    streams: Sequence[Stream] | None = None,
+    layers: Sequence[int] | None = None,
+    *,
+    answer: Answer = "target_true",
+) -> pd.DataFrame:
+    """As `lens` for one fact, at every token of its prompt instead of chosen positions.
+
+    One row per stream, layer and token: columns stream, layer, position (of the token, from 0),
+    token (its text), rank (of the answer's first token, 1: the arg-max), probability (0 to 1), top
+    (the likeliest token's text). Raises as `lens` does.
+    """
+    streams = all_streams(model) if streams is None else streams
+    layers = range(model.n_layers) if layers is None else layers
+    if not streams or not layers:
+        raise ModelError("lens_tokens needs at least one stream and one layer")
+    wanted = first_tokens(model, [fact], answer)
+    batch, texts = tokens.shown(model, fact)
+    seen: dict[tuple[Stream, int], Tensor] = {}
+
+    def keep(key: tuple[Stream, int]) -> Hook:
+        def hook(value: Tensor) -> None:
+            seen[key] = value[0]
+
+        return hook
+
+    hooks = [(model.stream_hook(n, s), keep((s, n))) for s in streams for n in layers]
+    with torch.no_grad():
+        model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=1 + max(layers))
+    frames = []
+    for (stream, layer), value in seen.items():
+        probability, rank, top = _answers(model, value, wanted.expand(len(value)), 1)
+        columns: dict[str, Any] = {
+            "stream": stream,
+            "layer": layer,
+            "position": range(len(texts)),
+            "token": texts,
+            "rank": rank.tolist(),
+            "probability": probability.tolist(),
+            "top": [model.tokenizer.decode(row) for row in top.tolist()],
+        }
+        frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
 
 

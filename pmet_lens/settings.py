@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from pmet_lens import markup
 from pmet_lens.adapter import Projection, Stream
 from pmet_lens.linalg import NullSpace, Solver
 from pmet_lens.tokens import Position
@@ -67,6 +68,22 @@ class Method:
             raise SettingsError("write both projections as ('attn', 'mlp'): attn comes first.")
         for projection in self.write:
             self.follows(projection)
+
+    def _repr_html_(self) -> str:
+        write = {"attn": "W_O of attention", "mlp": "W_out of the feed-forward layer"}
+        spread = {"sqrt": "R/√n to each of n layers left", "linear": "R/n to each of n layers left"}
+        together = "all facts together" if self.at_once is None else f"{self.at_once} at a time"
+        return markup.pairs(
+            {
+                "streams that get a delta": ", ".join(self.delta_at),
+                "weights written": ", ".join(write[p] for p in self.write),
+                "residual": spread[self.spread],
+                "solver": repr(self.solver),
+                "edited token": self.position,
+                "facts": together,
+            },
+            "Method",
+        )
 
     def follows(self, projection: Projection) -> Stream:
         """The stream whose target the projection is asked to produce: its own where that was

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens import problem, tokens
+from pmet_lens import markup, problem, tokens
 from pmet_lens.adapter import Model, Stream
 from pmet_lens.facts import Fact, FactError
 from pmet_lens.memory import halving
@@ -29,6 +29,7 @@ from pmet_lens.settings import Hparams, Method
 
 Losses = Mapping[str, Float[Tensor, " fact"]]
 OnStep = Callable[[int, Losses], object]
+_SHOWN = 10  # facts that a notebook shows
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Targets:
     def delta(self, stream: Stream) -> Float[Tensor, "fact d_model"]:
         """What the optimisation added to `stream`."""
         return self.values[stream] - self.clean[stream]
+
+    def _repr_html_(self) -> str:
+        last = self.history.groupby("fact").tail(1)
+        head = [c for c in ("fact", "step", "nll", "kl", "loss", "said", "stopped") if c in last]
+        rows = [[row[c] for c in head] for row in last.head(_SHOWN).to_dict("records")]
+        more = f" (the first {_SHOWN})" if len(last) > _SHOWN else ""
+        title = f"Targets of {len(self)} facts for {', '.join(self.values)} of layer {self.layer}"
+        told = f"{title}, at {self.position}; how each ended{more}"
+        return markup.table(rows, head, told)
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))

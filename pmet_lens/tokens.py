@@ -209,6 +209,12 @@ def _pad(model: Model, rows: Sequence[tuple[list[int], tuple[int, int], int, lis
     return Batch(ids.to(on), mask.to(on), *places, labels.to(on))
 
 
+def shown(model: Model, fact: Fact) -> tuple[Batch, list[str]]:
+    """The prompt of one fact as a batch of one row without a target, and the text of its tokens."""
+    batch = encode(model, [Prompt(fact.prompt, fact.subject)])
+    return batch, [model.tokenizer.decode([token]) for token in batch.ids[0].tolist()]
+
+
 def prompts_of(fact: Fact, contexts: Sequence[str], target: str | None = None) -> list[Prompt]:
     """The fact's prompt plain and behind each context prefix; the plain one always comes first."""
     prefixed = [c for c in contexts if c != PLAIN]

@@ -22,7 +22,8 @@ import torch
 
 if any(name.split(".")[0] == "pmet_lens" for name in sys.modules):
     raise RuntimeError("pmet_lens was imported before its shape checks; start pytest without it.")
-collect_ignore = ["benchmarks"]  # `make bench`, without this file: checked shapes take time
+# `make bench` and `make test-browser`, without this file: checked shapes take time.
+collect_ignore = ["benchmarks", "browser"]
 jaxtyping.install_import_hook("pmet_lens", "beartype.beartype")
 torch.set_num_threads(1)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 FLOORS = (
-    {"container", "downloads", "facts", "linalg", "memory", "metrics", "statements", "world"},
+    {"container", "downloads", "facts", "jobs", "linalg", "markup", "memory", "metrics"}
+    | {"statements", "summaries", "world"},
     {"adapter", "chat", "datasets", "fact_tables", "live", "sources", "twin"},
     {"hparams", "moment_files", "moments", "probes", "published_moments", "settings", "tokens"},
     {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}
@@ -19,8 +20,9 @@ FLOORS = (
     {"artifact", "costs", "editing", "edits", "evaluation", "finetune", "lora", "mend"}
     | {"mend_training", "methods", "receipts", "suggestion", "target_files"},
     {"ability", "geometry"},
-    {"experiment", "training", "trials"},
-    {"method_plots", "plots", "widgets"},
+    {"experiment", "recipes", "sessions", "training", "trials", "variants"},
+    {"explorer", "fact_panel", "map_plots", "method_plots", "panes", "plots", "tab_ablate"}
+    | {"tab_ask", "tab_edit", "tab_look", "views", "widgets"},
     {"cli", "__init__"},  # `import pmet_lens` is for the command line and for users
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -116,7 +116,7 @@ def test_conda_and_make_install_the_project_and_only_it():
     assert block == ["-c constraints.txt", "-e .[notebook,dev]"]
     assert "-c constraints.txt" in MAKEFILE
     assert "-e '.[notebook,dev]'" in MAKEFILE
-    assert set(PROJECT["optional-dependencies"]) == {"notebook", "dev", "docs"}
+    assert set(PROJECT["optional-dependencies"]) == {"notebook", "browser", "dev", "docs"}
     assert "-e '.[docs]'" in MAKEFILE
 
 
@@ -148,7 +148,7 @@ def test_continuous_integration_runs_the_commands_of_the_readme():
     assert os.access(path, os.X_OK)
     lines = path.read_text(encoding="utf-8").splitlines()
     commands = [line for line in lines if line.startswith("make ")]
-    assert {"make test", "make docs"} <= set(commands)
+    assert {"make test", "make test-browser", "make docs"} <= set(commands)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [command for command in commands if f"`{command}`" not in readme] == []
 
