@@ -45,7 +45,7 @@ def generate_batch(
     """
     check_end(model)
     plain = [list(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    read = [_framed(model, prompt) for prompt in prompts] if model.frame else plain
+    read = [_asked(model, prompt) for prompt in prompts]
     asked = [len(ids) for ids in read]
     if [] in read:
         raise FactError(f"The prompt {prompts[read.index([])]!r} has no token to continue.")
@@ -54,7 +54,7 @@ def generate_batch(
         min(length + n - len(own), model.n_positions) for n, own in zip(asked, plain, strict=True)
     ]
     order = sorted(range(len(read)), key=lambda i: len(read[i]))
-    size = max(1, batch_tokens // max(1, *limits))
+    size = max(1, batch_tokens // max([1, *limits]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         going = [i for i in chosen if len(read[i]) < limits[i]]
@@ -80,17 +80,18 @@ def generate_batch(
     return texts
 
 
-def _framed(model: Model, prompt: str) -> list[int]:
-    """The tokens of a prompt inside the chat template, which writes special tokens itself."""
-    text = model.frame.around(prompt)
-    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+def _asked(model: Model, prompt: str) -> list[int]:
+    """The tokens of a prompt, inside the chat template where there is one (which writes special
+    tokens itself)."""
+    text, special = model.frame.around(prompt), not model.frame
+    return list(model.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def answers(model: Model, prompts: Sequence[str], n_tokens: int = 6) -> list[str]:
     """What the model says next, greedily: up to `n_tokens` tokens behind each prompt, cut at the
     end of the sentence or line, without blanks around. Raises `FactError` for a prompt without a
     token."""
-    read = [list(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    read = [_asked(model, prompt) for prompt in prompts]
     if [] in read:
         raise FactError(f"The prompt {prompts[read.index([])]!r} has no token to continue.")
     rows = [list(ids) for ids in read]

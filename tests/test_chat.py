@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tiny import refused, tiny_hf, tiny_tokenizer
 
 import pmet_lens as pl
-from pmet_lens import tokens
+from pmet_lens import generation, tokens
 
 torch.set_num_threads(1)
 
@@ -115,6 +116,8 @@ def test_generation_gives_the_answer_and_not_the_template():
         best = model.hf(input_ids=torch.tensor([ids])).logits[0, -1].argmax()
     said = model.tokenizer.decode([int(best)], skip_special_tokens=True).strip()
     assert text.removeprefix("Ostria is ").startswith(said)
+    (answer,) = generation.answers(model, ["Ostria is"], 1)
+    assert answer == re.split(r"[.!?](?:\s|$)|\n", said)[0].strip()
 
 
 def test_templates_that_cannot_hold_a_prompt_are_refused():
