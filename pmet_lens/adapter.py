@@ -450,10 +450,10 @@ def _check_weights(hf: nn.Module, name: str) -> None:
     plain = all(p.dtype in DTYPES.values() for p in hf.parameters())
     if not plain or getattr(hf, "is_quantized", False):
         raise ModelError(f"the weights of {name!r} are quantised: load it in a floating dtype")
-    away = next((n for n, p in hf.named_parameters() if p.is_meta), None)
-    if away is not None:
+    away = [n for n, p in hf.named_parameters() if p.is_meta]
+    if 0 < len(away) < len(list(hf.parameters())):  # a whole model without numbers can be counted
         raise ModelError(
-            f"the weight {away!r} of {name!r} is not in memory (offloaded by its device_map, or "
+            f"the weight {away[0]!r} of {name!r} is not in memory (offloaded by its device_map, or "
             "never loaded), so it cannot be edited: spread the model over more devices, or load it "
             "in a smaller dtype (bfloat16)"
         )

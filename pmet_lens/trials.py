@@ -22,7 +22,7 @@ from pmet_lens.facts import Fact
 from pmet_lens.hparams import hparams_for
 from pmet_lens.linalg import Factor
 from pmet_lens.methods import ABLATIONS, PMET
-from pmet_lens.moments import Moment
+from pmet_lens.moments import Moment, chained
 from pmet_lens.settings import Hparams, Method, SettingsError
 from pmet_lens.targets import Targets
 
@@ -85,9 +85,10 @@ class Bench:
         self._kept: dict[tuple[Any, ...], dict[Site, Factor]] = {}
 
     def _moments(self, texts: Sequence[str] | None, n_tokens: int) -> dict[Site, Moment]:
-        weights = target_files.weights(self.model)[:16]
+        read = "world" if texts is None else chained("", texts)[:8]
+        name = f"{target_files.weights(self.model)[:16]}-{read}-{n_tokens}"
         return moment_files.kept_moments(
-            self.folder / f"moments-{weights}-{n_tokens}.safetensors",
+            self.folder / f"moments-{name}.safetensors",
             self.model,
             datasets.texts() if texts is None else texts,
             range(self.model.n_layers - 1),
