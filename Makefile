@@ -55,7 +55,7 @@ lab: $(READY) ## JupyterLab on notebooks/
 	$(PY) -m jupyter lab --notebook-dir=notebooks
 
 notebooks: $(READY) ## run the notebooks again and keep their outputs, and their review copies
-	$(OFFLINE) $(PY) -m pytest --nbmake --nbmake-timeout=300 --overwrite notebooks
+	$(OFFLINE) $(INLINE) $(PY) -m pytest --nbmake --nbmake-timeout=600 --overwrite notebooks
 	$(MAKE) review
 
 review: $(READY) ## the review copies of the notebooks alone: notebooks/review
@@ -78,6 +78,9 @@ clean: ## remove what commands made: figures/out, docs/_build, tests/*/out, cach
 # Nothing below a test may reach the network; pyright would ask PyPI for a newer pyright.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled \
   TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+
+# Figures into the notebook, not into the void that tests draw on.
+INLINE := MPLBACKEND=module://matplotlib_inline.backend_inline
 
 # Two processes of one thread each do more than one of two.
 ONE := OMP_NUM_THREADS=1
