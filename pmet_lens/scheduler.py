@@ -88,6 +88,8 @@ class Schedule:
         self.there: set[str] = set()
         self.failed: dict[str, str] = {}
         """Digest of a run → why it cannot be finished."""
+        self.deaths: Counter[str] = Counter()
+        """File → how many workers died while they made it, or others of its chunk."""
         wanted = dict.fromkeys(
             file for own in tasks.values() for t in own if t.kind in OWN for file in self._open(t)
         )
@@ -126,7 +128,6 @@ class Schedule:
             FolderError: where no file can be written any more.
             GridError: where workers die again and again on one shard.
         """
-        deaths: Counter[str] = Counter()
         running: set[str] = set()
         busy: dict[str, float] = {}
         while self.waiting or running or busy:
@@ -142,8 +143,7 @@ class Schedule:
             for task, outcome in pool.collect():
                 running.discard(task.file)
                 if outcome is None:
-                    deaths[task.file] += 1
-                    self._mourn(task, deaths[task.file])
+                    self._mourn(task)
                 elif outcome.state == "busy":
                     busy[task.file] = time.monotonic() + POLL
                 elif outcome.state == "stop":
@@ -172,13 +172,15 @@ class Schedule:
             return []
         first = ready[0]
         alike = [t for t in ready if (t.kind, t.run) == (first.kind, first.run)]
-        chunk = alike[: pool.size(first, len(alike))]
+        alone = self.deaths[first.file] > 0  # so that it takes no other along
+        chunk = alike[: 1 if alone else pool.size(first, len(alike))]
         taken = {task.file for task in chunk}
         self.waiting = deque(file for file in self.waiting if file not in taken)
         return chunk
 
-    def _mourn(self, task: Task, deaths: int) -> None:
-        if deaths >= LIVES:
+    def _mourn(self, task: Task) -> None:
+        self.deaths[task.file] += 1
+        if (deaths := self.deaths[task.file]) >= LIVES:
             raise GridError(
                 f"Workers died {deaths} times while making {task.file}, a shard of kind "
                 f"{task.kind!r}. Most often the machine ran out of memory: take fewer workers on "

@@ -18,7 +18,7 @@ FLOORS = (
     | {"similarity", "swapping", "targets", "variance"},
     {"artifact", "costs", "editing", "edits", "evaluation", "finetune", "lora", "mend"}
     | {"mend_training", "methods", "receipts", "suggestion", "target_files"},
-    {"ability", "geometry", "grid", "results", "shards"},
+    {"ability", "geometry", "grid", "parcels", "results", "shards"},
     {"experiment", "training", "trials", "worker"},
     {"engine", "progress", "ray_engine", "scheduler"},
     {"method_plots", "plots", "widgets"},
