@@ -86,6 +86,8 @@ if TYPE_CHECKING:
     from pmet_lens.moments import second_moments as second_moments
     from pmet_lens.patterns import attention_patterns as attention_patterns
     from pmet_lens.patterns import pattern_similarity as pattern_similarity
+    from pmet_lens.planning import Plan as Plan
+    from pmet_lens.planning import plan as plan
     from pmet_lens.published_moments import export_moments as export_moments
     from pmet_lens.published_moments import import_moments as import_moments
     from pmet_lens.readout import lens as lens
@@ -202,6 +204,8 @@ _HOME = {
     "Run": "grid",
     "load_grid": "grid",
     "save_grid": "grid",
+    "Plan": "planning",
+    "plan": "planning",
     "rows_of": "results",
     "run": "engine",
 }

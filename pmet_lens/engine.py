@@ -19,7 +19,8 @@ from typing import Any
 import pandas as pd
 
 from pmet_lens import ray_engine, results, shards, sources
-from pmet_lens.grid import GridError, Run, check_grid, file_digest, share_of
+from pmet_lens.grid import GridError, Run, check_grid, share_of
+from pmet_lens.plain import file_digest
 from pmet_lens.progress import Progress
 from pmet_lens.results import Folder, FolderError
 from pmet_lens.scheduler import Pool, Schedule, Serial

@@ -6,35 +6,27 @@ is never made twice, whatever it is called and wherever it runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pmet_lens import container, linalg
+from pmet_lens import container
 from pmet_lens.edits import Editor
 from pmet_lens.facts import Fact, FactError, check_editable
-from pmet_lens.finetune import FineTune, FineTuneHparams
 from pmet_lens.hparams import hparams_named, kind_of
-from pmet_lens.mend import Mend, MendHparams
 from pmet_lens.methods import ABLATIONS, METHODS, PMET, named
-from pmet_lens.settings import Hparams, Method
+from pmet_lens.plain import GridError as GridError
+from pmet_lens.plain import file_digest, from_plain, hash_of, to_plain
+from pmet_lens.settings import Method
 from pmet_lens.sources import DTYPES
 
 FORMAT = "pmet_lens grid 1"
 METRICS = ("answers", "collateral", "generation", "ability")
 """What can be measured: the scores of `evaluate`; the share of `others` still right; fluency and
 consistency of generated text; perplexity and KL on what the edit is not about."""
-_SOLVERS = (linalg.Ridge, linalg.Exact, linalg.NullSpace)
-_STRENGTHS = (Hparams, FineTuneHparams, MendHparams)
-_VALUES = {kind.__name__: kind for kind in (Method, FineTune, Mend, *_STRENGTHS, *_SOLVERS)}
-
-
-class GridError(ValueError):
-    """A grid, or a folder of results, that cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +138,14 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """The run as JSON has it, facts and texts by their hashes, without its name."""
-        plain = {f.name: to_plain(getattr(self, f.name)) for f in fields(self) if f.name != "name"}
+        plain = {
+            f.name: to_plain(getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in ("name", "facts", "others", "cut")
+        }
         plain |= {"facts": facts_digest(self.facts), "others": facts_digest(self.others)}
-        return {**plain, "texts": self.texts_digest, "n_facts": len(self.facts)}
+        plain |= {"texts": self.texts_digest, "cut": asdict(self.cut)}
+        return {**plain, "n_facts": len(self.facts)}
 
     @property
     def stepwise(self) -> bool:
@@ -158,53 +155,15 @@ class Run:
         return at_once is not None and at_once < len(self.facts)
 
 
-def file_digest(*paths: Path) -> str:
-    """SHA-256 of the files' bytes, one after the other."""
-    found = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
-
-
 def _name(method: Any) -> str:
     known = {**ABLATIONS, **METHODS}
     found = next((name for name, value in known.items() if value == method), None)
     return "unedited" if method is None else found or type(method).__name__
 
 
-def hash_of(plain: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of what JSON can hold."""
-    text = json.dumps(plain, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def facts_digest(facts: Sequence[Fact]) -> str:
     """A hash of facts in their order; empty for none."""
     return hash_of([asdict(fact) for fact in facts]) if facts else ""
-
-
-def to_plain(value: Any) -> Any:
-    """A method, strengths, or anything JSON can hold, as JSON has it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        own = {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
-        return {"is": type(value).__name__, **own} if type(value) is not Cut else own
-    if isinstance(value, (tuple, list)):
-        return [to_plain(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
-
-
-def from_plain(value: Any) -> Any:
-    """The inverse of `to_plain`, for methods and strengths this package has."""
-    if isinstance(value, list):
-        return tuple(from_plain(v) for v in value)
-    if not isinstance(value, Mapping):
-        return value
-    own = {k: from_plain(v) for k, v in value.items() if k != "is"}
-    if value.get("is") not in _VALUES:
-        raise GridError(f"There is no {value.get('is')!r} among {', '.join(_VALUES)}.")
-    return _VALUES[value["is"]](**own)
 
 
 def check_grid(grid: Sequence[Any]) -> list[Run]:

@@ -24,7 +24,8 @@ import pandas as pd
 from safetensors import SafetensorError
 
 from pmet_lens import container, metrics
-from pmet_lens.grid import GridError, Run, file_digest, hash_of
+from pmet_lens.grid import GridError, Run
+from pmet_lens.plain import file_digest, hash_of
 
 FORMAT = "pmet_lens result 1"
 PACKAGES = ("pmet-lens", "torch", "transformers", "transformer-lens", "numpy", "pandas")

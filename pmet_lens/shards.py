@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 
 from pmet_lens import target_files
 from pmet_lens.adapter import Site
-from pmet_lens.grid import Run, hash_of
+from pmet_lens.grid import Run
+from pmet_lens.plain import hash_of
 from pmet_lens.settings import Method
 
 OWN = ("edit", "answers", "generation", "others", "ability")

@@ -27,8 +27,9 @@ from pmet_lens import (
 from pmet_lens.adapter import Model, Site, load
 from pmet_lens.editing import edit
 from pmet_lens.edits import Edit
-from pmet_lens.grid import Run, hash_of
+from pmet_lens.grid import Run
 from pmet_lens.moments import MomentError
+from pmet_lens.plain import hash_of
 from pmet_lens.results import Folder, FolderError
 from pmet_lens.shards import Task
 

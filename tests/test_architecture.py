@@ -18,9 +18,9 @@ FLOORS = (
     | {"similarity", "swapping", "targets", "variance"},
     {"artifact", "costs", "editing", "edits", "evaluation", "finetune", "lora", "mend"}
     | {"mend_training", "methods", "receipts", "suggestion", "target_files"},
-    {"ability", "geometry", "grid", "parcels", "results", "shards"},
-    {"experiment", "training", "trials", "worker"},
-    {"engine", "progress", "ray_engine", "scheduler"},
+    {"ability", "geometry", "grid", "parcels", "plain", "results", "shards"},
+    {"experiment", "training", "trials", "worker", "workload"},
+    {"engine", "planning", "probing", "progress", "ray_engine", "scheduler"},
     {"method_plots", "plots", "widgets"},
     {"cli", "__init__"},  # `import pmet_lens` is for the command line and for users
 )
