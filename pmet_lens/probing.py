@@ -157,8 +157,9 @@ class Probe:
         return max(first - again, 0.0) + again * ratio
 
     def _regular(self, site: Site) -> torch.Tensor:
-        """A second moment that no factorisation minds."""
-        return torch.eye(self.model.d_in(site), dtype=torch.float64, device=self.model.device)
+        """A second moment that no factorisation minds: regular, with some directions hardly used."""
+        how: Any = {"dtype": torch.float64, "device": self.model.device}
+        return torch.diag(torch.linspace(1e-3, 1, self.model.d_in(site), **how))
 
     def _answers(self, run: Run, task: Task) -> float:
         some = self._some(run)

@@ -71,10 +71,10 @@ class Progress:
 def wide(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per run, one column per metric."""
     order = list(dict.fromkeys(rows["metric"]))
-    found = rows.pivot_table(
-        index=["run", "model", "edits"], columns="metric", values="mean", sort=False
-    )
-    return found[order].round(1).reset_index().rename_axis(columns=None)
+    keys = ["run", "model", "edits", "digest"]  # two runs may have one name
+    found = rows.pivot_table(index=keys, columns="metric", values="mean", sort=False)
+    found = found[order].round(1).reset_index().rename_axis(columns=None)
+    return found.drop(columns="digest")
 
 
 def _table() -> Callable[[pd.DataFrame], object]:

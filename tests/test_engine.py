@@ -436,6 +436,8 @@ def test_the_table_has_a_line_per_run(whole):
     assert list(wide["run"]) == ["PMET", "MEMIT", "unedited"]
     assert list(wide.columns[:4]) == ["run", "model", "edits", "S"]
     assert wide["collateral"].notna().sum() == 1
+    twice = pd.concat([whole[1], whole[1].assign(digest="another")])
+    assert len(progress.wide(twice)) == 6
 
 
 def test_quiet_is_quiet(grid, tmp_path, capsys):

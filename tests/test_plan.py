@@ -84,6 +84,7 @@ def test_methods_without_a_count_have_a_time(model):
     runs = [
         tiny_run(model, method="FT-W", hparams=pl.FineTuneHparams(layer=1, n_steps=2)),
         tiny_run(model, method="ROME", hparams=replace(HP, layers=(2,))),
+        tiny_run(model, method="AlphaEdit"),
         tiny_run(model, metrics=("generation", "ability")),
     ]
     table = pl.plan(runs).table.set_index("kind")
