@@ -157,7 +157,7 @@ class Probe:
         return max(first - again, 0.0) + again * ratio
 
     def _regular(self, site: Site) -> torch.Tensor:
-        """A second moment that no factorisation minds: regular, with some directions hardly used."""
+        """A second moment no factorisation minds: regular, some directions hardly used."""
         how: Any = {"dtype": torch.float64, "device": self.model.device}
         return torch.diag(torch.linspace(1e-3, 1, self.model.d_in(site), **how))
 
