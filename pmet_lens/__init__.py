@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pmet_lens.edits import Edit as Edit
     from pmet_lens.edits import Editor as Editor
     from pmet_lens.edits import merged as merged
+    from pmet_lens.engine import run as run
     from pmet_lens.evaluation import ask as ask
     from pmet_lens.evaluation import evaluate as evaluate
     from pmet_lens.evaluation import recall as recall
@@ -53,6 +54,11 @@ if TYPE_CHECKING:
     from pmet_lens.generation import generate_batch as generate_batch
     from pmet_lens.geometry import answer_gain as answer_gain
     from pmet_lens.geometry import drift as drift
+    from pmet_lens.grid import Cut as Cut
+    from pmet_lens.grid import GridError as GridError
+    from pmet_lens.grid import Run as Run
+    from pmet_lens.grid import load_grid as load_grid
+    from pmet_lens.grid import save_grid as save_grid
     from pmet_lens.hparams import HPARAMS as HPARAMS
     from pmet_lens.hparams import hparams_for as hparams_for
     from pmet_lens.linalg import Exact as Exact
@@ -84,10 +90,13 @@ if TYPE_CHECKING:
     from pmet_lens.patterns import attention_patterns as attention_patterns
     from pmet_lens.patterns import pattern_similarity as pattern_similarity
     from pmet_lens.patterns import subject_attention as subject_attention
+    from pmet_lens.planning import Plan as Plan
+    from pmet_lens.planning import plan as plan
     from pmet_lens.published_moments import export_moments as export_moments
     from pmet_lens.published_moments import import_moments as import_moments
     from pmet_lens.readout import lens as lens
     from pmet_lens.readout import lens_tokens as lens_tokens
+    from pmet_lens.results import rows_of as rows_of
     from pmet_lens.sessions import Session as Session
     from pmet_lens.settings import Hparams as Hparams
     from pmet_lens.settings import Method as Method
@@ -204,6 +213,15 @@ _HOME = {
     "lm_eval_model": "ability",
     "recall": "evaluation",
     "summarise": "evaluation",
+    "Cut": "grid",
+    "GridError": "grid",
+    "Run": "grid",
+    "load_grid": "grid",
+    "save_grid": "grid",
+    "Plan": "planning",
+    "plan": "planning",
+    "rows_of": "results",
+    "run": "engine",
 }
 __all__ = sorted([*_HOME, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 

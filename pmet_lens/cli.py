@@ -11,6 +11,8 @@ _FACTS = (
     "CSV (subject, prompt, target_new), or JSON as CounterFact and zsRE have it (default: bundled)"
 )
 
+_RUN = "Run a grid; what is there is skipped, and what was cut goes on."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 when the input cannot be used (the reason on stderr), or 130
@@ -80,6 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument(
         "--any-base", action="store_true", help="also on other weights than it was computed on"
     )
+
+    run = commands.add_parser("run", help=_RUN, description=_RUN)
+    run.set_defaults(run=_run)
+    run.add_argument("grid", help="file written by pmet_lens.save_grid")
+    run.add_argument("--folder", default="runs", help="results and shards (default: runs)")
+    run.add_argument("--shard", help="k/n: every n-th run from the k-th on, for batch queues")
+    run.add_argument("--engine", default="serial", help="serial (default) or ray")
+    run.add_argument("--workers", type=int, help="of ray; default: one per GPU")
+    run.add_argument("--address", help="of a Ray cluster; default: this machine")
+    run.add_argument("--device", help="where the model goes (auto: the accelerator there is)")
+    run.add_argument("--out", help="CSV file for the table")
+    run.add_argument("--plan", action="store_true", help="tell what it would cost, and stop")
     return parser
 
 
@@ -212,6 +226,21 @@ def _apply(args: argparse.Namespace) -> None:
         except OSError as error:
             raise pl.EditError(f"The model could not be written to {out}: {error}") from error
     _say(f"{edit!r}: {args.out}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    import pmet_lens as pl
+
+    grid = pl.load_grid(args.grid)
+    if args.plan:
+        _say(str(pl.plan(grid, workers=args.workers or 1, device=args.device)))
+        return
+    how = {"workers": args.workers, "address": args.address, "device": args.device}
+    table = pl.run(grid, args.folder, args.engine, shard=args.shard, **how)
+    if args.out:
+        table.to_csv(args.out, index=False)
+    runs = table["digest"].nunique()
+    _say(f"{runs} runs: {args.folder}")
 
 
 if __name__ == "__main__":

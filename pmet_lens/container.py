@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,8 @@ def write(
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: behind the block the file is at `path`, on the disk and not
     only on its way there; after an error nothing is, and what was at `path` still is."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # No process id: on a shared disk another machine may have a process of the same.
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         yield part
         with part.open("rb") as file:
@@ -56,13 +58,13 @@ def whole(path: Path) -> Iterator[Path]:
 
 def read(
     path: str | Path,
-    form: str,
+    form: str | None,
     what: str,
     error: type[ValueError],
     names: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors (on the CPU; `names`: these alone) of a file whose header names the format
-    `form`.
+    `form` (None: any).
 
     Raises `error`, which says that the file is missing, damaged, or not `what` ("an edit").
     """

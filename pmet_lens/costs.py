@@ -6,14 +6,15 @@ would make, padding included. Attention's own products do not: in large models t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log
+from typing import get_args
 
 import torch
 
 from pmet_lens import keys, linalg, problem, tokens
-from pmet_lens.adapter import Model, Site
+from pmet_lens.adapter import Model, Projection, Site
 from pmet_lens.edits import Editor
 from pmet_lens.facts import Fact, check_editable
 from pmet_lens.hparams import hparams_for
@@ -67,8 +68,34 @@ class Estimate:
         more = {"step": ratio, "targets": "   (at most)", "activations": "   (about)"}
         told = ("step", "targets", "keys", "solve", "total")
         kept = ("weights", "activations", "moment", "peak", "host")
-        lines = (f"{n:<12}{_scaled(getattr(self, n))}{more.get(n, '')}" for n in (*told, *kept))
+        lines = (f"{n:<12}{scaled(getattr(self, n))}{more.get(n, '')}" for n in (*told, *kept))
         return "\n".join([f"{'facts':<12}{self.facts:>8,}", *lines])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the parts of a model are: all that counting needs beside tokens."""
+
+    blocks: tuple[int, ...]
+    """Parameters in the matrices of every block."""
+    last_mlp: int
+    """Of these, those of the last MLP; 0: it is no module of its own."""
+    embedding: int
+    """Entries of the token embeddings."""
+    d_model: int
+    d_in: Mapping[Projection, int]
+    """Length of the keys of a projection."""
+    weights: int
+    """Bytes of all parameters."""
+
+
+def sizes_of(model: Model) -> Sizes:
+    """The sizes of a model."""
+    blocks, last_mlp = _matrices(model)
+    d_in = {p: model.d_in(Site(0, p)) for p in get_args(Projection)}
+    weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
+    embedding = model.embedding.numel()
+    return Sizes(tuple(blocks), last_mlp, embedding, model.d_model, d_in, weights)
 
 
 def estimate(
@@ -79,10 +106,12 @@ def estimate(
     contexts: Sequence[str] | None = None,
     *,
     n_facts: int | None = None,
+    sizes: Sizes | None = None,
 ) -> Estimate:
     """What `edit` of these facts would cost. Nothing is optimised, and no weight is changed.
 
     `facts` may be a sample: the numbers are for `n_facts` of the same mean length (None: these).
+    `sizes`: of a larger model of the same family and depth, for which `model` stands in.
     Raises `FactError` and `SettingsError` as `edit` does, and the latter for gradient methods.
     """
     facts, method = list(facts), named(method) if isinstance(method, str) else method
@@ -94,15 +123,17 @@ def estimate(
     hp = hparams if hparams is not None else hparams_for(model, method)
     hp.check(model.n_layers)
     contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
-    count, size = _Count(model, method, hp), method.at_once or len(facts)
+    sizes = sizes_of(model) if sizes is None else sizes
+    count, size = _Count(model, method, hp, sizes), method.at_once or len(facts)
     for start in range(0, len(facts), size):
         count.add(facts[start : start + size], contexts)
     scale, together = n / len(facts), min(n, method.at_once or n)
     # Of a larger edit a batch is as full as the budget allows.
     budget = problem.budget(model, hp.layers[-1])
     full = count.values * min(together / len(facts), budget / count.ran)
-    streams = count.kept * together / len(facts) * model.d_model
-    d_in = [model.d_in(Site(layer, p)) for layer in hp.layers for p in method.write]
+    streams = count.kept * together / len(facts) * sizes.d_model
+    d_in = [sizes.d_in[p] for _ in hp.layers for p in method.write]
+    wider = sizes.d_model / model.d_model  # what a token keeps grows with the width
     return Estimate(
         facts=n,
         step=2 * count.step * scale,
@@ -111,21 +142,21 @@ def estimate(
         targets=2 * (count.record + hp.n_steps * count.step) * scale,
         keys=2 * count.keys * scale,
         solve=sum(min(linalg.operations(together, d).values()) for d in d_in) * n / together,
-        weights=sum(p.numel() * p.element_size() for p in model.hf.parameters()),
-        activations=round(max(count.largest, full) * model.dtype.itemsize),
+        weights=sizes.weights,
+        activations=round(max(count.largest, full) * wider * model.dtype.itemsize),
         moment=2 * 8 * max(d_in) ** 2,
-        host=round(streams * model.dtype.itemsize + 8 * n * sum(d + model.d_model for d in d_in)),
+        host=round(streams * model.dtype.itemsize + 8 * n * sum(d + sizes.d_model for d in d_in)),
     )
 
 
 class _Count:
     """Sums over facts: parameters × tokens (half the operations), tokens, and kept values."""
 
-    def __init__(self, model: Model, method: Method, hp: Hparams) -> None:
+    def __init__(self, model: Model, method: Method, hp: Hparams, sizes: Sizes) -> None:
         self.model, self.method, self.hp, self.layer = model, method, hp, hp.layers[-1]
         self.tail = problem.tail_of(model, method, self.layer)
         self.first = 0 if self.tail is None else self.tail.first
-        self.blocks, self.last_mlp = _matrices(model)
+        self.blocks, self.last_mlp, self.embedding = sizes.blocks, sizes.last_mlp, sizes.embedding
         self.above = self.blocks[max(self.first, self.layer) :]  # with a gradient
         self.step = self.whole = self.record = self.keys = 0
         self.ran = self.values = self.largest = self.kept = 0
@@ -138,7 +169,7 @@ class _Count:
         for chunk in problem.batches(rows, per_fact, at, whole=whole, budget=budget):
             numbers = torch.tensor([i * per_fact + k for i in chunk for k in range(per_fact)])
             self._batch(rows[numbers.to(self.model.device)], len(chunk))
-        both = sum(self.blocks + self.above) + 2 * self.model.embedding.numel()
+        both = sum(self.blocks + self.above) + 2 * self.embedding
         self.whole += both * per_fact * int(rows.mask.sum(1).view(-1, per_fact).amax(1).sum())
         self._read(rows.at(at).view(-1, per_fact)[:, :-1] + 1)  # not the KL prompt
 
@@ -154,7 +185,7 @@ class _Count:
         ran, scored = n * width, int(rows.scored.sum()) + facts
         hooked = last is not None and last.first == self.layer
         bare = None if last is None else last.bare
-        forward = sum(self.blocks[self.first :]) * ran + self.model.embedding.numel() * scored
+        forward = sum(self.blocks[self.first :]) * ran + self.embedding * scored
         if alone:  # the layer itself, for the edited token
             forward -= self.blocks[self.layer] * (ran - n)
         if bare is not None and (bare.hooks or not hooked):
@@ -196,7 +227,7 @@ def _matrices(model: Model) -> tuple[list[int], int]:
     return found, mlp
 
 
-def _scaled(value: float | int) -> str:
+def scaled(value: float | int) -> str:
     """Operations (a float) or bytes (an int) in the largest unit of which there is at least one."""
     base, unit = (1024, "iB") if isinstance(value, int) else (1000, "FLOP")
     power = min(int(log(max(value, 1), base) + 1e-9), 5)

@@ -120,11 +120,17 @@ def hparams_for(model: Model, method: Method) -> Hparams:
 
 def known_hparams(model: Model, kind: str) -> Hparams:
     """The `kind` ("PMET", "MEMIT" or "ROME") settings of this model; errors as `hparams_for`."""
-    known = HPARAMS.get(model.name.lower(), {})
+    return hparams_named(model.name, kind)
+
+
+def hparams_named(model: str, kind: str) -> Hparams:
+    """The `kind` settings of the model of this name, which is not needed; errors as
+    `hparams_for`."""
+    known = HPARAMS.get(model.lower(), {})
     if kind not in known:
         have = ", ".join(sorted(name for name, own in HPARAMS.items() if kind in own))
         raise SettingsError(
-            f"There are no {kind} settings for the model {model.name!r}. Pass hparams=Hparams("
+            f"There are no {kind} settings for the model {model!r}. Pass hparams=Hparams("
             f"layers=…) (second_moments: layers=…), begin with suggest_hparams(model, facts), or "
             f"take those of another model, HPARAMS[name][{kind!r}] ({have})."
         )

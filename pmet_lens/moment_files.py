@@ -170,17 +170,16 @@ def save_moments(
     container.write(path, tensors, head, _WHAT, MomentError)
 
 
-def load_moments(path: str | Path) -> dict[Site, Moment]:
-    """Read what `save_moments` wrote, all of it.
+def load_moments(path: str | Path, sites: Sequence[Site] | None = None) -> dict[Site, Moment]:
+    """Read what `save_moments` wrote, all of it or these sites.
 
     Raises:
-        MomentError: for a file that is missing, damaged, or holds no moments.
+        MomentError: for a file that is missing, damaged, or holds no moments (of these sites).
     """
-    head, tensors = container.read(path, FORMAT, _WHAT, MomentError)
-    read = head.get("read", {})
-    return {
-        Site.parse(s): Moment(tensors[s], n, *read.get(s, ())) for s, n in head["counts"].items()
-    }
+    names = None if sites is None else [str(site) for site in sites]
+    head, tensors = container.read(path, FORMAT, _WHAT, MomentError, names)
+    read, counts = head.get("read", {}), head["counts"]
+    return {Site.parse(s): Moment(t, counts[s], *read.get(s, ())) for s, t in tensors.items()}
 
 
 def open_moments(path: str | Path) -> dict[Site, StoredMoment]:
@@ -225,7 +224,8 @@ class StoredMoment:
         if file.exists() and container.head(file, FACTOR, what, MomentError).get("of") == digest:
             found = container.read(file, FACTOR, what, MomentError)[1]["factor"]
             return found.to(device or found.device)
-        factor = linalg.cholesky(self.matrix(device))
+        # As it is read from the file: solves of another memory layout round otherwise.
+        factor = linalg.cholesky(self.matrix(device)).contiguous()
         try:
             head = {"format": FACTOR, "of": digest}
             container.write(file, {"factor": factor}, head, what, MomentError)

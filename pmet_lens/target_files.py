@@ -65,7 +65,7 @@ def key(
 ) -> str:
     """A name for these facts' targets: equal for two calls whose targets are equal, different if
     anything differs that they follow from (the weights of the model and its tokens among it)."""
-    read = replace(hparams, layers=hparams.layers[-1:], **_UNREAD)
+    read = strengths(hparams)
     text = [f"{f.text} {f.target_new}" for f in facts]
     asked = [(f.subject, f.prompt, f.target_new) for f in facts]
     behind = [c for c in contexts if c != tokens.PLAIN]
@@ -74,6 +74,11 @@ def key(
     made += [asdict(model.frame)] if model.frame else []
     whole = json.dumps([*made, weights(model)])
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def strengths(hparams: Hparams) -> Hparams:
+    """The strengths with everything that targets do not follow from set to the same values."""
+    return replace(hparams, layers=hparams.layers[-1:], **_UNREAD)
 
 
 def weights(model: Model) -> str:

@@ -19,8 +19,9 @@ FLOORS = (
     | {"similarity", "swapping", "targets", "variance"},
     {"artifact", "costs", "editing", "edits", "evaluation", "finetune", "lora", "mend"}
     | {"mend_training", "methods", "receipts", "suggestion", "target_files"},
-    {"ability", "geometry"},
-    {"experiment", "recipes", "sessions", "training", "trials", "variants"},
+    {"ability", "geometry", "grid", "parcels", "plain", "results", "shards"},
+    {"experiment", "recipes", "sessions", "training", "trials", "variants", "worker", "workload"},
+    {"engine", "planning", "probing", "progress", "ray_engine", "scheduler"},
     {"explorer", "fact_panel", "map_plots", "method_plots", "panes", "plots", "tab_ablate"}
     | {"tab_ask", "tab_edit", "tab_look", "views", "widgets"},
     {"cli", "__init__"},  # `import pmet_lens` is for the command line and for users

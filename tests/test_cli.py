@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from grids import FACTS, saved_model, tiny_run
 
 import pmet_lens as pl
 from pmet_lens import cli, datasets
@@ -164,3 +165,24 @@ def test_what_is_wrong_is_said_and_ends_with_two(arguments, words, tmp_path):
 def test_ask():
     fact = pl.counterfact(n=1)[0]
     assert run("ask", fact.text, "--tokens", 12).startswith(fact.text)
+
+
+def test_a_grid_runs_in_shards(tmp_path):
+    path = saved_model(tmp_path / "model")
+    runs = [tiny_run(path, facts=FACTS[:2], seed=seed) for seed in (0, 1)]
+    pl.save_grid(runs, tmp_path / "grid.json")
+    for k in (1, 2):
+        said = run(
+            "run", tmp_path / "grid.json", "--folder", tmp_path / "runs", "--shard", f"{k}/2"
+        )
+        assert said.startswith("1 runs: ")
+    out = tmp_path / "table.csv"
+    said = run("run", tmp_path / "grid.json", "--folder", tmp_path / "runs", "--out", out)
+    assert said.startswith("2 runs: ")
+    assert set(pd.read_csv(out)["digest"]) == {one.digest for one in runs}
+    said = run("run", tmp_path / "grid.json", "--plan")
+    assert "2 runs, 1 worker: about" in said
+    said = run("run", tmp_path / "grid.json", "--shard", "3/2", code=2)
+    assert "no shard '3/2'" in said
+    said = run("run", tmp_path / "none.json", code=2)
+    assert "cannot be read as a grid" in said

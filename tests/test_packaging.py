@@ -116,7 +116,7 @@ def test_conda_and_make_install_the_project_and_only_it():
     assert block == ["-c constraints.txt", "-e .[notebook,dev]"]
     assert "-c constraints.txt" in MAKEFILE
     assert "-e '.[notebook,dev]'" in MAKEFILE
-    assert set(PROJECT["optional-dependencies"]) == {"notebook", "browser", "dev", "docs"}
+    assert set(PROJECT["optional-dependencies"]) == {"notebook", "browser", "ray", "dev", "docs"}
     assert "-e '.[docs]'" in MAKEFILE
 
 

@@ -1,0 +1,306 @@
+"""Ray: the same results with any number of workers, and workers that are killed in the middle.
+
+One Ray of two CPUs serves all tests here that need one; the other tests need none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import time
+from collections import Counter, deque
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from grids import FACTS, HP, saved_model, tiny_grid, tiny_run
+
+import pmet_lens as pl
+from pmet_lens import container, parcels, ray_engine, results, scheduler, shards, worker
+from pmet_lens.grid import GridError
+from pmet_lens.worker import Outcome, Told
+
+torch.set_num_threads(1)
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason='needs Ray: pip install "pmet-lens[ray]"'
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return saved_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def grid(model) -> list[pl.Run]:
+    return tiny_grid(model)
+
+
+@pytest.fixture(scope="module")
+def serial(grid, tmp_path_factory) -> tuple[Path, pd.DataFrame]:
+    folder = tmp_path_factory.mktemp("serial")
+    return folder, pl.run(grid, folder, progress=False)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = pytest.importorskip("ray", reason='needs Ray: pip install "pmet-lens[ray]"')
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
+    )
+    yield ray
+    ray.shutdown()
+
+
+def same(found: Path, table: pd.DataFrame, grid, serial) -> None:
+    """The results of a folder are those of the serial engine: numbers to 1e-12 in float64, moments
+    bit for bit."""
+    folder, wanted = serial
+    how = {"rtol": 0, "atol": 1e-10, "check_exact": False}  # of per cent
+    pd.testing.assert_frame_equal(table, wanted, **how)
+    for run in grid:
+        pd.testing.assert_frame_equal(pl.rows_of(run, found), pl.rows_of(run, folder), **how)
+    files = sorted(p.relative_to(folder) for p in folder.rglob("*.safetensors"))
+    assert files == sorted(p.relative_to(found) for p in found.rglob("*.safetensors"))
+    for file in files:
+        one, other = (container.read(f / file, None, "", GridError)[1] for f in (found, folder))
+        assert one.keys() == other.keys()
+        exact = file.parts[0] == "moments"
+        for name, tensor in one.items():
+            close = torch.allclose(tensor, other[name], rtol=0, atol=1e-12, equal_nan=True)
+            assert torch.equal(tensor, other[name]) if exact else close, (file, name)
+
+
+@needs_ray
+def test_one_worker_has_the_same_results(ray, grid, serial, tmp_path):
+    table = pl.run(grid, tmp_path, engine="ray", workers=1, progress=False)
+    same(tmp_path, table, grid, serial)
+
+
+@needs_ray
+def test_two_workers_have_the_same_results_although_one_is_killed_in_the_middle(
+    ray, grid, serial, tmp_path, monkeypatch
+):
+    give, pids, killed = ray_engine.Actors.give, {}, []
+
+    def told(self, chunk):
+        actor = self.idle[0]
+        if actor not in pids:
+            pids[actor] = ray.get(actor.pid.remote())
+        give(self, chunk)
+        if chunk[0].kind == "targets" and not killed:
+            killed.append(chunk[0])
+            lock = tmp_path / "locks" / f"{results.hash_of(chunk[0].file)}.lock"
+            while not lock.exists():  # it has begun
+                time.sleep(0.005)
+            os.kill(pids[actor], signal.SIGKILL)
+
+    monkeypatch.setattr(ray_engine.Actors, "give", told)
+    table = pl.run(grid, tmp_path, engine="ray", workers=2, progress=False)
+    assert len(killed) == 1
+    assert len(pids) == 3  # two, and who came for the one
+    same(tmp_path, table, grid, serial)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@needs_ray
+def test_workers_with_other_packages_are_refused(ray, grid, tmp_path, monkeypatch):
+    own = {**results.versions(), "torch": "1.0"}
+    monkeypatch.setattr(ray_engine.results, "versions", lambda: own)
+    with pytest.raises(GridError, match=r"A worker has torch .* \(here 1\.0\).*same versions"):
+        pl.run(grid, tmp_path, engine="ray", workers=1, progress=False)
+
+
+# -- without a cluster ----------------------------------------------------------------------------
+
+
+@needs_ray
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_that_does_not_answer_is_said_soon(grid, tmp_path, scheme, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{free.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.raises(GridError, match=r"No Ray cluster answers at .*`ray start --head`"):
+            pl.run(grid, tmp_path, engine="ray", address=address, progress=False)
+    assert time.monotonic() - start < 20
+
+
+def test_an_engine_that_is_not_installed_says_how_to_install_it(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(GridError, match=r'pip install "pmet-lens\[ray\]".*--shard k/n'):
+        pl.run(grid, tmp_path, engine="ray", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("have", "workers", "options", "wanted"),
+    [
+        ({"CPU": 8.0}, None, {}, (4, 0.0, 2.0)),
+        ({"CPU": 1.0}, None, {}, (1, 0.0, 1.0)),
+        ({"CPU": 2.0}, 4, {}, (4, 0.0, 0.5)),
+        ({"CPU": 64.0, "GPU": 8.0}, None, {}, (8, 1.0, 8.0)),
+        ({"CPU": 64.0, "GPU": 8.0}, 16, {}, (16, 0.5, 4.0)),
+        ({"CPU": 64.0, "GPU": 8.0}, 2, {}, (2, 1.0, 32.0)),
+        ({"CPU": 64.0, "GPU": 8.0}, 2, {"device": "cpu"}, (2, 0.0, 32.0)),
+        ({"CPU": 64.0, "GPU": 8.0}, 2, {"device_map": "auto"}, (2, 4.0, 32.0)),
+    ],
+)
+def test_workers_share_a_cluster(have, workers, options, wanted):
+    given = {"device": None, "device_map": None, **options}
+    n, share = ray_engine.shares(have, workers, given)
+    assert (n, share["num_gpus"], share["num_cpus"]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("workers", "device_map", "words"),
+    [(0, None, "workers must be at least 1"), (3, "auto", "take fewer workers")],
+)
+def test_too_few_and_too_many_workers_are_refused(workers, device_map, words):
+    options = {"device": None, "device_map": device_map}
+    with pytest.raises(GridError, match=words):
+        ray_engine.shares({"CPU": 8.0, "GPU": 2.0}, workers, options)
+
+
+def test_other_versions_are_named():
+    told = Told("w", {"torch": "2.0", "numpy": "2.1"}, {})
+    ray_engine.check_versions(told, {"torch": "2.0", "numpy": "2.1"})
+    with pytest.raises(GridError, match=r"A worker has numpy 2\.1 \(here none\)\. Results of"):
+        ray_engine.check_versions(told, {"torch": "2.0"})
+
+
+def test_a_worker_that_cannot_read_its_model_says_why(tmp_path):
+    run = tiny_run("./no/such/model")
+    where = {"folder": str(tmp_path), "home": str(Path.cwd())}
+    how = {"device": None, "device_map": None}
+    said = ray_engine.RemoteWorker({run.digest: run}, where, how, 1, None).describe()
+    assert "no/such/model" in said
+
+
+def test_chunks_are_as_long_as_suits(grid):
+    pool = ray_engine.Actors(None, lambda: None, ["one", "two"], Told("", {}, {}))
+    task = shards.Task("targets", "f", grid[0].digest)
+    assert pool.size(task, 100) == 1  # nobody knows how long one takes
+    pool._seconds["targets"] = [0.1, 0.3]
+    assert pool.size(task, 100) == 25
+    assert pool.size(task, 12) == 3
+    assert pool.size(task, 1) == 1
+    pool._seconds["targets"] = [60.0]
+    assert pool.size(task, 100) == 1
+
+
+# -- weights once per node ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parcel(model):
+    """The weights as Ray hands them on: arrays that cannot be written to."""
+    found = parcels.pack(pl.load(model, dtype="float64"))
+    for name, array in found["arrays"].items():
+        found["arrays"][name] = array.copy()
+        found["arrays"][name].flags.writeable = False
+    return found
+
+
+def test_a_model_from_a_parcel_is_the_same_and_shares_its_memory(model, parcel):
+    run = tiny_run(model)
+    before = {name: array.copy() for name, array in parcel["arrays"].items()}
+    own = parcels.unpack(parcel, {run.digest: run}, None)
+    first = pl.load(model, dtype="float64")
+    assert worker.identity(own) == worker.identity(first)
+    places = {p.data_ptr() for p in own.hf.parameters()}
+    held = {int(array.ctypes.data) for array in parcel["arrays"].values()}
+    assert len(held & places) > len(places) / 2
+    moments = {site: torch.eye(own.d_in(site)) for site in (pl.Site(1, "mlp"), pl.Site(2, "mlp"))}
+    edits = [pl.edit(m, FACTS, moments, pl.PMET, HP, ["{}"]) for m in (own, first)]
+    with edits[0].applied(own), edits[1].applied(first):
+        one, other = (pl.evaluate(m, FACTS[:2]) for m in (own, first))
+    pd.testing.assert_frame_equal(one, other, rtol=0, atol=1e-12)
+    assert all(np.array_equal(parcel["arrays"][name], array) for name, array in before.items())
+
+
+# -- workers that die, without Ray ----------------------------------------------------------------
+
+
+class Dying:
+    """A pool whose workers die on one shard, `lives` times; chunks are of three."""
+
+    def __init__(self, worker: worker.Worker, file: str, lives: int) -> None:
+        self.worker, self.file, self.lives, self.chunks = worker, file, lives, deque()
+
+    def told(self) -> Told:
+        return self.worker.describe()
+
+    def free(self) -> int:
+        return 1 - len(self.chunks)
+
+    def size(self, task, left) -> int:
+        return 3
+
+    def give(self, chunk) -> None:
+        self.chunks.append(chunk)
+
+    def collect(self):
+        found = []
+        chunk = self.chunks.popleft()
+        for task in chunk:
+            if task.file == self.file and self.lives:
+                self.lives -= 1
+                return [(task, None) for task in chunk]
+            found.append((task, self.worker.do(task)))
+        return found
+
+
+@pytest.mark.parametrize("lives", [1, scheduler.LIVES - 1, scheduler.LIVES])
+def test_a_shard_that_kills_every_worker_is_given_up(model, tmp_path, lives):
+    run = tiny_run(model)
+    folder = results.Folder(tmp_path)
+    folder.begin()
+    one = worker.Worker(str(tmp_path), {run.digest: run})
+    tasks = shards.tasks_of([run], one.weights)
+    (file,) = (t.file for t in tasks[run.digest] if t.kind == "targets" and t.start == 2)
+    schedule, seen = scheduler.Schedule(tasks, folder), []
+    pool = Dying(one, file, lives)
+
+    def work() -> None:
+        schedule.run(pool, lambda task, outcome: seen.append((task, outcome)))
+
+    if lives < scheduler.LIVES:
+        work()
+        assert schedule.complete(run.digest)
+    else:
+        with pytest.raises(GridError, match=rf"died {lives} times while making .*out of memory"):
+            work()
+    assert max(Counter(task.file for task, o in seen if o.seconds).values()) == 1
+
+
+def test_what_another_process_does_is_waited_for(model, tmp_path, monkeypatch):
+    run = replace(tiny_run(model, method=None, hparams=None), facts=FACTS[:1])
+    folder = results.Folder(tmp_path)
+    folder.begin()
+    one = worker.Worker(str(tmp_path), {run.digest: run})
+    tasks = shards.tasks_of([run], one.weights)
+    schedule, pool, states = scheduler.Schedule(tasks, folder), scheduler.Serial(one), []
+    (file,) = (task.file for task in tasks[run.digest])
+    held = folder.claimed(file)
+    held.__enter__()
+    do = worker.Worker.do
+
+    def told(self, task) -> Outcome:
+        states.append((found := do(self, task)).state)
+        if len(states) == 2:
+            held.__exit__(None, None, None)
+        return found
+
+    monkeypatch.setattr(worker.Worker, "do", told)
+    schedule.run(pool, lambda *_: None)
+    assert states == ["busy", "busy", "done"]
