@@ -37,7 +37,7 @@ docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/htm
 	$(OFFLINE) $(PY) -m sphinx -E -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
 
 test-browser: $(BROWSER) ## notebooks and explorer in JupyterLab and Chromium (3 minutes)
-	$(OFFLINE) $(PY) -m pytest --confcutdir=tests/browser tests/browser
+	$(OFFLINE) $(ONE) $(PY) -m pytest --confcutdir=tests/browser tests/browser
 
 bench: $(READY) ## speed against the procedure written plainly (14 minutes)
 	$(OFFLINE) $(BENCH) tests/benchmarks

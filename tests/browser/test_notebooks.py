@@ -36,7 +36,7 @@ class Page:
             return cells.length > 2 && cells.every(cell =>
                 /\\[\\d+\\]/.test(cell.querySelector(".jp-InputPrompt").textContent));
         }"""
-        self.page.wait_for_function(done, timeout=150 * SECOND)
+        self.page.wait_for_function(done, timeout=400 * SECOND)
 
     def menu(self, *path: str) -> None:
         """Click through the menu bar."""
