@@ -182,11 +182,10 @@ def page(folder: Path, made: str) -> str:
     text = "# What `pl.plan` says\n\n"
     if (folder / "plan.csv").exists():
         text += "Three grids on the bundled models, each planned with a short probe, then run in "
-        text += "an empty folder; seconds and MB. The estimate of the third is too low: Ray's own "
-        text += (
-            "start, and the imports of its workers, are in the real time alone, and two workers "
-        )
-        text += "shared two cores with other programs, while the probe had one to itself.\n\n"
+        text += "an empty folder; seconds and MB. The estimate of the third is too low. It leaves "
+        text += "out that Ray and its workers have to start, and it takes every worker to be as fast "
+        text += "as the probe, which ran alone; here two shared two cores with other programs. How "
+        text += "much each of these is was not measured.\n\n"
         text += markdown(pd.read_csv(folder / "plan.csv")) + "\n"
     large = pd.read_csv(folder / "plan_large.csv")
     text += "## 10,000 edits on large models: counted, not measured\n\n"
