@@ -183,7 +183,9 @@ def page(folder: Path, made: str) -> str:
     if (folder / "plan.csv").exists():
         text += "Three grids on the bundled models, each planned with a short probe, then run in "
         text += "an empty folder; seconds and MB. The estimate of the third is too low. It leaves "
-        text += "out that Ray and its workers have to start, and it takes every worker to be as fast "
+        text += (
+            "out that Ray and its workers have to start, and it takes every worker to be as fast "
+        )
         text += "as the probe, which ran alone; here two shared two cores with other programs. How "
         text += "much each of these is was not measured.\n\n"
         text += markdown(pd.read_csv(folder / "plan.csv")) + "\n"
