@@ -55,6 +55,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     own = {f"JUPYTER{name}_DIR": str(folder / name) for name in ("_CONFIG", "_DATA", "_RUNTIME")}
     own |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
     own |= {"JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_TOKEN": token}
+    # As a person has it: `make` tells tests to draw on nothing.
+    own |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
     command += [
