@@ -22,7 +22,7 @@ from pmet_lens import ray_engine, results, shards, sources
 from pmet_lens.grid import GridError, Run, check_grid, share_of
 from pmet_lens.plain import file_digest
 from pmet_lens.progress import Progress
-from pmet_lens.results import Folder, FolderError
+from pmet_lens.results import Folder
 from pmet_lens.scheduler import Pool, Schedule, Serial
 from pmet_lens.worker import Outcome, Told, Worker
 
@@ -286,4 +286,4 @@ def _files_digest(folder: Path) -> str:
     return file_digest(*paths)[:16]
 
 
-__all__ = ["FolderError", "run"]
+__all__ = ["run"]
