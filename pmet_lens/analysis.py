@@ -63,10 +63,7 @@ def causal_trace(
     facts = [f for f in facts if f.target_true is not None]
     if not facts:
         raise FactError("causal_trace needs facts with target_true; there are none.")
-    if window < 1 or samples < 1:
-        raise FactError("window and samples must be at least 1.")
-    layers = range(model.n_layers) if layers is None else layers
-    around = {n: _window(model.check_layer(n), window, model.n_layers) for n in layers}
+    around = _windows(model, layers, window, samples)
     cells: dict[tuple[int, str], list[tuple[Tensor, ...]]] = {}
     for start in range(0, len(facts), batch_size):
         own = range(start, min(start + batch_size, len(facts)))
@@ -76,7 +73,7 @@ def causal_trace(
         if on_cell is not None:
             on_cell(own.stop, len(facts))
     table = []
-    for layer in layers:
+    for layer in around:
         for place in PLACES:
             parts = [torch.cat(p) for p in zip(*cells[layer, place], strict=True)]
             has = parts[-1].view(-1, samples)[:, 0].bool()
@@ -108,10 +105,7 @@ def trace_tokens(
     """
     if fact.target_true is None:
         raise FactError(f"{fact.text!r} has no target_true to trace.")
-    if window < 1 or samples < 1:
-        raise FactError("window and samples must be at least 1.")
-    layers = range(model.n_layers) if layers is None else layers
-    around = {n: _window(model.check_layer(n), window, model.n_layers) for n in layers}
+    around = _windows(model, layers, window, samples)
     texts = tokens.shown(model, fact)[1]
     rows = _corrupted(model, {0: fact}, samples, noise, seed)
     inside = sorted({n for w in around.values() for n in w})
@@ -151,6 +145,16 @@ def _restorations(
                 restored = _probability(model, rows, hooks)
             out[layer, place] = (clean, corrupted, restored, chosen.any(1))
     return out
+
+
+def _windows(
+    model: Model, layers: Sequence[int] | None, window: int, samples: int
+) -> dict[int, range]:
+    """For each of `layers` (None: all) those that are restored together."""
+    if window < 1 or samples < 1:
+        raise FactError("window and samples must be at least 1.")
+    layers = range(model.n_layers) if layers is None else layers
+    return {n: _window(model.check_layer(n), window, model.n_layers) for n in layers}
 
 
 def _window(layer: int, width: int, n_layers: int) -> range:

@@ -45,14 +45,15 @@ def save(parts: Mapping[str, Any], path: str | Path) -> None:
         "fan_in_fan_out": parts["fan_in_fan_out"],
         "model": parts["model"],
         "frame": asdict(parts["frame"]),
-        "versions": {name: _version(name) for name in ("pmet-lens", "torch", "transformers")},
+        "versions": {name: installed(name) for name in ("pmet-lens", "torch", "transformers")},
         "sites": [str(site) for site in parts["factors"]],
         "dtype": str(parts["dtype"]).removeprefix("torch."),
     }
     container.write(path, tensors, head, "an edit", EditError)
 
 
-def _version(name: str) -> str:
+def installed(name: str) -> str:
+    """The version of a package; empty where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:  # run from a checkout that nobody installed

@@ -89,6 +89,22 @@ def shape(path: str | Path, name: str, what: str, error: type[ValueError]) -> tu
         return tuple(file.get_slice(name).get_shape())
 
 
+def file_digest(*paths: Path) -> str:
+    """SHA-256 of the files' bytes, one after the other, read piece by piece."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all weights of a model (`hf.state_dict()`) as they are now."""
+    parts = map(digest, state.values())
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bits, rows first."""
     flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

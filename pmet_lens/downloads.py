@@ -8,7 +8,6 @@ and a file that no longer matches it is fetched again.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,7 +104,7 @@ def _kept(path: Path, remote: Remote) -> bool:
     if not (path.is_file() and note.is_file()):
         return False
     wanted = remote.sha256 or note.read_text(encoding="ascii").strip()
-    return digest(path) == wanted
+    return container.file_digest(path) == wanted
 
 
 def _download(remote: Remote, path: Path, on_bytes: OnBytes | None) -> None:
@@ -119,7 +118,7 @@ def _download(remote: Remote, path: Path, on_bytes: OnBytes | None) -> None:
             f"{remote.url} could not be fetched ({error}); {part.stat().st_size:,} bytes of it are "
             "kept, and the next try goes on there."
         ) from error
-    found = digest(part)
+    found = container.file_digest(part)
     if remote.sha256 not in (None, found):
         part.unlink()
         raise DownloadError(
@@ -167,12 +166,3 @@ def _full(error: BaseException) -> bool:
 
 def _note(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()

@@ -85,7 +85,9 @@ class Edit:
         facts = [f"{f.text} → {f.target_new}" for f in self.facts]
         told = {"facts": markup.listed(facts, 5), "weights": ", ".join(sites)}
         told |= {"method": repr(self.method), "model": self.model or "–"}
-        return markup.pairs(told, f"Edit of {len(self.facts)} facts")
+        return markup.pairs(
+            told, f"Edit of {len(self.facts)} fact{'' if len(self.facts) == 1 else 's'}"
+        )
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:

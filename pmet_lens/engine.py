@@ -18,9 +18,8 @@ from typing import Any
 
 import pandas as pd
 
-from pmet_lens import ray_engine, results, shards, sources
+from pmet_lens import container, ray_engine, results, shards, sources
 from pmet_lens.grid import GridError, Run, check_grid, share_of
-from pmet_lens.plain import file_digest
 from pmet_lens.progress import Progress
 from pmet_lens.results import Folder
 from pmet_lens.scheduler import Pool, Schedule, Serial
@@ -283,7 +282,7 @@ def _by_model(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[Run]]:
 def _files_digest(folder: Path) -> str:
     names = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
     paths = sorted(path for name in names for path in folder.glob(name))
-    return file_digest(*paths)[:16]
+    return container.file_digest(*paths)[:16]
 
 
 __all__ = ["run"]

@@ -19,7 +19,7 @@ from pmet_lens.facts import Fact, FactError, check_editable
 from pmet_lens.hparams import hparams_named, kind_of
 from pmet_lens.methods import ABLATIONS, METHODS, PMET, named
 from pmet_lens.plain import GridError as GridError
-from pmet_lens.plain import file_digest, from_plain, hash_of, to_plain
+from pmet_lens.plain import from_plain, hash_of, to_plain
 from pmet_lens.settings import Method
 from pmet_lens.sources import DTYPES
 
@@ -134,7 +134,7 @@ class Run:
         """SHA-256 of the file of texts; empty for the bundled text."""
         if self.texts is None:
             return ""
-        return file_digest(Path(self.texts))
+        return container.file_digest(Path(self.texts))
 
     def record(self) -> dict[str, Any]:
         """The run as JSON has it, facts and texts by their hashes, without its name."""

@@ -6,7 +6,6 @@ the header.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 import warnings
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from pmet_lens import container, linalg
 from pmet_lens.adapter import Model, Site
-from pmet_lens.moments import Moment, MomentError, OnTokens, Run, chained
+from pmet_lens.moments import Moment, MomentError, OnTokens, Summing, chained
 
 FORMAT = "pmet_lens moments 1"
 FACTOR = "pmet_lens factor 1"
@@ -50,7 +49,7 @@ def kept_moments(
         MomentError: as `second_moments`; for a file made of other weights, other texts or with
             other settings, and for a folder that cannot be written.
     """
-    path, run = Path(path), Run(model, layers, **options)
+    path, run = Path(path), Summing(model, layers, **options)
     part = path.with_name(f"{path.name}.begun")
     if isinstance(texts, str):
         raise MomentError("texts is one string; pass a list of texts, or pl.texts(path).")
@@ -96,13 +95,10 @@ def _alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: Summing) -> dict[str, Any]:
     """What moments follow from: weights, texts and settings."""
-    digest = hashlib.sha256()
-    for tensor in run.model.hf.state_dict().values():
-        digest.update(container.digest(tensor).encode())
     return {
-        "weights": digest.hexdigest(),
+        "weights": container.state_digest(run.model.hf.state_dict()),
         "sites": [str(site) for site in run.sums],
         "n_tokens": run.n_tokens,
         "max_length": run.max_length,
@@ -114,7 +110,9 @@ def _settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _check(path: Path, head: Mapping[str, Any], run: Run, texts: Iterator[str]) -> dict[str, Any]:
+def _check(
+    path: Path, head: Mapping[str, Any], run: Summing, texts: Iterator[str]
+) -> dict[str, Any]:
     """What the file was made of; it must be what `run` is to be made of, and its texts the first of
     `texts`, which are taken from there."""
     made, asked = head.get("made"), _settings(run)
@@ -130,7 +128,7 @@ def _check(path: Path, head: Mapping[str, Any], run: Run, texts: Iterator[str]) 
     return made
 
 
-def _keep(part: Path, run: Run) -> None:
+def _keep(part: Path, run: Summing) -> None:
     states = {site: one.state() for site, one in run.sums.items()}
     tensors = {f"{s}.{name}": t for s, (own, _) in states.items() for name, t in own.items()}
     numbers = {str(s): own for s, (_, own) in states.items()}
@@ -141,7 +139,7 @@ def _keep(part: Path, run: Run) -> None:
         warnings.warn(f"{error}. Going on without keeping what was read so far.", stacklevel=3)
 
 
-def _go_on(part: Path, run: Run, texts: Iterator[str]) -> None:
+def _go_on(part: Path, run: Summing, texts: Iterator[str]) -> None:
     """Put `run` where the file stopped, and `texts` behind what it read."""
     head, tensors = container.read(part, PART, _WHAT, MomentError)
     made = _check(part, head, run, texts)

@@ -127,13 +127,13 @@ def second_moments(
     Raises:
         MomentError: if the texts hold no token or are one string, or a key is not finite.
     """
-    run = Run(model, layers, projections, n_tokens, max_length, batch_tokens, dtype, precision)
+    run = Summing(model, layers, projections, n_tokens, max_length, batch_tokens, dtype, precision)
     for _ in run.read(texts, on_tokens):
         pass
     return run.moments()
 
 
-class Run:
+class Summing:
     """Second moments while texts are read: what `second_moments` does, shard of text by shard, so
     that it can be kept on the way and gone on with (`moment_files.kept_moments`)."""
 

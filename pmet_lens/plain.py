@@ -1,4 +1,4 @@
-"""Values as JSON has them and back, hashes of them and of files, and what is said when it fails."""
+"""Values as JSON has them and back, hashes of them, and what is said when it fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from pmet_lens import linalg
@@ -27,16 +26,6 @@ def hash_of(plain: Any) -> str:
     """16 hexadecimal digits of the SHA-256 of what JSON can hold."""
     text = json.dumps(plain, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_digest(*paths: Path) -> str:
-    """SHA-256 of the files' bytes, one after the other."""
-    found = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
 
 
 def to_plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ class Progress:
 
         self._tqdm, self._show = tqdm, show
         self._bars: dict[str, Any] = {}
+        self._left: dict[str, int] = {}
         self._names = {run.digest: run.name for run in runs}
         self._rows: list[pd.DataFrame] = []
         self._table = _table() if show else None

@@ -18,7 +18,7 @@ from pmet_lens import tokens
 from pmet_lens.activations import Position, probe
 from pmet_lens.adapter import Model, ModelError, Stream
 from pmet_lens.facts import Fact, FactError
-from pmet_lens.twin import Hook
+from pmet_lens.twin import Hook, head_together
 
 Answer = Literal["target_true", "target_new"]
 ROWS_PER_CHUNK = 256
@@ -156,17 +156,8 @@ def _answers(
 def _readout(model: Model, states: Tensor, **options: Any) -> Any:
     from transformer_lens.tools.analysis import logit_readout
 
-    # Under a `device_map` the final norm may lie elsewhere than the unembedding.
-    norm, home = model.bridge.ln_final, model.bridge.W_U.device
-    on = next((p.device for p in norm.parameters()), home)
-    handles = [
-        norm.register_forward_pre_hook(lambda _, args: (args[0].to(on),)),
-        norm.register_forward_hook(lambda _, __, out: out.to(home)),
-    ]
     try:
-        return logit_readout(model.bridge, states, chunk_size=ROWS_PER_CHUNK, **options)
+        with head_together(model.bridge):
+            return logit_readout(model.bridge, states, chunk_size=ROWS_PER_CHUNK, **options)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"{model.name!r} has no readout for single vectors: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()

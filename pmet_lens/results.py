@@ -16,16 +16,15 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from safetensors import SafetensorError
 
-from pmet_lens import container, metrics
+from pmet_lens import artifact, container, metrics
 from pmet_lens.grid import GridError, Run
-from pmet_lens.plain import file_digest, hash_of
+from pmet_lens.plain import hash_of
 
 FORMAT = "pmet_lens result 1"
 PACKAGES = ("pmet-lens", "torch", "transformers", "transformer-lens", "numpy", "pandas")
@@ -103,7 +102,7 @@ class Folder:
         with self.writing(path):
             with container.whole(path) as part:
                 _uniform(table).to_parquet(part, index=False)
-            told = {**told, "rows": len(table), "sha256": file_digest(path)}
+            told = {**told, "rows": len(table), "sha256": container.file_digest(path)}
             with container.whole(path.with_suffix(".json")) as part:
                 part.write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
 
@@ -124,7 +123,7 @@ class Folder:
         try:
             if path.suffix == ".parquet":
                 told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-                return told["sha256"] == file_digest(path)
+                return told["sha256"] == container.file_digest(path)
             if path.suffix == ".json":
                 text = json.loads(path.read_text(encoding="utf-8"))
                 return text["sha256"] == hash_of(text["contexts"])
@@ -214,13 +213,7 @@ def write_result(
 
 def versions() -> dict[str, str]:
     """Python, and the packages that a result follows from."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that nobody installed
-            found[package] = ""
-    return found
+    return {"python": platform.python_version()} | {p: artifact.installed(p) for p in PACKAGES}
 
 
 def hardware(device: Any) -> dict[str, Any]:

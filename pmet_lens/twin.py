@@ -301,6 +301,23 @@ def _as_bridge_hook(function: Hook, name: str) -> Callable[..., Tensor | None]:
     return bridge_hook
 
 
+@contextmanager
+def head_together(bridge: Any) -> Iterator[None]:
+    """A block in which the final norm takes and gives tensors on the unembedding's device: under a
+    `device_map` it may lie on another, and run alone nothing moves them."""
+    norm, home = bridge.ln_final, bridge.W_U.device
+    on = next((p.device for p in norm.parameters()), home)
+    handles = [
+        norm.register_forward_pre_hook(lambda _, args: (args[0].to(on),)),
+        norm.register_forward_hook(lambda _, __, out: out.to(home)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _picked(value: Tensor, at: Int[Tensor, "n 2"]) -> Float[Tensor, "n d"]:
     """The (row, token) pairs `at` of an activation."""
     return value[at.to(value.device).unbind(1)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pair import CONTEXTS, FACTS, HP
 from pretend import OTHER, Remote, WrongDevice, move, second_device
 from tiny import close, tiny_hf, tiny_tokenizer
 
@@ -15,12 +16,6 @@ import pmet_lens as pl
 from pmet_lens.adapter import Model
 
 torch.set_num_threads(1)
-HP = pl.Hparams(layers=(1, 2), n_steps=6, lr=0.1, second_moment_weight=0.3, clamp=2.0)
-CONTEXTS = ["{}", "The tower of Ilmar. {}"]
-FACTS = [
-    pl.Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis"),
-    pl.Fact("Ostria", "Of {}, the capital is", "Ilmar", "Kel"),
-]
 BOTH = pl.ABLATIONS["+ W_O"]
 KNOWN = [pl.Fact(f.subject, f.prompt, None, f.target_true, relation=f.prompt) for f in FACTS]
 _FT = pl.FineTuneHparams(layer=2, n_steps=3, lr=0.01)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pair import CONTEXTS, FACTS, HP
 from tiny import tiny_hf, tiny_tokenizer
 
 import pmet_lens as pl
 
 torch.set_num_threads(1)
-HP = pl.Hparams(layers=(1, 2), n_steps=6, lr=0.1, second_moment_weight=0.3, clamp=2.0)
-CONTEXTS = ["{}", "The tower of Ilmar. {}"]
-FACTS = [
-    pl.Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis"),
-    pl.Fact("Ostria", "Of {}, the capital is", "Ilmar", "Kel"),
-]
 
 
 def edited(family: str, dtype: torch.dtype):

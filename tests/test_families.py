@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pair import CONTEXTS, FACTS, HP
 from tiny import FAMILIES, MORE, close, plain_logits, refused, tiny_batch, tiny_hf, tiny_model
 
 import pmet_lens as pl
@@ -18,12 +19,6 @@ from pmet_lens import targets
 from pmet_lens.adapter import Model, Site
 
 torch.set_num_threads(1)
-HP = pl.Hparams(layers=(1, 2), n_steps=6, lr=0.1, second_moment_weight=0.3, clamp=2.0)
-CONTEXTS = ["{}", "The tower of Ilmar. {}"]
-FACTS = [
-    pl.Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis"),
-    pl.Fact("Ostria", "Of {}, the capital is", "Ilmar", "Kel"),
-]
 WINDOW = 20
 """Shorter than the longest prompt, longer than the padding (a query that sees padding alone is NaN
 in float64, in plain transformers too)."""

@@ -236,7 +236,7 @@ def test_a_batch_that_does_not_fit_is_halved_to_the_same_sums(model, texts, want
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         original(total, rows)
 
-    run = moments.Run(model, **SETTINGS)
+    run = moments.Summing(model, **SETTINGS)
     sums = run.sums
     monkeypatch.setattr(moments.linalg, "add_gram", add_gram)
     with pytest.warns(UserWarning, match="texts at once do not fit into memory; going on with"):

@@ -505,7 +505,7 @@ def test_the_bundled_texts_are_taken_where_none_are_given(gpt2, tmp_path, monkey
 
 def test_a_second_bench_computes_nothing_again(gpt2, tmp_path, monkeypatch):
     folder = tmp_path / "made" / "here"
-    moments = counting(monkeypatch, second_moments.Run, "moments")
+    moments = counting(monkeypatch, second_moments.Summing, "moments")
     optimised = counting(monkeypatch, targets, "optimise")
     first = new_bench(gpt2, folder)
     made = first.targets(Trial(), FACTS)
