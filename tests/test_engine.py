@@ -207,7 +207,7 @@ def test_moments_that_were_cut_in_the_middle_of_a_shard_go_on(model, tmp_path, m
     """And begin again where what was kept of them is damaged."""
     monkeypatch.setattr(worker, "MOMENTS_KEPT_EVERY", 0.0)
     run = tiny_run(model, n_tokens=10_000, cut=replace(CUT, tokens=10_000))
-    read = worker.moment_files.Run.read
+    read = worker.moment_files.Summing.read
     seen: list[int] = []
 
     def cut(self, texts, on_tokens=None):
@@ -217,7 +217,7 @@ def test_moments_that_were_cut_in_the_middle_of_a_shard_go_on(model, tmp_path, m
             if len(seen) == 2:
                 raise Cut
 
-    monkeypatch.setattr(worker.moment_files.Run, "read", cut)
+    monkeypatch.setattr(worker.moment_files.Summing, "read", cut)
     for spoilt in (False, True):
         seen.clear()
         with pytest.raises(Cut):
