@@ -1,9 +1,11 @@
 """`make paper`: every method, every ablation, both benchmarks, on both bundled models.
 
-Every single result is a small file in `figures/out/paper/MODEL/`; what is there is not computed
-again, so that a run that was cut goes on where it stopped. The models run side by side, one thread
-each. At the end the tables of `figures/results/paper/` are written (with `--record`) and the
-figures drawn. `--quick`: a few facts of everything, to see that it runs; its figures say so.
+Loads and methods are a grid of runs (`pl.run`) in `figures/out/paper/runs/`, every other result is
+a small file in `figures/out/paper/MODEL/`; what is there is not computed again, so that a run that
+was cut goes on where it stopped. The models run side by side, one thread each; with `--engine ray`
+workers of a cluster make the grid of both. At the end the tables of `figures/results/paper/` are
+written (with `--record`) and the figures drawn. `--quick`: a few facts of everything, to see that
+it runs; its figures say so.
 """
 
 from __future__ import annotations
@@ -15,28 +17,31 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import manifest
-import numpy as np
 import pandas as pd
 from common import EDITED, HERE, OUT, each, into_readme, make, provenance
 from paper_tables import FIGURES, ablation_table, main_table
 from tqdm import tqdm
 
 import pmet_lens as pl
-from pmet_lens import container, experiment, metrics
+from pmet_lens import container, experiment
 
 GRID = (1, 10, 32, 100, 316, 750)
 """Every other of the paper's numbers of edits, up to all records of the bundled world."""
 MAIN = (100, 750)
 ZSRE = (100, 316)
-ROME_MOST = {"counterfact": 100, "zsre": 100}
+ROME_MOST = 100
 """ROME edits one fact after the other, each with an optimisation of its own."""
+SHARED = 50
+"""Facts per shard of targets: runs with another number of facts share the shards they begin with.
+"""
+EVERY = 9
+"""Of the facts an edit is not about one in so many is asked where many groups are."""
 LAMBDAS = (1.0, 10.0, 30.0, 100.0, 1000.0, 10000.0)
 CURVE = {
     "PMET": (pl.PMET, False),
@@ -49,6 +54,7 @@ CURVE = {
 TABLES = ("scaling", "ablations", "lambda", "layers", "sequential")
 COLUMNS = ["benchmark", "run", "edits", "load", "metric", "mean", "ci_low", "ci_high", "n"]
 Jobs = Iterator[tuple[str, str, Callable[[], pd.DataFrame]]]
+Cell = tuple[str, int, pl.Run]
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,9 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="replace the committed tables")
     parser.add_argument("--quick", action="store_true", help="few facts, to see that it runs")
     parser.add_argument("--fresh", action="store_true", help="forget the results there are")
+    parser.add_argument("--engine", default="serial", help="of loads and methods: serial or ray")
+    parser.add_argument("--workers", type=int, help="of ray; default: one per GPU")
+    parser.add_argument("--address", help="of a Ray cluster; default: this machine")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     out = args.out or OUT / ("quick" if args.quick else "paper")
@@ -101,6 +110,10 @@ def main() -> None:
     prepare(out, fresh=args.fresh or args.quick)
     before = spent(out)
     size = QUICK if args.quick else Size()
+    if args.engine != "serial":
+        grid = {run.digest: run for name in EDITED for *_, run in scaling(name, size)}
+        how = {"workers": args.workers, "address": args.address, "strict": False}
+        pl.run(list(grid.values()), out / "runs", args.engine, **how)
     done = each(list(EDITED), partial(run_model, size, out))
     minutes = before + (time.perf_counter() - start) / 60
     (out / "minutes.txt").write_text(f"{minutes}\n", encoding="utf-8")
@@ -164,15 +177,68 @@ def record(out: Path, used: Mapping[str, Sequence[str]]) -> None:
 
 def run_model(size: Size, out: Path, name: str, place: int) -> dict[str, pd.DataFrame]:
     """All tables of one model, each result from its file where it is there."""
-    folder = out / name
-    bench = pl.Bench(pl.load(name), folder, n_tokens=size.moment_tokens)
-    plan = list(jobs(bench, size))
+    folder, model = out / name, pl.load(name)
+    cells = list(scaling(name, size))
     found: dict[str, list[pd.DataFrame]] = {table: [] for table in TABLES}
-    with tqdm(plan, unit="job", position=place, file=sys.stderr, dynamic_ncols=True) as bar:
-        for table, key, make in bar:
+    with tqdm(total=len(cells), position=place, file=sys.stderr, dynamic_ncols=True) as bar:
+        bar.set_description(f"{name}: scaling")
+        found["scaling"] = [made(cells, out / "runs", model.d_in(pl.Site(0, "mlp")), bar)]
+        bench = pl.Bench(model, folder, n_tokens=size.moment_tokens)
+        plan = list(jobs(bench, size))
+        bar.reset(total=len(plan))
+        for table, key, make in plan:
             bar.set_description(f"{name}: {table} {key}")
-            found[table].append(kept(folder / f"{table} {key}.csv", make).assign(model=name))
-    return {table: pd.concat(parts, ignore_index=True) for table, parts in found.items()}
+            found[table].append(kept(folder / f"{table} {key}.csv", make))
+            bar.update()
+    whole = {table: pd.concat(parts, ignore_index=True) for table, parts in found.items()}
+    return {table: rows.assign(model=name) for table, rows in whole.items()}
+
+
+def scaling(name: str, size: Size) -> Iterator[Cell]:
+    """Benchmark, number of edits and run of every cell, the most important first."""
+    rest = sorted(set(size.grid) - set(size.main), reverse=True)
+    loads = (("counterfact", size.main), ("zsre", size.zsre), ("counterfact", rest))
+    for benchmark, grid in loads:
+        for n in grid:
+            for method in (None, *pl.METHODS):
+                if method != "ROME" or n <= ROME_MOST:
+                    yield benchmark, n, run_of(name, size, benchmark, n, method)
+
+
+def run_of(name: str, size: Size, benchmark: str, n: int, method: str | None) -> pl.Run:
+    """`n` edits at once, and all there is to measure. Small numbers are measured on several groups,
+    each on the clean model, by their answers and a sample of the other facts."""
+    groups = max(1, size.facts_of_small // n)
+    facts = records(benchmark, n * groups)
+    others = experiment.others_of(pl.knowns(), facts)
+    own = {"n_tokens": size.moment_tokens, "cut": pl.Cut(targets=SHARED)}
+    if groups > 1:
+        some = {"others": others[::EVERY], "metrics": ("answers", "collateral")}
+        return pl.Run(name, facts, method, group=n if method else None, **some, **own)
+    metrics = ["answers", "collateral", "ability"]
+    if n in size.main and benchmark == "counterfact":
+        metrics.append("generation")
+    own |= {"others": others[: size.others], "generate": size.generate, "n_texts": size.texts}
+    return pl.Run(name, facts, method, metrics=metrics, **own)
+
+
+def made(cells: Sequence[Cell], folder: Path, d_in: int, bar: tqdm) -> pd.DataFrame:
+    """The table of loads and methods. Exact solvers cannot give one key two values, and some
+    subjects have two records: their runs may fail."""
+    runs = {run.digest: run for *_, run in cells}
+    table = pl.run(
+        list(runs.values()), folder, strict=False, progress=False, on_run=lambda *_: bar.update()
+    )
+    lost = {run.name for digest, run in runs.items() if digest not in set(table["digest"])}
+    if lost - {"EMMET"}:
+        sys.exit(f"Runs of {', '.join(sorted(lost - {'EMMET'}))} failed; see the warning above.")
+    parts = [
+        table[table["digest"] == run.digest].assign(
+            benchmark=benchmark, edits=n, load=round(n / d_in, 4)
+        )
+        for benchmark, n, run in cells
+    ]
+    return pd.concat(parts)[COLUMNS]
 
 
 def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -185,104 +251,19 @@ def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
 
 
 def jobs(bench: pl.Bench, size: Size) -> Jobs:
-    """Every result as (table, key, how it is made), the most important first."""
+    """What is no run of a grid as (table, key, how it is made), the most important first."""
 
-    def scaling(benchmark: str, grid: Sequence[int]) -> Jobs:
-        for n in grid:
-            for run in ("unedited", *pl.METHODS):
-                if run != "ROME" or n == 1:
-                    key = f"{benchmark} {n} {run}"
-                    yield "scaling", key, partial(mass, bench, size, benchmark, run, n)
-
-    yield from scaling("counterfact", size.main)
     yield "ablations", "all", partial(ablated, bench, size)
-    yield from scaling("zsre", size.zsre)
-    for benchmark in ROME_MOST:
-        key = f"{benchmark} chain ROME"
-        yield "scaling", key, partial(one_by_one, bench, size, benchmark)
     for run in ("PMET", "MEMIT"):
         yield "lambda", run, partial(over_lambda, bench, size, run)
     for last in size.last or range(1, bench.model.n_layers - 2):
         yield "layers", f"{last}", partial(over_layers, bench, size, last)
     for run in size.curves:
         yield "sequential", run, partial(curve, bench, size, run)
-    rest = [n for n in size.grid if n not in size.main]
-    yield from scaling("counterfact", sorted(rest, reverse=True))
 
 
 def records(benchmark: str, n: int | None = None) -> list[pl.Fact]:
     return pl.counterfact(n=n) if benchmark == "counterfact" else pl.zsre(n=n)
-
-
-def mass(bench: pl.Bench, size: Size, benchmark: str, run: str, n: int) -> pd.DataFrame:
-    """`n` facts at once. Small numbers are measured on several groups, each on the clean model."""
-    facts = records(benchmark, max(size.grid if benchmark == "counterfact" else size.zsre))
-    trial = None if run == "unedited" else pl.Trial(pl.METHODS[run])
-    found = None if trial is None else bench.targets(trial, facts)
-
-    def edited(start: int) -> pl.Edit | None:
-        if trial is None:
-            return None
-        own = None if found is None else found[start : start + n]
-        return bench.edit(trial, facts[start : start + n], own)
-
-    groups = range(0, max(1, size.facts_of_small // n) * n, n)
-    if len(groups) == 1:
-        try:
-            edit = edited(0)
-        except pl.SolveError:
-            # Exact solvers cannot give one key two values, and some subjects have two records.
-            return pd.DataFrame(columns=COLUMNS)
-        return tidy(looked_at(bench, size, facts[:n], edit), bench, benchmark, run, n)
-    others = experiment.others_of(pl.knowns(), facts[: groups.stop])[:: 2250 // min(250, 2250)]
-    rows, right = [], []
-    for start in groups:
-        edit = edited(start)
-        with nullcontext() if edit is None else edit.applied(bench.model):
-            own = pl.evaluate(bench.model, facts[start : start + n])
-            rows.append(own.assign(fact=own["fact"] + start))
-            right.append(100 * pl.recall(bench.model, others)["correct"].to_numpy())
-    table = pl.summarise(pd.concat(rows, ignore_index=True))
-    mean = np.mean(right, axis=0)
-    table.loc["collateral"] = [mean.mean(), *metrics.bootstrap(mean), len(mean)]
-    return tidy(table, bench, benchmark, run, n)
-
-
-def looked_at(
-    bench: pl.Bench, size: Size, facts: Sequence[pl.Fact], edit: pl.Edit | None
-) -> pd.DataFrame:
-    """Everything there is to measure after one edit of `facts` (None: the model as it is)."""
-    others = experiment.others_of(pl.knowns(), facts)[: size.others]
-    generate = size.generate if len(facts) in size.main else 0
-    table = experiment.measure(bench.model, facts, edit, others, generate=generate)
-    return pd.concat([table, general(bench, size, edit)])
-
-
-def general(bench: pl.Bench, size: Size, edit: pl.Edit | None) -> pd.DataFrame:
-    """Perplexity, and what the edit changes in the answers to prompts about others."""
-    return pl.general_ability(bench.model, edit, others=(), n_texts=size.texts)
-
-
-def one_by_one(bench: pl.Bench, size: Size, benchmark: str) -> pd.DataFrame:
-    """ROME, one fact after the other, measured at the numbers of the grid on the way."""
-    grid = size.grid if benchmark == "counterfact" else size.zsre
-    wanted = [n for n in grid if 1 < n <= ROME_MOST[benchmark]]
-    facts, tables = records(benchmark, max(wanted)), []
-
-    def look(done: int) -> None:
-        if done in wanted:
-            # The model stands edited, so there is nothing to compare it with.
-            table = looked_at(bench, size, facts[:done], None).drop(index="KL")
-            tables.append(tidy(table, bench, benchmark, "ROME", done))
-
-    bench.chain(pl.Trial(pl.ROME), facts, look)
-    return pd.concat(tables, ignore_index=True)
-
-
-def tidy(table: pd.DataFrame, bench: pl.Bench, benchmark: str, run: str, n: int) -> pd.DataFrame:
-    load = n / bench.model.d_in(pl.Site(0, "mlp"))
-    out = table.reset_index().assign(benchmark=benchmark, run=run, edits=n, load=round(load, 4))
-    return out[COLUMNS]
 
 
 def ablated(bench: pl.Bench, size: Size) -> pd.DataFrame:
@@ -329,7 +310,7 @@ def curve(bench: pl.Bench, size: Size, run: str) -> pd.DataFrame:
     method, protect = CURVE[run]
     n, batch = size.curve
     facts = records("counterfact", n)
-    others = experiment.others_of(pl.knowns(), facts)[:: 2250 // min(250, 2250)]
+    others = experiment.others_of(pl.knowns(), facts)[::EVERY]
     table = experiment.sequential(
         bench.model,
         facts,

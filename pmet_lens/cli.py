@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", type=int, help="of ray; default: one per GPU")
     run.add_argument("--address", help="of a Ray cluster; default: this machine")
     run.add_argument("--device", help="where the model goes (auto: the accelerator there is)")
+    run.add_argument("--device-map", help='"auto" or "balanced": over several devices')
     run.add_argument("--out", help="CSV file for the table")
     run.add_argument("--plan", action="store_true", help="tell what it would cost, and stop")
     return parser
@@ -232,10 +233,11 @@ def _run(args: argparse.Namespace) -> None:
     import pmet_lens as pl
 
     grid = pl.load_grid(args.grid)
+    where = {"device": args.device, "device_map": args.device_map}
     if args.plan:
-        _say(str(pl.plan(grid, workers=args.workers or 1, device=args.device)))
+        _say(str(pl.plan(grid, workers=args.workers or 1, **where)))
         return
-    how = {"workers": args.workers, "address": args.address, "device": args.device}
+    how = {"workers": args.workers, "address": args.address, **where}
     table = pl.run(grid, args.folder, args.engine, shard=args.shard, **how)
     if args.out:
         table.to_csv(args.out, index=False)

@@ -23,6 +23,7 @@ from pmet_lens.grid import GridError, Run, check_grid, share_of
 from pmet_lens.progress import Progress
 from pmet_lens.results import Folder
 from pmet_lens.scheduler import Pool, Schedule, Serial
+from pmet_lens.sources import ModelError
 from pmet_lens.worker import Outcome, Told, Worker
 
 ENGINES = ("serial", "ray")
@@ -39,6 +40,7 @@ def run(
     device: str | None = None,
     device_map: Any = None,
     keep_edits: bool = False,
+    strict: bool = True,
     progress: bool = True,
     on_run: Callable[[Run, pd.DataFrame], object] | None = None,
 ) -> pd.DataFrame:
@@ -59,12 +61,14 @@ def run(
         device_map: for models larger than one GPU, as `load` takes it ("ray": every actor then
             gets as many GPUs as there are, divided by `workers`).
         keep_edits: keep the edit of every run (`edits/DIGEST-….safetensors`, for `Edit.load`).
+        strict: False: a run that fails is missing in the table, with a warning that says why.
         on_run: called with every run and its rows as soon as it is finished.
 
     Raises:
         GridError: for a grid with a run twice, an unknown engine or shard, an engine that is not
             installed, a cluster that does not answer, workers with other packages or weights,
-            results of other weights; and, when all other runs are finished, for runs that failed.
+            results of other weights; and, when all other runs are finished, for runs that failed
+            (`strict`), those of a model that cannot be read among them.
         FolderError: where the folder cannot be written (any more).
     """
     if engine not in ENGINES:
@@ -90,11 +94,14 @@ def run(
                 if engine == "ray" and cluster is None:
                     cluster = stack.enter_context(ray_engine.cluster(address))
                 options = {"device": device, "device_map": device_map}
-                with _pool(own, todo, workers, cluster, options) as pool:
-                    session.make(group, todo, pool)
+                try:
+                    with _pool(own, todo, workers, cluster, options) as pool:
+                        session.make(group, todo, pool)
+                except ModelError as error:
+                    session.leave_out(todo, error)
     finally:
         bars.close()
-    return session.table(mine)
+    return session.table(mine, strict)
 
 
 @contextmanager
@@ -133,6 +140,7 @@ class _Session:
         self.keep_edits, self.on_run = keep_edits, on_run
         self.found: dict[str, pd.DataFrame] = {}
         self.failed: dict[str, str] = {}
+        """Digest of a run → why it could not be finished."""
         self._sources: dict[str, str] = {}
 
     def read(self, runs: Sequence[Run]) -> list[Run]:
@@ -178,7 +186,8 @@ class _Session:
             spent[task.kind] = spent.get(task.kind, 0.0) + outcome.seconds
             self.bars.task(task)
             for digest in [d for d in schedule.failed if d in left]:
-                self.failed[left.pop(digest).name] = schedule.failed[digest]
+                del left[digest]
+                self.failed[digest] = schedule.failed[digest]
                 self.bars.finished(digest, None)
             if task.run in left and schedule.complete(task.run):
                 close(task.run)
@@ -188,15 +197,26 @@ class _Session:
         schedule.run(pool, on_task)
         self._tidy(every, grid)
 
-    def table(self, runs: Sequence[Run]) -> pd.DataFrame:
-        """The rows of all runs; raises `GridError` for those that failed."""
+    def leave_out(self, runs: Sequence[Run], error: ModelError) -> None:
+        """Go on without the runs of a model that cannot be read."""
+        for run in runs:
+            self.failed[run.digest] = str(error)
+            self.bars.finished(run.digest, None)
+
+    def table(self, runs: Sequence[Run], strict: bool) -> pd.DataFrame:
+        """The rows of all runs; raises `GridError` for those that failed, or warns of them."""
         if self.failed:
-            told = "; ".join(f"{name}: {error}" for name, error in self.failed.items())
-            raise GridError(
-                f"{len(self.failed)} of {len(runs)} runs could not be finished. {told} All others "
+            failed = [run for run in runs if run.digest in self.failed]
+            told = "; ".join(f"{run.name}: {self.failed[run.digest]}" for run in failed)
+            text = (
+                f"{len(failed)} of {len(runs)} runs could not be finished. {told} All others "
                 f"are in {self.folder.root}; what is right is not made again."
             )
-        return pd.concat([self.found[run.digest] for run in runs], ignore_index=True)
+            if strict:
+                raise GridError(text)
+            warnings.warn(text, stacklevel=3)
+        found = [self.found[run.digest] for run in runs if run.digest in self.found]
+        return pd.concat(found or [results.NO_ROWS], ignore_index=True)
 
     def _finish(
         self, run: Run, tasks: Sequence[shards.Task], told: Told, ran: Mapping[str, Any]

@@ -43,6 +43,8 @@ class Cut:
     tokens: int = 100_000
     """Tokens per shard of second moments, of which there are at most 16: a shard is as large as
     the moments themselves while it lasts."""
+    steps: int = 10
+    """Facts per shard of an edit that is made in steps (ROME): it is gone on with behind these."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -70,6 +72,13 @@ class Run:
     """Some of `METRICS`."""
     others: Sequence[Fact] = field(default=(), repr=False)
     """Facts the edit is not about, for "collateral"."""
+    group: int | None = None
+    """So many facts are edited at once, each group alone on the unedited model, and asked for with
+    that edit on it: what few edits do, measured on many facts. None: all at once."""
+    generate: int | None = None
+    """"generation" is of the first so many facts; None: of all."""
+    n_texts: int = 200
+    """Texts that "ability" reads."""
     seed: int = 0
     """Of the context prefixes that are sampled from the model."""
     texts: str | None = None
@@ -104,11 +113,15 @@ class Run:
         self._check()
 
     def _check(self) -> None:
-        if self.method is None:
-            if not self.facts:
-                raise FactError("There are no facts to ask for; pass at least one Fact.")
-        else:
-            check_editable(self.facts)
+        for name in ("n_tokens", "n_texts", "group", "generate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise GridError(f"{name} must be at least 1, not {value}.")
+        if self.method is None and not self.facts:
+            raise FactError("There are no facts to ask for; pass at least one Fact.")
+        for start in range(0, max(len(self.facts), 1), max(self.edits, 1)):
+            if self.method is not None:
+                check_editable(self.facts[start : start + self.edits])
         wrong = [m for m in self.metrics if m not in METRICS]
         if wrong or not self.metrics:
             raise GridError(f"metrics must be some of {', '.join(METRICS)}; got {self.metrics!r}.")
@@ -117,8 +130,11 @@ class Run:
                 'The metric "collateral" counts which of the facts `others` are still right: give '
                 "both or neither (experiment.others_of(pl.knowns(), facts) for the bundled world)."
             )
-        if self.n_tokens < 1:
-            raise GridError(f"n_tokens must be at least 1, not {self.n_tokens}.")
+        if self.group is not None and (self.method is None or "ability" in self.metrics):
+            raise GridError(
+                'Groups are of edits, and "ability" is measured of one edit: leave group= out '
+                "without a method, and for this metric."
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise GridError(f"unknown dtype {self.dtype!r}; choose from {', '.join(DTYPES)}.")
         if self.texts is not None and not Path(self.texts).is_file():
@@ -148,11 +164,16 @@ class Run:
         return {**plain, "n_facts": len(self.facts)}
 
     @property
+    def edits(self) -> int:
+        """How many facts an edit of this run has."""
+        return 0 if self.method is None else min(self.group or len(self.facts), len(self.facts))
+
+    @property
     def stepwise(self) -> bool:
         """Whether the method edits some of the facts after the others, each time on the model as
         edited so far: then targets cannot be shared out."""
         at_once = getattr(self.method, "at_once", None)
-        return at_once is not None and at_once < len(self.facts)
+        return at_once is not None and at_once < self.edits
 
 
 def _name(method: Any) -> str:

@@ -21,8 +21,9 @@ from pmet_lens.grid import GridError, Run, check_grid
 from pmet_lens.workload import Count, Shard
 
 UNITS = {
-    "contexts": "set", "part": "token", "moments": "site", "targets": "fact", "edit": "fact",
-    "answers": "fact", "generation": "fact", "others": "fact", "ability": "measurement",
+    "contexts": "set", "part": "token", "moments": "site", "targets": "fact", "steps": "fact",
+    "edit": "fact", "answers": "fact", "generation": "fact", "others": "fact",
+    "ability": "measurement",
 }  # fmt: skip
 """What the work of a kind of shard is counted in."""
 Rates = Callable[[str, float, float], float]

@@ -126,35 +126,43 @@ class Probe:
         read = asdict(target_files.strengths(run.hparams))
         return ("targets", hash_of([method.delta_at, method.position, read]))
 
+    def _steps(self, run: Run, task: Task) -> float:
+        first, again = self._solved(run, self._some(run)[:1])
+        per_fact = self._known[("seconds", *self._key(run))] / len(self._some(run))
+        own = (task.stop - task.start) * (again + per_fact)
+        return own + (max(first - again, 0.0) if task.start == task.first else 0.0)
+
     def _edit(self, run: Run, task: Task) -> float:
-        some, n = self._some(run), len(run.facts)
-        method, key = run.method, ("edit", hash_of([to_plain(run.method), to_plain(run.hparams)]))
+        some, n, method = self._some(run), task.stop - task.start, run.method
         if not isinstance(method, Method):
-            return self._timed(
-                key, lambda: edit(self.model, some, None, method or "", run.hparams)
-            ) * (n / len(some))
-        moments = {Site.parse(s): self._regular(Site.parse(s)) for s in sites_of(run)}
-        kept: dict[Site, Any] = {}
-
-        def work(facts: Sequence[Fact], found: targeting.Targets) -> None:
-            prefixes = self._prefixes()
-            edit(self.model, facts, moments, method, run.hparams, prefixes, found, factorised=kept)
-
+            took = self._timed(
+                ("edit", hash_of([to_plain(method), to_plain(run.hparams)])),
+                lambda: edit(self.model, some, None, method or "", run.hparams),
+            )
+            return took * n / len(some)
         if run.stepwise:
-            found = self._optimised(run)
-            first = self._timed((*key, 1), lambda: work(some[:1], found[:1]))
-            each = self._timed((*key, 2), lambda: work(some[:1], found[:1]))
-            per_fact = self._known[("seconds", *self._key(run))] / len(some)
-            return first + n * (each + per_fact)
-        found = self._optimised(run)
-        first = self._timed((*key, 1), lambda: work(some, found))
-        again = self._timed((*key, 2), lambda: work(some, found))
+            return 0.0  # a sum of what there is
+        first, again = self._solved(run, some)
         few, all_ = (
             costs.estimate(self.model, some, method, run.hparams, self._prefixes(), n_facts=k)
             for k in (len(some), n)
         )
         ratio = (all_.keys + all_.solve) / (few.keys + few.solve)
         return max(first - again, 0.0) + again * ratio
+
+    def _solved(self, run: Run, some: Sequence[Fact]) -> tuple[float, float]:
+        """Seconds of the edit of these facts, which have targets: the first time, and again, when
+        its moments are factorised."""
+        method: Any = run.method
+        found, prefixes = self._optimised(run)[: len(some)], self._prefixes()
+        moments = {Site.parse(s): self._regular(Site.parse(s)) for s in sites_of(run)}
+        kept: dict[Site, Any] = {}
+
+        def work() -> None:
+            edit(self.model, some, moments, method, run.hparams, prefixes, found, factorised=kept)
+
+        key = ("edit", hash_of([to_plain(method), to_plain(run.hparams)]), len(some))
+        return self._timed((*key, 1), work), self._timed((*key, 2), work)
 
     def _regular(self, site: Site) -> torch.Tensor:
         """A second moment no factorisation minds: regular, some directions hardly used."""
@@ -188,7 +196,7 @@ class Probe:
         def work() -> None:
             ability.general_ability(self.model, texts=texts, prompts=prompts, others=())
 
-        took = self._timed("ability", work) * 200 / max(len(texts), 1)
+        took = self._timed("ability", work) * run.n_texts / max(len(texts), 1)
         return took * (1 if run.method is None else 1.3)
 
     def _prefixes(self) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from pmet_lens import parcels, results
 from pmet_lens.grid import GridError, Run
 from pmet_lens.shards import Task
+from pmet_lens.sources import ModelError
 from pmet_lens.worker import Outcome, Told, Worker
 
 CHUNK_SECONDS = 5.0
@@ -99,6 +100,7 @@ def actors(
 
     Raises:
         GridError: where they do not start, or have other packages or weights than one another.
+        ModelError: where they cannot read their model.
     """
     n, share = shares(ray.cluster_resources(), workers, options)
     remote = ray.remote(max_restarts=0, **share)(RemoteWorker)
@@ -171,7 +173,7 @@ def _answer(ray: Any, started: Sequence[Any]) -> list[Told]:
         raise GridError(f"A worker could not be started: {error}") from error
     for one in said:
         if isinstance(one, str):
-            raise GridError(f"A worker could not read its model: {one}")
+            raise ModelError(f"A worker could not read its model: {one}")
     return said
 
 

@@ -31,6 +31,12 @@ PACKAGES = ("pmet-lens", "torch", "transformers", "transformer-lens", "numpy", "
 """The packages that a result follows from; the workers of one grid have the same of each."""
 
 
+NO_ROWS = pd.DataFrame(
+    columns=["run", "model", "edits", "metric", "mean", "ci_low", "ci_high", "n", "digest"]
+)
+"""The table of a grid without a result."""
+
+
 class FolderError(GridError):
     """A file of the folder could not be written: no run can go on until there is room."""
 
@@ -159,10 +165,8 @@ def summary_of(manifest: Mapping[str, Any], run: Run) -> pd.DataFrame:
     ci_high, n, digest."""
     table = pd.DataFrame(manifest["summary"]).astype({"mean": float, "n": int})
     table = table.astype({"ci_low": float, "ci_high": float})
-    edits = 0 if run.method is None else len(run.facts)
-    head = {"run": run.name, "model": run.model, "edits": edits}
-    table = table.assign(**head, digest=run.digest)
-    return table[[*head, "metric", "mean", "ci_low", "ci_high", "n", "digest"]]
+    head = {"run": run.name, "model": run.model, "edits": run.edits, "digest": run.digest}
+    return table.assign(**head)[list(NO_ROWS)]
 
 
 def rows_of(run: Run, folder: str | Path) -> pd.DataFrame:
@@ -188,7 +192,8 @@ def summarise_parts(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     asked = [parts[kind] for kind in ("answers", "generation") if kind in parts]
     tables = [metrics.summarise(pd.concat(asked, ignore_index=True))] if asked else []
     if "others" in parts:
-        right = 100 * parts["others"]["correct"].to_numpy()
+        # In groups every fact is asked behind each of the edits.
+        right = 100 * parts["others"].groupby("fact")["correct"].mean().to_numpy()
         row = [right.mean(), *metrics.bootstrap(right), len(right)]
         index = pd.Index(["collateral"], name="metric")
         tables.append(pd.DataFrame([row], index, pd.Index(["mean", "ci_low", "ci_high", "n"])))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pmet_lens import target_files
 from pmet_lens.adapter import Site
 from pmet_lens.grid import Run
-from pmet_lens.plain import hash_of
+from pmet_lens.plain import hash_of, to_plain
 from pmet_lens.settings import Method
 
 OWN = ("edit", "answers", "generation", "others", "ability")
@@ -24,8 +24,8 @@ class Task:
     """One shard: a file, and what is done to make it."""
 
     kind: str
-    """"contexts", "part" (of the text of second moments), "moments" (of one site), "targets", or
-    one of `OWN`."""
+    """"contexts", "part" (of the text of second moments), "moments" (of one site), "targets",
+    "steps" (of an edit that is made in steps), or one of `OWN`."""
     file: str
     run: str
     """The digest of a run it is made for."""
@@ -36,6 +36,8 @@ class Task:
     """The files it is made from."""
     sites: tuple[str, ...] = ()
     """Of moments."""
+    first: int = 0
+    """The first fact of the edit it belongs to."""
 
 
 def tasks_of(grid: Sequence[Run], weights: str) -> dict[str, list[Task]]:
@@ -71,9 +73,10 @@ def contexts_file(run: Run, weights: str) -> str:
     return f"contexts/{hash_of([weights, run.seed])}.json"
 
 
-def edit_file(run: Run, weights: str) -> str:
-    """The edit of a run."""
-    return f"edits/{run.digest}-{weights[:8]}.safetensors"
+def edit_file(run: Run, weights: str, first: int = 0) -> str:
+    """The edit of a run whose first fact is number `first`."""
+    group = "" if run.group is None else f"-{first:06}"
+    return f"edits/{run.digest}-{weights[:8]}{group}.safetensors"
 
 
 def _moments_key(run: Run, weights: str) -> str:
@@ -81,31 +84,23 @@ def _moments_key(run: Run, weights: str) -> str:
 
 
 def _tasks(run: Run, weights: str, passes: Mapping[str, Sequence[str]]) -> Iterator[Task]:
-    edit: tuple[str, ...] = ()
-    if run.method is not None:
-        needs: list[str] = []
-        for task in _before_edit(run, weights, passes):
-            yield task
-            needs += [] if task.kind == "part" else [task.file]
-        edit = (edit_file(run, weights),)
-        yield Task("edit", edit[0], run.digest, 0, len(run.facts), tuple(needs))
-    folder, n = f"answers/{run.digest}-{weights[:8]}", len(run.facts)
-    sizes = {
-        "answers": (n, run.cut.answers),
-        "collateral": (len(run.others), run.cut.others),
-        "generation": (n, run.cut.answers),
-        "ability": (1, 1),
-    }
-    for metric in run.metrics:
-        kind = "others" if metric == "collateral" else metric
-        for start, stop in _ranges(*sizes[metric]):
-            file = f"{folder}/{kind}-{start:06}.parquet"
-            yield Task(kind, file, run.digest, start, stop, edit)
+    common: tuple[str, ...] = ()
+    if isinstance(run.method, Method):
+        common = (contexts_file(run, weights), *moment_files(run, weights).values())
+        yield from _before_edit(run, weights, passes)
+    for first, end in edit_ranges(run):
+        edit: tuple[str, ...] = ()
+        if run.method is not None:
+            own = _made_from(run, weights, first, end)
+            yield from _steps(run, weights, own, common) if run.stepwise else ()
+            edit = (edit_file(run, weights, first),)
+            needs = (*common, *(file for file, *_ in own))
+            yield Task("edit", edit[0], run.digest, first, end, needs, first=first)
+        yield from _measured(run, weights, first, end, edit)
 
 
 def _before_edit(run: Run, weights: str, passes: Mapping[str, Sequence[str]]) -> Iterator[Task]:
-    if not isinstance(run.method, Method):
-        return
+    """What the edits of a run and of others are made from."""
     contexts = contexts_file(run, weights)
     yield Task("contexts", contexts, run.digest)
     key, own = _moments_key(run, weights), moment_files(run, weights)
@@ -116,27 +111,89 @@ def _before_edit(run: Run, weights: str, passes: Mapping[str, Sequence[str]]) ->
         yield Task("part", parts[-1], run.digest, k, k + 1, sites=sites)
     for site, file in own.items():
         yield Task("moments", file, run.digest, needs=tuple(parts), sites=(site,))
-    if run.stepwise:
-        return
-    for start, stop in target_ranges(run):
-        file = target_file(run, weights, start, stop)
+    for file, start, stop in [] if run.stepwise else _target_files(run, weights):
         yield Task("targets", file, run.digest, start, stop, (contexts,))
+
+
+def _steps(
+    run: Run, weights: str, own: Sequence[tuple[str, int, int]], common: tuple[str, ...]
+) -> Iterator[Task]:
+    """Each shard is made on the model with the edits of those before it."""
+    before: tuple[str, ...] = ()
+    for file, start, stop in own:
+        yield Task("steps", file, run.digest, start, stop, (*common, *before), first=own[0][1])
+        before = (file,)
+
+
+def _measured(
+    run: Run, weights: str, first: int, end: int, edit: tuple[str, ...]
+) -> Iterator[Task]:
+    """What is asked with one edit on the model."""
+    folder = f"answers/{run.digest}-{weights[:8]}"
+    told = end if run.generate is None else min(end, run.generate)
+    ranges = {
+        "answers": (first, end, run.cut.answers),
+        "collateral": (0, len(run.others), run.cut.others),
+        "generation": (first, told, run.cut.answers),
+        "ability": (0, 1, 1),
+    }
+    for metric in run.metrics:
+        kind = "others" if metric == "collateral" else metric
+        for start, stop in _ranges(*ranges[metric]):
+            file = f"{folder}/{kind}-{first:06}-{start:06}.parquet"
+            yield Task(kind, file, run.digest, start, stop, edit, first=first)
+
+
+def edit_ranges(run: Run) -> list[tuple[int, int]]:
+    """The facts of every edit of a run."""
+    n = len(run.facts)
+    return list(_ranges(0, n, n if run.group is None else run.group))
+
+
+def _made_from(run: Run, weights: str, first: int, end: int) -> list[tuple[str, int, int]]:
+    """File, start, stop of the shards that the edit of facts `first` to `end` is made from."""
+    if not isinstance(run.method, Method):
+        return []
+    if run.stepwise:
+        return [(step_file(run, weights, first, e), s, e) for s, e in step_ranges(run, first, end)]
+    return [(f, s, e) for f, s, e in _target_files(run, weights) if s < end and e > first]
+
+
+def step_ranges(run: Run, first: int, end: int) -> list[tuple[int, int]]:
+    """The facts of every shard of an edit in steps; a shard ends where a step does."""
+    at_once = getattr(run.method, "at_once", None) or 1
+    return list(_ranges(first, end, at_once * -(-run.cut.steps // at_once)))
+
+
+def step_file(run: Run, weights: str, first: int, stop: int) -> str:
+    """The shard that ends before fact `stop` of the edit that begins with fact `first`. Runs share
+    it that differ in nothing it follows from, above all not in the facts before it."""
+    made = [_moments_key(run, weights), run.seed, to_plain(run.method), to_plain(run.hparams)]
+    return f"steps/{hash_of([weights, *made, run.cut.steps, _asked(run, first, stop)])}.safetensors"
+
+
+def _target_files(run: Run, weights: str) -> list[tuple[str, int, int]]:
+    return [(target_file(run, weights, *range_), *range_) for range_ in target_ranges(run)]
 
 
 def target_ranges(run: Run) -> list[tuple[int, int]]:
     """The facts of every shard of targets."""
-    return list(_ranges(len(run.facts), run.cut.targets))
+    return list(_ranges(0, len(run.facts), run.cut.targets))
 
 
 def target_file(run: Run, weights: str, start: int, stop: int) -> str:
     """The targets of these facts, which runs share that differ in nothing targets follow from."""
-    asked = [(f.subject, f.prompt, f.target_new) for f in run.facts[start:stop]]
     method, read = run.method, asdict(target_files.strengths(run.hparams))
     assert isinstance(method, Method)
-    made = [method.delta_at, method.position, read, asked]
+    made = [method.delta_at, method.position, read, _asked(run, start, stop)]
     return f"targets/{hash_of([weights, run.seed, *made])}.safetensors"
 
 
-def _ranges(n: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, n, size):
-        yield start, min(start + size, n)
+def _asked(run: Run, start: int, stop: int) -> list[tuple[str, str, str]]:
+    """What an edit reads of facts."""
+    return [(f.subject, f.prompt, f.target_new) for f in run.facts[start:stop]]
+
+
+def _ranges(first: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, end, size):
+        yield start, min(start + size, end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from pmet_lens import (
 )  # fmt: skip
 from pmet_lens.adapter import Model, Site, load
 from pmet_lens.editing import edit
-from pmet_lens.edits import Edit
+from pmet_lens.edits import Edit, merged
 from pmet_lens.grid import Run
 from pmet_lens.moments import MomentError
 from pmet_lens.plain import hash_of
 from pmet_lens.results import Folder, FolderError
+from pmet_lens.settings import Method
 from pmet_lens.shards import Task
 
 MOMENTS_KEPT_EVERY = 60.0
@@ -80,7 +81,8 @@ class Worker:
             template=first.template,
         )
         self.weights = identity(self.model)
-        self._on: tuple[str, Edit] | None = None
+        self._on: tuple[tuple[str, ...], Edit] | None = None
+        """The files of the edits that are on the model, and their sum."""
 
     def describe(self) -> Told:
         """What has to be the same for all workers, and what the manifest says."""
@@ -175,62 +177,101 @@ class Worker:
         with self.folder.writing(path):
             target_files.save(found, path)
 
-    def _edit(self, run: Run, _: Task, path: Path) -> None:
+    def _steps(self, run: Run, task: Task, path: Path) -> None:
+        """A part of an edit in steps, on the model as edited so far."""
+        self._put(self._before(run, task.first, task.start))
+        self._save(self._edited(run, task, None), path)
+
+    def _edit(self, run: Run, task: Task, path: Path) -> None:
+        if run.stepwise:
+            self._save(self._made(self._before(run, task.first, task.stop)), path)
+            return
         self.leave()
-        method: Any = run.method
+        found = None
+        if isinstance(run.method, Method):
+            found = targets.joined([*self._found(run, task.start, task.stop)])
+        self._save(self._edited(run, task, found), path)
+
+    def _edited(self, run: Run, task: Task, found: targets.Targets | None) -> Edit:
+        """The edit of the facts of this task on the model as it is."""
+        method, contexts = run.method, None
         files = shards.moment_files(run, self.weights)
         moments = {
             Site.parse(s): moment_files.StoredMoment(self.folder.path(file), s)
             for s, file in files.items()
         }
-        found = contexts = None
+        assert method is not None
         if files:
             contexts = self._prefixes(run)
-        if files and not run.stepwise:
-            names = [shards.target_file(run, self.weights, *r) for r in shards.target_ranges(run)]
-            found = targets.joined([target_files.load(self.folder.path(n)) for n in names])
-        made = edit(self.model, run.facts, moments, method, run.hparams, contexts, found)
+        facts = run.facts[task.start : task.stop]
+        return edit(self.model, facts, moments, method, run.hparams, contexts, found)
+
+    def _save(self, made: Edit, path: Path) -> None:
         with self.folder.writing(path):
             made.save(path)
 
+    def _before(self, run: Run, first: int, stop: int) -> tuple[str, ...]:
+        """The files of the steps up to fact `stop`."""
+        ranges = shards.step_ranges(run, first, stop)
+        return tuple(shards.step_file(run, self.weights, first, end) for _, end in ranges)
+
+    def _found(self, run: Run, first: int, end: int) -> Iterator[targets.Targets]:
+        """The targets of these facts, shard by shard."""
+        for start, stop in shards.target_ranges(run):
+            if start < end and stop > first:
+                file = shards.target_file(run, self.weights, start, stop)
+                own = target_files.load(self.folder.path(file))
+                yield own[max(first - start, 0) : min(end, stop) - start]
+
     def _answers(self, run: Run, task: Task, _: Path) -> None:
-        self._apply(run)
+        self._apply(run, task)
         rows = evaluation.evaluate(self.model, run.facts[task.start : task.stop])
         self._write(task, rows.assign(fact=rows["fact"] + task.start))
 
     def _generation(self, run: Run, task: Task, _: Path) -> None:
-        self._apply(run)
+        self._apply(run, task)
         rows = evaluation.evaluate(self.model, run.facts[task.start : task.stop], generate=True)
         rows = rows.loc[rows["kind"] == "generation"]
         self._write(task, rows.assign(fact=rows["fact"] + task.start))
 
     def _others(self, run: Run, task: Task, _: Path) -> None:
-        self._apply(run)
+        self._apply(run, task)
         rows = evaluation.recall(self.model, run.others[task.start : task.stop])
         self._write(task, rows.assign(fact=rows["fact"] + task.start))
 
     def _ability(self, run: Run, task: Task, _: Path) -> None:
         self.leave()
-        made = None if run.method is None else self._made(run)
-        self._write(task, ability.general_ability(self.model, made, others=()).reset_index())
+        made = None if run.method is None else self._made(task.needs)
+        table = ability.general_ability(self.model, made, others=(), n_texts=run.n_texts)
+        self._write(task, table.reset_index())
 
     def _write(self, task: Task, table: pd.DataFrame) -> None:
         self.folder.write_table(task.file, table, {})
 
-    def _apply(self, run: Run) -> None:
-        """Put the edit of this run on the model, and no other."""
-        if self._on is not None and self._on[0] == run.digest:
-            return
-        self.leave()
-        if run.method is not None:
-            made = self._made(run)
-            made.apply_(self.model)
-            self._on = (run.digest, made)
+    def _apply(self, run: Run, task: Task) -> None:
+        """Put the edit this is measured with on the model."""
+        self._put(() if run.method is None else task.needs)
 
-    def _made(self, run: Run) -> Edit:
-        """The edit of a run, its factors where their product is computed fast."""
-        path = self.folder.path(shards.edit_file(run, self.weights))
-        made = Edit.load(path, self.model)
+    def _put(self, files: tuple[str, ...]) -> None:
+        """Put the sum of these edits on the model, and nothing else."""
+        if files == (self._on[0] if self._on else ()):
+            return
+        made = self._made(files) if files else None
+        self.leave()
+        if made is not None:
+            made.apply_(self.model)
+            self._on = (files, made)
+
+    def _made(self, files: tuple[str, ...]) -> Edit:
+        """The sum of these edits. What is on the model is not read again."""
+        known, parts = (), []
+        if self._on is not None and files[: len(self._on[0])] == self._on[0]:
+            known, parts = self._on[0], [self._on[1]]
+        return merged([*parts, *map(self._read, files[len(known) :])])
+
+    def _read(self, file: str) -> Edit:
+        """An edit, its factors where their product is computed fast."""
+        made = Edit.load(self.folder.path(file))
         own = {
             s: tuple(f.to(self.model.weight(s).device) for f in both)
             for s, both in made.factors.items()

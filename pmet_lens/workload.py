@@ -63,7 +63,7 @@ class Count:
         if run.digest not in self._estimates:
             found = costs.estimate(
                 self.model, run.facts[:SAMPLE], run.method or "", run.hparams, CONTEXTS,
-                n_facts=len(run.facts), sizes=self.sizes,
+                n_facts=run.edits, sizes=self.sizes,
             )  # fmt: skip
             self._estimates[run.digest] = found
             sites = len(shards.sites_of(run))
@@ -97,16 +97,25 @@ class Count:
         history = 8 * 11 * run.hparams.n_steps
         return n, found.targets * n / found.facts, 0, n * (values + history), 0
 
+    def _steps(self, run: Run, task: shards.Task) -> _Work:
+        n, found = task.stop - task.start, self.estimate(run)
+        own, exact, size = self._solved(run, n, factorised=task.start == task.first)
+        return n, own + found.targets * n / found.facts, exact, size, 0
+
     def _edit(self, run: Run, task: shards.Task) -> _Work:
-        n = len(run.facts)
+        n = task.stop - task.start
         if not isinstance(run.method, Method):
             return n, float("nan"), 0, 0, 8 * self.sizes.d_model * 2 * max(self.sizes.d_in.values())
-        found, sites = self.estimate(run), [Site.parse(s) for s in shards.sites_of(run)]
-        size = [self.sizes.d_in[s.projection] for s in sites]
-        factors = sum(d**3 / 3 for d in size)
-        exact = found.solve + factors
-        own = found.keys + exact + (found.targets if run.stepwise else 0)
-        return n, own, exact, 0, 8 * n * sum(d + self.sizes.d_model for d in size)
+        own, exact, size = self._solved(run, n, factorised=True)
+        return (n, 0, 0, 0, size) if run.stepwise else (n, own, exact, 0, size)
+
+    def _solved(self, run: Run, n: int, factorised: bool) -> tuple[float, float, int]:
+        """Operations of the keys and solves of `n` facts, those in float64, bytes of the edit."""
+        found = self.estimate(run)
+        size = [self.sizes.d_in[Site.parse(s).projection] for s in shards.sites_of(run)]
+        exact = found.solve * n / found.facts + (sum(d**3 / 3 for d in size) if factorised else 0)
+        kept = 8 * n * sum(d + self.sizes.d_model for d in size)
+        return found.keys * n / found.facts + exact, exact, kept
 
     def _answers(self, run: Run, task: shards.Task) -> _Work:
         n = task.stop - task.start
@@ -126,7 +135,7 @@ class Count:
         return n, n * self._asked(run, "others"), 0, ROW * n, ROW * n
 
     def _ability(self, run: Run, task: shards.Task) -> _Work:
-        return 1, 200 * (128 + 2 * 12) * self._pass, 0, 0, 2000
+        return 1, (run.n_texts * 128 + 200 * 2 * 12) * self._pass, 0, 0, 2000
 
     def _asked(self, run: Run, what: str) -> float:
         """Operations of asking for one fact: the tokens of its distinct prompts."""

@@ -12,13 +12,15 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from grids import CUT, FACTS, HP, OTHERS, saved_model, tiny_grid, tiny_run
 
 import pmet_lens as pl
-from pmet_lens import engine, experiment, progress, shards, worker
+from pmet_lens import engine, experiment, progress, shards, target_files, worker
+from pmet_lens import metrics as metrics_of
 from pmet_lens.grid import GridError
 from pmet_lens.results import Folder, FolderError
 
@@ -121,6 +123,73 @@ def test_shards_change_nothing_but_roundings(model, whole, tmp_path):
     # The text of the moments is another sample where its parts are others, hence the tolerance.
     pd.testing.assert_frame_equal(few, many, rtol=1e-3, atol=1e-3)
     assert not few.equals(many)
+
+
+def test_groups_are_edited_one_at_a_time(model, tmp_path):
+    """Each on the clean model, with the targets of all: the bits of doing so by hand."""
+    metrics = ("answers", "collateral")
+    run = tiny_run(model, group=4, metrics=metrics, others=OTHERS, method="MEMIT", cut=pl.Cut())
+    table = go([run], tmp_path, keep_edits=True).set_index("metric")
+    assert set(table["edits"]) == {4}
+    own = pl.load(model)
+    edits = [pl.Edit.load(path, own) for path in sorted((tmp_path / "edits").glob("*"))]
+    assert [edit.facts for edit in edits] == [FACTS[:4], FACTS[4:]]
+    (found,) = [target_files.load(path) for path in (tmp_path / "targets").glob("*")]
+    files = (tmp_path / "moments").rglob("*.mlp.safetensors")
+    moments = {site: m for file in files for site, m in pl.open_moments(file).items()}
+    rows, right = [], []
+    for start, kept in zip((0, 4), edits, strict=True):
+        part = slice(start, start + 4)
+        again = pl.edit(own, FACTS[part], moments, pl.MEMIT, HP, kept.contexts, found[part])
+        assert all(torch.equal(kept.deltas[site], delta) for site, delta in again.deltas.items())
+        with again.applied(own):
+            rows.append(pl.evaluate(own, FACTS[part]))
+            rows[-1]["fact"] += start
+            right.append(100 * pl.recall(own, OTHERS)["correct"].to_numpy())
+    wanted = pl.summarise(pd.concat(rows, ignore_index=True))
+    columns = ["mean", "ci_low", "ci_high"]
+    same(table.drop(index="collateral")[columns], wanted[columns])
+    mean = np.mean(right, axis=0)
+    collateral = [mean.mean(), *metrics_of.bootstrap(mean), len(OTHERS)]
+    assert list(table.loc["collateral", [*columns, "n"]]) == collateral
+
+
+def rome_run(model: str, n: int = 6) -> pl.Run:
+    return tiny_run(
+        model,
+        method="ROME",
+        hparams=replace(HP, layers=(2,)),
+        facts=FACTS[:n],
+        cut=replace(CUT, steps=2),
+        name=f"ROME {n}",
+    )
+
+
+def test_steps_add_up_to_the_edit_by_hand(model, tmp_path):
+    run = rome_run(model)
+    go([run], tmp_path, keep_edits=True)
+    own = pl.load(model)
+    (kept,) = [pl.Edit.load(path, own) for path in (tmp_path / "edits").glob("*")]
+    (file,) = (tmp_path / "moments").rglob("*.mlp.safetensors")
+    hand = pl.edit(own, FACTS, pl.open_moments(file), pl.ROME, run.hparams, kept.contexts)
+    assert kept.facts == FACTS
+    for site, delta in hand.deltas.items():
+        torch.testing.assert_close(kept.deltas[site], delta, rtol=1e-9, atol=1e-12)
+
+
+def test_an_edit_in_steps_goes_on_where_it_was_cut(model, tmp_path, made, monkeypatch):
+    """And a smaller edit of the first facts has its steps."""
+    wanted = go([rome_run(model)], tmp_path / "whole")
+    made.clear()
+    with monkeypatch.context() as patch:
+        cut_after(patch, 2, "steps")
+        with pytest.raises(Cut):
+            go([rome_run(model)], tmp_path / "cut")
+    found = go([rome_run(model), rome_run(model, 4)], tmp_path / "cut")
+    same(found[found["run"] == "ROME 6"].reset_index(drop=True), wanted)
+    same_rows([rome_run(model)], tmp_path / "cut", tmp_path / "whole")
+    steps = [(task.start, task.stop) for task in made if task.kind == "steps"]
+    assert steps == [(0, 2), (2, 4), (4, 6)]
 
 
 def test_every_method_runs(model, tmp_path):
@@ -402,6 +471,19 @@ def test_a_run_that_fails_does_not_take_the_others_along(grid, model, whole, tmp
     bad = tiny_run(model, facts=(long, *FACTS[1:]), name="too long")
     with pytest.raises(GridError, match=r"1 of 4 runs could not.*too long: .*reads at most 256"):
         go([bad, *grid], tmp_path)
+    with pytest.warns(UserWarning, match=r"1 of 4 runs could not.*too long: .*reads at most 256"):
+        same(go([bad, *grid], tmp_path, strict=False), table)
+    with pytest.warns(UserWarning, match="1 of 1 runs"):
+        none = go([bad], tmp_path, strict=False)
+    assert none.empty
+    assert list(none) == list(table)
+
+
+def test_a_model_that_cannot_be_read_does_not_take_the_others_along(grid, whole, tmp_path):
+    table = whole[1]
+    lost = tiny_run("./no/such", method=None, hparams=None, name="lost")
+    with pytest.raises(GridError, match=r"1 of 4 runs could not be finished\. lost: .*no/such"):
+        go([lost, *grid], tmp_path)
     same(go(grid, tmp_path), table)
 
 
@@ -414,8 +496,6 @@ def test_engines_that_are_none_are_refused(grid, tmp_path):
         go([grid[0], grid[0]], tmp_path)
     with pytest.raises(GridError, match="no shard '3/2'"):
         go(grid, tmp_path, shard="3/2")
-    with pytest.raises(pl.ModelError, match="no/such"):
-        go([tiny_run("./no/such", method=None, hparams=None)], tmp_path)
 
 
 # -- progress -------------------------------------------------------------------------------------

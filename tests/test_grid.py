@@ -49,6 +49,10 @@ def test_a_run_is_frozen_and_equal_runs_have_one_digest(run):
         {"dtype": "float32"},
         {"template": "{}"},
         {"cut": dataclasses.replace(CUT, targets=3)},
+        {"cut": dataclasses.replace(CUT, steps=3)},
+        {"group": 2},
+        {"metrics": ("generation",), "generate": 2},
+        {"metrics": ("ability",), "n_texts": 20},
     ],
 )
 def test_everything_a_result_follows_from_is_in_the_digest(run, change):
@@ -85,6 +89,9 @@ def test_known_settings_are_in_the_digest_although_nobody_gave_them():
         ({"others": OTHERS}, GridError, "both or neither"),
         ({"metrics": ("collateral",)}, GridError, "both or neither"),
         ({"n_tokens": 0}, GridError, "n_tokens must be at least 1"),
+        ({"group": 0}, GridError, "group must be at least 1"),
+        ({"group": 2, "method": None}, GridError, "Groups are of edits"),
+        ({"group": 2, "metrics": ("ability",)}, GridError, "Groups are of edits"),
         ({"dtype": "float8"}, GridError, "unknown dtype 'float8'"),
         ({"texts": "no/such/file"}, GridError, "no file of texts"),
         ({"facts": ()}, FactError, "no facts to edit"),
@@ -97,6 +104,13 @@ def test_known_settings_are_in_the_digest_although_nobody_gave_them():
 def test_bad_runs_are_refused_when_they_are_made(run, change, error, words):
     with pytest.raises(error, match=words):
         dataclasses.replace(run, **change)
+
+
+def test_facts_of_different_groups_may_contradict_each_other(run):
+    other = dataclasses.replace(FACTS[0], target_new="otherwise")
+    assert dataclasses.replace(run, facts=(FACTS[0], other), group=1).edits == 1
+    with pytest.raises(FactError, match="contradict"):
+        dataclasses.replace(run, facts=(FACTS[0], other), group=2)
 
 
 def test_a_cut_needs_something_in_every_shard():
