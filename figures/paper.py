@@ -213,7 +213,7 @@ def run_of(name: str, size: Size, benchmark: str, n: int, method: str | None) ->
     others = experiment.others_of(pl.knowns(), facts)
     own = {"n_tokens": size.moment_tokens, "cut": pl.Cut(targets=SHARED)}
     if groups > 1:
-        some = {"others": others[::EVERY], "metrics": ("answers", "collateral")}
+        some = {"others": others[: size.others : EVERY], "metrics": ("answers", "collateral")}
         return pl.Run(name, facts, method, group=n if method else None, **some, **own)
     metrics = ["answers", "collateral", "ability"]
     if n in size.main and benchmark == "counterfact":

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 import pmet_lens as pl
 from pmet_lens import plots
@@ -66,18 +67,13 @@ def test_the_study_gives_the_committed_numbers(name):
     assert furthest(patterns, committed("patterns", name)) < 1e-3
 
 
-class Few(pl.Bench):
-    """The moments of the written layers alone, of less text: ten tokens per dimension are enough
-    (`tests/benchmarks/results/precision.md`)."""
-
-    def _moments(self, texts: object, n_tokens: int) -> dict[pl.Site, pl.Moment]:
-        return pl.second_moments(self.model, pl.texts(), projections=("mlp",), n_tokens=n_tokens)
-
-
 def test_editing_gives_the_committed_numbers(tmp_path):
-    """Ten edits at once, twice, as `make paper` measures them."""
-    bench = Few(pl.load("world"), tmp_path, n_tokens=13_000)
-    new = paper.mass(bench, paper.Size(grid=(10, 20)), "counterfact", "PMET", 10)
+    """Ten edits at once, twice, as `make paper` measures them; ten tokens per dimension of the
+    moments are enough (`tests/benchmarks/results/precision.md`)."""
+    run = paper.run_of("world", paper.Size(moment_tokens=13_000), "counterfact", 10, "PMET")
+    assert (len(run.facts), run.group) == (20, 10)
+    new = paper.made([("counterfact", 10, run)], tmp_path, 1280, tqdm(disable=True))
+    assert set(new["load"]) == {0.0078}
     old = common.of(common.read(RESULTS / "paper", "scaling"), benchmark="counterfact")
     old = common.of(old, model="world", edits=10, run="PMET").set_index("metric")
     both = pd.DataFrame({"old": old["mean"], "new": new.set_index("metric")["mean"]}).dropna()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -109,11 +110,37 @@ def test_every_method_stands_in_the_plan_at_every_load():
     bench = type("B", (), {"model": model, "settings": staticmethod(lambda m: None)})()
     keys = [(table, key) for table, key, _ in paper.jobs(bench, paper.Size())]
     assert len(set(keys)) == len(keys)
-    for n, method in product(paper.GRID, pl.METHODS):
-        alone = f"counterfact {n} {method}"
-        assert ("scaling", alone) in keys or method == "ROME"
-    assert {("scaling", f"{b} chain ROME") for b in ("counterfact", "zsre")} <= set(keys)
-    assert {table for table, _ in keys} == set(paper.TABLES)
+    assert {table for table, _ in keys} == {*paper.TABLES} - {"scaling"}
+    cells = list(paper.scaling("world", paper.Size()))
+    there = {(benchmark, n, run.name) for benchmark, n, run in cells}
+    assert len(there) == len(cells)
+    grids = {"counterfact": paper.GRID, "zsre": paper.ZSRE}
+    for benchmark, grid in grids.items():
+        for n, method in product(grid, ("unedited", *pl.METHODS)):
+            assert ((benchmark, n, method) in there) == (method != "ROME" or n <= 100)
+    for _, n, run in cells:
+        assert n == run.edits or (run.method is None and run.edits == 0)
+        assert len(run.facts) == max(n, 20)
+        assert ("ability" in run.metrics) == (n > 10)
+
+
+def test_an_edit_without_a_solution_is_left_out_and_no_other(tmp_path, monkeypatch):
+    """Two records of one subject give one key: an exact solver cannot, and says so."""
+    first = pl.counterfact(n=1)[0]
+    other = replace(first, prompt="{} is", target_true="elsewhere", target_new="nowhere")
+    own = {"n_tokens": 3_000, "metrics": ("ability",), "n_texts": 2}
+    runs = {m: pl.Run("world", (first, other), m, **own) for m in ("EMMET", None)}
+    bar = paper.tqdm(disable=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="1 of 2 runs could not be finished"):
+        table = paper.made([("zsre", 2, run) for run in runs.values()], tmp_path, 1280, bar)
+    assert set(table["run"]) == {"unedited"}
+    bad = replace(runs["EMMET"], name="PMET")
+    with (
+        pytest.warns(UserWarning, match="1 of 1"),
+        pytest.raises(SystemExit, match="Runs of PMET"),
+    ):
+        paper.made([("zsre", 2, bad)], tmp_path, 1280, bar)
 
 
 @pytest.mark.parametrize("name", sorted(paper_tables.FIGURES))

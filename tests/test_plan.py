@@ -50,6 +50,19 @@ def test_shards_are_counted_once_although_runs_share_them(model, grid):
     assert told.runs == 4
 
 
+def test_groups_and_steps_are_counted(model):
+    steps = tiny_run(model, method="ROME", hparams=replace(HP, layers=(2,)))
+    table = pl.plan([steps], rates=flat).table.set_index("kind")
+    assert table.loc["steps", ["shards", "units"]].tolist() == [1, 6]
+    assert table.loc["edit", "operations"] == 0
+    assert table.loc["steps", "operations"] > 6 * 4 * costs.sizes_of(pl.load(model)).blocks[0]
+    groups = tiny_run(model, group=2, metrics=("answers", "collateral"), others=OTHERS)
+    table = pl.plan([groups], rates=flat).table.set_index("kind")
+    assert table.loc["edit", ["shards", "units"]].tolist() == [3, 6]
+    assert table.loc["targets", "units"] == table.loc["answers", "units"] == 6
+    assert table.loc["others", "units"] == 3 * len(OTHERS)
+
+
 def test_operations_are_those_of_the_estimate(model, grid):
     own = pl.load(model)
     wanted = pl.estimate(own, grid[0].facts, pl.PMET, HP, workload.CONTEXTS)
