@@ -95,7 +95,7 @@ def compared() -> pd.DataFrame:
     rows = []
     for name, (grid, engine, workers) in grids().items():
         begin = time.perf_counter()
-        told = pl.plan(grid, workers=workers)
+        told = pl.plan(grid, workers=workers, engine=engine)
         probed = time.perf_counter() - begin
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
@@ -182,12 +182,11 @@ def page(folder: Path, made: str) -> str:
     text = "# What `pl.plan` says\n\n"
     if (folder / "plan.csv").exists():
         text += "Three grids on the bundled models, each planned with a short probe, then run in "
-        text += "an empty folder; seconds and MB. The estimate of the third is too low. It leaves "
         text += (
-            "out that Ray and its workers have to start, and it takes every worker to be as fast "
+            "an empty folder; seconds and MB. With Ray the workers themselves probe, all at the "
         )
-        text += "as the probe, which ran alone; here two shared two cores with other programs. How "
-        text += "much each of these is was not measured.\n\n"
+        text += "same time, and the time they take to start is in the estimate. A plan is of an "
+        text += "empty folder, and of a machine as busy as while it was probed.\n\n"
         text += markdown(pd.read_csv(folder / "plan.csv")) + "\n"
     large = pd.read_csv(folder / "plan_large.csv")
     text += "## 10,000 edits on large models: counted, not measured\n\n"

@@ -234,10 +234,10 @@ def _run(args: argparse.Namespace) -> None:
 
     grid = pl.load_grid(args.grid)
     where = {"device": args.device, "device_map": args.device_map}
-    if args.plan:
-        _say(str(pl.plan(grid, workers=args.workers or 1, **where)))
-        return
     how = {"workers": args.workers, "address": args.address, **where}
+    if args.plan:
+        _say(str(pl.plan(grid, engine=args.engine, **how)))
+        return
     table = pl.run(grid, args.folder, args.engine, shard=args.shard, **how)
     if args.out:
         table.to_csv(args.out, index=False)

@@ -19,14 +19,12 @@ from typing import Any
 import pandas as pd
 
 from pmet_lens import container, ray_engine, results, shards, sources
-from pmet_lens.grid import GridError, Run, check_grid, share_of
+from pmet_lens.grid import ENGINES, GridError, Run, by_model, check_grid, share_of
 from pmet_lens.progress import Progress
 from pmet_lens.results import Folder
 from pmet_lens.scheduler import Pool, Schedule, Serial
 from pmet_lens.sources import ModelError
 from pmet_lens.worker import Outcome, Told, Worker
-
-ENGINES = ("serial", "ray")
 
 
 def run(
@@ -86,7 +84,7 @@ def run(
     try:
         with ExitStack() as stack:
             cluster = None
-            for group in _by_model(whole).values():
+            for group in by_model(whole).values():
                 wanted = [r for r in group if r.digest in {m.digest for m in mine}]
                 todo = session.read(wanted)
                 if not todo:
@@ -216,7 +214,7 @@ class _Session:
                 raise GridError(text)
             warnings.warn(text, stacklevel=3)
         found = [self.found[run.digest] for run in runs if run.digest in self.found]
-        return pd.concat(found or [results.NO_ROWS], ignore_index=True)
+        return pd.concat(found or [pd.DataFrame(columns=results.COLUMNS)], ignore_index=True)
 
     def _finish(
         self, run: Run, tasks: Sequence[shards.Task], told: Told, ran: Mapping[str, Any]
@@ -289,14 +287,6 @@ class _Session:
             if task.kind == "part" and all(map(self.folder.present, files)):
                 self.folder.remove(task.file)
                 self.folder.path(f"{task.file}.lock").unlink(missing_ok=True)
-
-
-def _by_model(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[Run]]:
-    """The runs of one model, dtype and chat template side by side."""
-    groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.model, run.dtype, run.template), []).append(run)
-    return groups
 
 
 def _files_digest(folder: Path) -> str:

@@ -24,6 +24,7 @@ from pmet_lens.settings import Method
 from pmet_lens.sources import DTYPES
 
 FORMAT = "pmet_lens grid 1"
+ENGINES = ("serial", "ray")
 METRICS = ("answers", "collateral", "generation", "ability")
 """What can be measured: the scores of `evaluate`; the share of `others` still right; fluency and
 consistency of generated text; perplexity and KL on what the edit is not about."""
@@ -208,6 +209,14 @@ def check_grid(grid: Sequence[Any]) -> list[Run]:
             )
         places[run.digest] = i
     return runs
+
+
+def by_model(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[Run]]:
+    """Model, dtype and chat template → the runs of these."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.model, run.dtype, run.template), []).append(run)
+    return groups
 
 
 def share_of(runs: Sequence[Run], shard: str | None) -> list[Run]:

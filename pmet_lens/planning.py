@@ -8,16 +8,18 @@ workers is played through, because some wait for others.
 from __future__ import annotations
 
 import heapq
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from pmet_lens import costs, probing, shards
+from pmet_lens import costs, probing, ray_engine, shards
 from pmet_lens.adapter import Model, load
 from pmet_lens.costs import Sizes, scaled
-from pmet_lens.grid import GridError, Run, check_grid
+from pmet_lens.grid import ENGINES, GridError, Run, by_model, check_grid
 from pmet_lens.workload import Count, Shard
 
 UNITS = {
@@ -85,7 +87,9 @@ class Plan:
 def plan(
     grid: Sequence[Run],
     *,
-    workers: int = 1,
+    workers: int | None = None,
+    engine: str = "serial",
+    address: str | None = None,
     device: str | None = None,
     device_map: Any = None,
     rates: Rates | None = None,
@@ -94,8 +98,11 @@ def plan(
     """What `run` of this grid would cost if nothing of it were there.
 
     Args:
-        workers: how many share the work, each on a machine like this one.
-        device, device_map: as `run` takes them.
+        workers: how many share the work; None: 1 ("ray": as many as `run` would take).
+        engine: "serial": the probe runs in this process, and other workers are taken to be as
+            fast. "ray": the workers are started and probe at the same time, so that the time to
+            start, and what they are in each other's way, is in the estimate.
+        address, device, device_map: as `run` takes them.
         rates: seconds of a shard from its kind and operations, instead of a probe: nothing is
             measured then. A probe reads the models, optimises, edits and asks a few facts per
             method, and reads a few thousand tokens: about a minute on the bundled models.
@@ -103,41 +110,74 @@ def plan(
             meant, which then need not be here. Only with `rates`.
 
     Raises:
-        GridError: as `run` does for the grid; for `stand_in` without rates.
+        GridError: as `run` does for the grid and the engine; for `stand_in` without rates, and for
+            rates with "ray", which would not be asked.
     """
     runs = check_grid(grid)
+    if engine not in ENGINES:
+        raise GridError(f"There is no engine {engine!r}; choose from {', '.join(ENGINES)}.")
+    if rates is not None and engine == "ray":
+        raise GridError('engine="ray" lets the workers probe; leave it out to give rates.')
     if stand_in is not None and rates is None:
         raise GridError("A model that is not here cannot be probed: give rates with stand_in.")
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise GridError(f"workers must be at least 1, not {workers}.")
+    where = {"device": device, "device_map": device_map}
     counted: list[Shard] = []
-    memory, start = 0, 0.0
-    groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.model, run.dtype, run.template), []).append(run)
-    for (name, dtype, template), group in groups.items():
+    memory, start, clock = 0, 0.0, probing.Clock()
+    with ExitStack() as stack:
+        ray = None
+        if engine == "ray":
+            ray_engine.check_installed()
+            ray = stack.enter_context(ray_engine.cluster(address))
+            start = clock.seconds()
+        for (name, dtype, template), group in by_model(runs).items():
+            clock = probing.Clock()
+            if stand_in is None:
+                here = where if ray is None else {}  # the workers have their own devices
+                model = load(name, dtype=dtype, template=template, **here)
+                sizes = costs.sizes_of(model)
+            else:
+                model, sizes = stand_in
+            read = clock.seconds()
+            count, own = Count(model, sizes), list[Shard]()
+            for tasks in shards.tasks_of(group, f"plan of {name} {dtype}").values():
+                own += [count.shard(task, group) for task in tasks]
+            memory = max(memory, count.memory)
+            if rates is not None:
+                seconds = [rates(s.task.kind, s.operations, s.exact) for s in own]
+            elif ray is None:
+                probe = probing.Probe(model)
+                seconds = [probe.seconds(s.task, s.run) for s in own]
+            else:
+                seconds, read, workers = _asked(ray, own, group, workers, where)
+            for shard, took in zip(own, seconds, strict=True):
+                shard.seconds = took
+            start += read
+            counted += own
         clock = probing.Clock()
-        if stand_in is None:
-            model = load(name, device=device, dtype=dtype, device_map=device_map, template=template)
-            sizes = costs.sizes_of(model)
-        else:
-            model, sizes = stand_in
-        start += clock.seconds()
-        count = Count(model, sizes)
-        for own in shards.tasks_of(group, f"plan of {name} {dtype}").values():
-            counted += [count.shard(task, group) for task in own]
-        memory = max(memory, count.memory)
-        if rates is None:
-            probe = probing.Probe(model)
-            seconds = {
-                s.task.file: probe.seconds(s.task, s.run) for s in counted if s.model is model
-            }
-        else:
-            seconds = {s.task.file: rates(s.task.kind, s.operations, s.exact) for s in counted}
-        for shard in counted:
-            shard.seconds = seconds.get(shard.task.file, shard.seconds)
+    start += clock.seconds()  # to take Ray down again
     distinct = {shard.task.file: shard for shard in counted}.values()
-    return _told(list(distinct), runs, workers, memory, start)
+    return _told(list(distinct), runs, workers or 1, memory, start)
+
+
+def _asked(
+    ray: Any,
+    own: Sequence[Shard],
+    group: Sequence[Run],
+    workers: int | None,
+    where: Mapping[str, Any],
+) -> tuple[list[float], float, int]:
+    """The mean of what the workers of one model measure, the seconds until they have read it, and
+    how many there are."""
+    runs, clock = {run.digest: run for run in group}, probing.Clock()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ray_engine.actors(ray, folder, runs, workers, where) as pool,
+    ):
+        begun = clock.seconds()
+        found = pool.probed([shard.task for shard in own])
+    return [sum(times) / len(times) for times in zip(*found, strict=True)], begun, pool.n
 
 
 def _told(

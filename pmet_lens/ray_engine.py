@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmet_lens import parcels, results
+from pmet_lens import parcels, probing, results
 from pmet_lens.grid import GridError, Run
 from pmet_lens.shards import Task
 from pmet_lens.sources import ModelError
@@ -236,6 +236,12 @@ class RemoteWorker:
         assert self.worker is not None
         return [self.worker.do(task) for task in chunk]
 
+    def probe(self, tasks: Sequence[Task]) -> list[float]:
+        """Seconds that each of these shards would take here, by making a little of every kind."""
+        assert self.worker is not None
+        probe, runs = probing.Probe(self.worker.model), self.worker.runs
+        return [probe.seconds(task, runs[task.run]) for task in tasks]
+
     def pid(self) -> int:
         """Its process."""
         return os.getpid()
@@ -252,6 +258,11 @@ class Actors:
 
     def told(self) -> Told:
         return self._told
+
+    def probed(self, tasks: Sequence[Task]) -> list[list[float]]:
+        """What every worker says these shards would take, asked at the same time, so that they
+        are in each other's way as they will be."""
+        return self._ray.get([one.probe.remote(list(tasks)) for one in self.idle])
 
     def free(self) -> int:
         return len(self.idle)

@@ -31,10 +31,8 @@ PACKAGES = ("pmet-lens", "torch", "transformers", "transformer-lens", "numpy", "
 """The packages that a result follows from; the workers of one grid have the same of each."""
 
 
-NO_ROWS = pd.DataFrame(
-    columns=["run", "model", "edits", "metric", "mean", "ci_low", "ci_high", "n", "digest"]
-)
-"""The table of a grid without a result."""
+COLUMNS = ["run", "model", "edits", "metric", "mean", "ci_low", "ci_high", "n", "digest"]
+"""Of the table of a grid."""
 
 
 class FolderError(GridError):
@@ -161,12 +159,11 @@ def read_manifest(folder: Folder, run: Run) -> dict[str, Any]:
 
 
 def summary_of(manifest: Mapping[str, Any], run: Run) -> pd.DataFrame:
-    """The rows a result has in the table of a grid: run, model, edits, metric, mean, ci_low,
-    ci_high, n, digest."""
+    """The rows a result has in the table of a grid: `COLUMNS`."""
     table = pd.DataFrame(manifest["summary"]).astype({"mean": float, "n": int})
     table = table.astype({"ci_low": float, "ci_high": float})
     head = {"run": run.name, "model": run.model, "edits": run.edits, "digest": run.digest}
-    return table.assign(**head)[list(NO_ROWS)]
+    return table.assign(**head)[COLUMNS]
 
 
 def rows_of(run: Run, folder: str | Path) -> pd.DataFrame:
@@ -193,7 +190,9 @@ def summarise_parts(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     tables = [metrics.summarise(pd.concat(asked, ignore_index=True))] if asked else []
     if "others" in parts:
         # In groups every fact is asked behind each of the edits.
-        right = 100 * parts["others"].groupby("fact")["correct"].mean().to_numpy()
+        right = (
+            100 * parts["others"].pivot_table(index="fact", values="correct")["correct"].to_numpy()
+        )
         row = [right.mean(), *metrics.bootstrap(right), len(right)]
         index = pd.Index(["collateral"], name="metric")
         tables.append(pd.DataFrame([row], index, pd.Index(["mean", "ci_low", "ci_high", "n"])))

@@ -189,7 +189,7 @@ def target_file(run: Run, weights: str, start: int, stop: int) -> str:
     return f"targets/{hash_of([weights, run.seed, *made])}.safetensors"
 
 
-def _asked(run: Run, start: int, stop: int) -> list[tuple[str, str, str]]:
+def _asked(run: Run, start: int, stop: int) -> list[tuple[str, str, str | None]]:
     """What an edit reads of facts."""
     return [(f.subject, f.prompt, f.target_new) for f in run.facts[start:stop]]
 

@@ -224,33 +224,29 @@ class Worker:
                 yield own[max(first - start, 0) : min(end, stop) - start]
 
     def _answers(self, run: Run, task: Task, _: Path) -> None:
-        self._apply(run, task)
+        self._put(task.needs)
         rows = evaluation.evaluate(self.model, run.facts[task.start : task.stop])
         self._write(task, rows.assign(fact=rows["fact"] + task.start))
 
     def _generation(self, run: Run, task: Task, _: Path) -> None:
-        self._apply(run, task)
+        self._put(task.needs)
         rows = evaluation.evaluate(self.model, run.facts[task.start : task.stop], generate=True)
         rows = rows.loc[rows["kind"] == "generation"]
         self._write(task, rows.assign(fact=rows["fact"] + task.start))
 
     def _others(self, run: Run, task: Task, _: Path) -> None:
-        self._apply(run, task)
+        self._put(task.needs)
         rows = evaluation.recall(self.model, run.others[task.start : task.stop])
         self._write(task, rows.assign(fact=rows["fact"] + task.start))
 
     def _ability(self, run: Run, task: Task, _: Path) -> None:
         self.leave()
-        made = None if run.method is None else self._made(task.needs)
+        made = self._made(task.needs) if task.needs else None
         table = ability.general_ability(self.model, made, others=(), n_texts=run.n_texts)
         self._write(task, table.reset_index())
 
     def _write(self, task: Task, table: pd.DataFrame) -> None:
         self.folder.write_table(task.file, table, {})
-
-    def _apply(self, run: Run, task: Task) -> None:
-        """Put the edit this is measured with on the model."""
-        self._put(() if run.method is None else task.needs)
 
     def _put(self, files: tuple[str, ...]) -> None:
         """Put the sum of these edits on the model, and nothing else."""

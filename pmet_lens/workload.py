@@ -28,7 +28,6 @@ CONTEXTS = [
 class Shard:
     task: shards.Task
     run: Run
-    model: Model
     units: float | int
     operations: float | int
     exact: float | int
@@ -56,7 +55,7 @@ class Count:
     def shard(self, task: shards.Task, group: Sequence[Run]) -> Shard:
         """One shard."""
         run = next(r for r in group if r.digest == task.run)
-        return Shard(task, run, self.model, *getattr(self, f"_{task.kind}")(run, task))
+        return Shard(task, run, *getattr(self, f"_{task.kind}")(run, task))
 
     def estimate(self, run: Run) -> Estimate:
         """Of the edit of a run."""

@@ -144,6 +144,10 @@ def test_bad_plans_are_refused(grid):
         pl.plan([grid[0], grid[0]])
     with pytest.raises(GridError, match="workers must be at least 1"):
         pl.plan(grid, workers=0)
+    with pytest.raises(GridError, match="no engine 'spark'"):
+        pl.plan(grid, engine="spark")
+    with pytest.raises(GridError, match="leave it out to give rates"):
+        pl.plan(grid, engine="ray", rates=flat)
     with pytest.raises(GridError, match="give rates with stand_in"):
         pl.plan(grid, stand_in=(tiny_model("gpt2"), costs.sizes_of(tiny_model("gpt2"))))
 

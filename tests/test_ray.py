@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from grids import FACTS, HP, saved_model, tiny_grid, tiny_run
+from grids import CUT, FACTS, HP, saved_model, tiny_grid, tiny_run
 
 import pmet_lens as pl
 from pmet_lens import container, parcels, ray_engine, results, scheduler, shards, worker
@@ -38,7 +38,10 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def grid(model) -> list[pl.Run]:
-    return tiny_grid(model)
+    """With an edit in steps, whose second half another worker may make, and groups."""
+    one_layer, cut = replace(HP, layers=(2,)), replace(CUT, steps=2)
+    steps = tiny_run(model, method="ROME", hparams=one_layer, cut=cut)
+    return [*tiny_grid(model), steps, tiny_run(model, group=4, metrics=("answers",))]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,21 @@ def test_two_workers_have_the_same_results_although_one_is_killed_in_the_middle(
     assert len(pids) == 3  # two, and who came for the one
     same(tmp_path, table, grid, serial)
     assert not list(tmp_path.rglob("*.part"))
+
+
+@needs_ray
+def test_a_plan_is_what_the_workers_say_at_the_same_time(ray, grid, tmp_path):
+    told = pl.plan(grid, engine="ray", workers=2)
+    assert told.workers == 2
+    alone = pl.plan(grid)
+    assert told.tasks.keys() == alone.tasks.keys()
+    assert told.operations == alone.operations
+    kinds = told.table.set_index("kind")
+    assert (kinds.drop(index="edit")["seconds"] > 0).all()
+    assert told.start > 0.1  # two processes read their model
+    start = time.perf_counter()
+    pl.run(grid, tmp_path, engine="ray", workers=2, progress=False)
+    assert 0.1 < told.seconds() / (time.perf_counter() - start) < 10
 
 
 @needs_ray
