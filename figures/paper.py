@@ -198,21 +198,30 @@ def scaling(name: str, size: Size) -> Iterator[Cell]:
     """Benchmark, number of edits and run of every cell, the most important first."""
     rest = sorted(set(size.grid) - set(size.main), reverse=True)
     loads = (("counterfact", size.main), ("zsre", size.zsre), ("counterfact", rest))
+    known, world = {b: records(b) for b in ("counterfact", "zsre")}, pl.knowns()
     for benchmark, grid in loads:
         for n in grid:
+            # Small numbers are measured on several groups, each on the clean model.
+            facts = known[benchmark][: n * max(1, size.facts_of_small // n)]
+            others = experiment.others_of(world, facts)
             for method in (None, *pl.METHODS):
                 if method != "ROME" or n <= ROME_MOST:
-                    yield benchmark, n, run_of(name, size, benchmark, n, method)
+                    yield benchmark, n, run_of(name, size, benchmark, n, method, facts, others)
 
 
-def run_of(name: str, size: Size, benchmark: str, n: int, method: str | None) -> pl.Run:
-    """`n` edits at once, and all there is to measure. Small numbers are measured on several groups,
-    each on the clean model, by their answers and a sample of the other facts."""
-    groups = max(1, size.facts_of_small // n)
-    facts = records(benchmark, n * groups)
-    others = experiment.others_of(pl.knowns(), facts)
+def run_of(
+    name: str,
+    size: Size,
+    benchmark: str,
+    n: int,
+    method: str | None,
+    facts: Sequence[pl.Fact],
+    others: Sequence[pl.Fact],
+) -> pl.Run:
+    """`n` edits at once, and all there is to measure; of groups their answers and a sample of the
+    other facts."""
     own = {"n_tokens": size.moment_tokens, "cut": pl.Cut(targets=SHARED)}
-    if groups > 1:
+    if len(facts) > n:
         some = {"others": others[: size.others : EVERY], "metrics": ("answers", "collateral")}
         return pl.Run(name, facts, method, group=n if method else None, **some, **own)
     metrics = ["answers", "collateral", "ability"]

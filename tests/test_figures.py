@@ -70,7 +70,8 @@ def test_the_study_gives_the_committed_numbers(name):
 def test_editing_gives_the_committed_numbers(tmp_path):
     """Ten edits at once, twice, as `make paper` measures them; ten tokens per dimension of the
     moments are enough (`tests/benchmarks/results/precision.md`)."""
-    run = paper.run_of("world", paper.Size(moment_tokens=13_000), "counterfact", 10, "PMET")
+    size = paper.Size(grid=(10,), main=(), zsre=(), moment_tokens=13_000)
+    (run,) = (run for *_, run in paper.scaling("world", size) if run.name == "PMET")
     assert (len(run.facts), run.group) == (20, 10)
     new = paper.made([("counterfact", 10, run)], tmp_path, 1280, tqdm(disable=True))
     assert set(new["load"]) == {0.0078}

@@ -53,6 +53,8 @@ def serial(grid, tmp_path_factory) -> tuple[Path, pd.DataFrame]:
 @pytest.fixture(scope="module")
 def ray():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray reads this name so; other tests may keep all cores busy.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     ray = pytest.importorskip("ray", reason='needs Ray: pip install "pmet-lens[ray]"')
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
