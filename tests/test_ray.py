@@ -115,6 +115,15 @@ def test_two_workers_have_the_same_results_although_one_is_killed_in_the_middle(
 
 
 @needs_ray
+def test_workers_spread_a_model_by_its_device_map(ray, grid, serial, tmp_path):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    where = {"device_map": {"": "cpu"}}
+    table = pl.run(grid[:1], tmp_path, engine="ray", workers=1, progress=False, **where)
+    wanted = serial[1][serial[1]["digest"] == grid[0].digest]
+    pd.testing.assert_frame_equal(table, wanted, rtol=0, atol=1e-10)
+
+
+@needs_ray
 def test_a_plan_is_what_the_workers_say_at_the_same_time(ray, grid, tmp_path):
     some = [grid[0], grid[3]]  # at once, and in steps
     told = pl.plan(some, engine="ray", workers=2)
