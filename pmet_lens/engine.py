@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
@@ -166,8 +167,7 @@ class _Session:
         every = shards.tasks_of(grid, told.weights)
         tasks = {run.digest: every[run.digest] for run in todo}
         schedule = Schedule(tasks, self.folder)
-        waiting = set(schedule.waiting)
-        self.bars.begin({d: len(waiting & schedule.of[d]) for d in tasks})
+        self.bars.begin(Counter(schedule.all[file].run for file in schedule.waiting))
         seconds: dict[str, dict[str, float]] = {run.digest: {} for run in todo}
         left = {run.digest: run for run in todo}
         clock = time.perf_counter()

@@ -32,7 +32,8 @@ class Progress:
         )
 
     def begin(self, left: Mapping[str, int]) -> None:
-        """`left`: digest of a run → how many of its shards are to be made."""
+        """`left`: digest of a run → how many shards are to be made for it, those that others share
+        counted for the first of them."""
         self._left = dict(left)
 
     def task(self, task: Task) -> None:

@@ -511,6 +511,15 @@ def test_bars_and_a_live_table(grid, tmp_path, capsys):
     assert "collateral" in out
 
 
+def test_every_bar_ends_full(grid, tmp_path, made, monkeypatch):
+    """Although runs share shards."""
+    told = []
+    monkeypatch.setattr(progress.Progress, "begin", lambda self, left: told.append(dict(left)))
+    go(grid, tmp_path)
+    assert told == [Counter(task.run for task in made)]
+    assert set(told[0]) == {run.digest for run in grid}
+
+
 def test_the_table_has_a_line_per_run(whole):
     wide = progress.wide(whole[1])
     assert list(wide["run"]) == ["PMET", "MEMIT", "unedited"]
