@@ -116,14 +116,18 @@ class FineTune:
         made_on = origin(model, [site])
         return Edit(factors, model.dtype, tuple(facts), self, hp, (), **made_on)
 
-    def settings(self, model: Model, hparams: FineTuneHparams | None = None) -> FineTuneHparams:
-        """`hparams`, or the settings known for this model, checked against `constrained`."""
-        known = HPARAMS.get(model.name.lower(), {})
+    def settings(
+        self, model: Model | str, hparams: FineTuneHparams | None = None
+    ) -> FineTuneHparams:
+        """`hparams`, or the settings known for this model (or the model of this name), checked
+        against `constrained`. Raises `SettingsError`."""
+        name = model if isinstance(model, str) else model.name
+        known = HPARAMS.get(name.lower(), {})
         hp = known.get(self.constrained) if hparams is None else hparams
         if hp is None:
             have = ", ".join(sorted(n for n, own in HPARAMS.items() if self.constrained in own))
             raise SettingsError(
-                f"There are no fine-tuning settings for the model {model.name!r} (there are: "
+                f"There are no fine-tuning settings for the model {name!r} (there are: "
                 f"{have}). Pass hparams=FineTuneHparams(layer=…)."
             )
         if self.constrained != (hp.norm_constraint is not None):

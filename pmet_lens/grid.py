@@ -16,7 +16,9 @@ from typing import Any
 from pmet_lens import container
 from pmet_lens.edits import Editor
 from pmet_lens.facts import Fact, FactError, check_editable
+from pmet_lens.finetune import FineTune
 from pmet_lens.hparams import hparams_named, kind_of
+from pmet_lens.mend import Mend, MendHparams
 from pmet_lens.methods import ABLATIONS, METHODS, PMET, named
 from pmet_lens.plain import GridError as GridError
 from pmet_lens.plain import from_plain, hash_of, to_plain
@@ -105,8 +107,7 @@ class Run:
         given = {"model": str(self.model), "facts": tuple(self.facts), "method": method}
         given |= {"metrics": tuple(self.metrics), "others": tuple(self.others)}
         given["texts"] = None if self.texts is None else str(self.texts)
-        if isinstance(method, Method) and self.hparams is None:
-            given["hparams"] = hparams_named(Path(self.model).name, kind_of(method))
+        given["hparams"] = _strengths(method, Path(self.model).name, self.hparams)
         for key, value in given.items():
             object.__setattr__(self, key, value)
         if not self.name:
@@ -175,6 +176,17 @@ class Run:
         edited so far: then targets cannot be shared out."""
         at_once = getattr(self.method, "at_once", None)
         return at_once is not None and at_once < self.edits
+
+
+def _strengths(method: Any, model: str, hparams: Any) -> Any:
+    """`hparams`, or those known for the model of this name."""
+    if isinstance(method, FineTune):
+        return method.settings(model, hparams)
+    if hparams is not None:
+        return hparams
+    if isinstance(method, Method):
+        return hparams_named(model, kind_of(method))
+    return MendHparams() if isinstance(method, Mend) else None
 
 
 def _name(method: Any) -> str:

@@ -39,7 +39,7 @@ def test_a_run_is_frozen_and_equal_runs_have_one_digest(run):
         {"method": "MEMIT"},
         {"method": dataclasses.replace(pl.PMET, spread="linear")},
         {"method": pl.ALPHAEDIT},
-        {"method": pl.FT_W, "hparams": None},
+        {"method": pl.FT_W, "hparams": pl.FineTuneHparams(layer=1)},
         {"method": None},
         {"hparams": dataclasses.replace(HP, lr=0.3)},
         {"metrics": ("answers", "ability")},
@@ -72,13 +72,20 @@ def test_the_name_is_no_part_of_it(run):
     assert run.name == "PMET"
     assert tiny_run("x", method="w/o δ^a").name == "w/o δ^a"
     assert tiny_run("x", method=None).name == "unedited"
-    assert tiny_run("x", method=pl.FineTune(), hparams=None).name == "FT-W"
+    ft = pl.FineTuneHparams(layer=1)
+    assert tiny_run("x", method=pl.FineTune(), hparams=ft).name == "FT-W"
 
 
 def test_known_settings_are_in_the_digest_although_nobody_gave_them():
     run = pl.Run("world", FACTS)
     assert run.hparams == pl.HPARAMS["world"]["PMET"]
     assert run.digest == pl.Run("world", FACTS, "PMET", pl.HPARAMS["world"]["PMET"]).digest
+    for name, known in (("FT-W", pl.FT_W.settings("world")), ("MEND", pl.MendHparams())):
+        run = pl.Run("world", FACTS, name)
+        assert run.hparams == known
+        assert run.digest == pl.Run("world", FACTS, name, known).digest
+    with pytest.raises(SettingsError, match="no fine-tuning settings for the model 'nowhere'"):
+        pl.Run("nowhere", FACTS, "FT-W")
 
 
 @pytest.mark.parametrize(
