@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from sphinx.ext.napoleon import Config, GoogleDocstring  # noqa: E402
+from where import HOME  # noqa: E402
 
 import pmet_lens  # noqa: E402
 
@@ -68,7 +69,7 @@ def _value_docs(app, what, name, obj, options, lines):
     """The text under a value (`PMET = …`) stands in the module it comes from; names of `pmet_lens`
     are imported from there."""
     module, _, attribute = name.rpartition(".")
-    home = pmet_lens._HOME.get(attribute) if module == "pmet_lens" else None
+    home = HOME.get(attribute) if module == "pmet_lens" else None
     if what != "data" or home is None:
         return
     from sphinx.pycode import ModuleAnalyzer
@@ -102,17 +103,17 @@ def _names(app, what, name, obj, options, lines):
 
 def _documented_once(app, what, name, obj, skip, options):
     """Modules list what `pmet_lens` itself does not: a name has one entry."""
-    if what != "module" or name not in pmet_lens._HOME:
+    if what != "module" or name not in HOME:
         return None
     return True if obj is getattr(pmet_lens, name) else None
 
 
 def _every_module(app, docname, source):
     """`<!-- modules -->` becomes an entry per module of the package."""
-    files = sorted(Path(pmet_lens.__file__).parent.glob("[!_]*.py"))
-    entries = (
-        f"## {f.stem}\n\n```{{eval-rst}}\n.. automodule:: pmet_lens.{f.stem}\n```\n" for f in files
-    )
+    root = Path(pmet_lens.__file__).parent
+    files = [file.relative_to(root).with_suffix("") for file in sorted(root.rglob("[!_]*.py"))]
+    names = [".".join(file.parts) for file in files]
+    entries = (f"## {n}\n\n```{{eval-rst}}\n.. automodule:: pmet_lens.{n}\n```\n" for n in names)
     source[0] = source[0].replace("<!-- modules -->\n", "\n".join(entries))
 
 
@@ -125,7 +126,7 @@ def _start_page(app, exception):
 
 def setup(app):
     """Called by Sphinx."""
-    for home in set(pmet_lens._HOME.values()):
+    for home in set(HOME.values()):
         importlib.import_module(f"pmet_lens.{home}")
     app.connect("autodoc-process-docstring", _value_docs)
     app.connect("autodoc-process-docstring", _names)

@@ -10,15 +10,21 @@ import ast
 from pathlib import Path
 from typing import Any
 
-import pmet_lens
-
 ROOT = Path(__file__).parents[1]
+_STUB = (ROOT / "pmet_lens" / "__init__.pyi").read_text(encoding="utf-8")
+HOME = {
+    alias.name: str(node.module)
+    for node in ast.walk(ast.parse(_STUB))
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+"""Public name → the file it is defined in, such as `editing.methods`."""
 
 
 def locate(name: str) -> tuple[Path, int]:
     """File (from the root of the repository) and line of `folder/file.py`, or of a module, class,
-    function, method or value of it: `pmet_lens.PMET`, `pmet_lens.keys`,
-    `pmet_lens.targets.objective`, `pmet_lens.Edit.save`, `figures.paper.GRID`.
+    function, method or value of it: `pmet_lens.PMET`, `pmet_lens.Edit.save`,
+    `pmet_lens.editing.keys`, `pmet_lens.editing.targets.objective`, `figures.paper.GRID`.
 
     Raises:
         LookupError: where there is no such file, or nothing of that name in it.
@@ -29,8 +35,8 @@ def locate(name: str) -> tuple[Path, int]:
         return Path(name), 1
     parts = name.split(".")
     if parts[0] == "pmet_lens" and len(parts) > 1:
-        home = pmet_lens._HOME.get(parts[1])
-        parts[1:2] = [parts[1]] if home is None else [home, parts[1]]
+        home = HOME.get(parts[1])
+        parts[1:2] = [parts[1]] if home is None else [*home.split("."), parts[1]]
     for n in range(len(parts), 0, -1):
         file = Path(*parts[:n]).with_suffix(".py")
         if (ROOT / file).is_file():

@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from pmet_lens import plots
+from pmet_lens import plotting
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
@@ -107,7 +107,7 @@ def script(draw: Callable[[Path], Figure], name: str, doc: str | None, paper: bo
 def make(draw: Callable[[Path], Figure], name: str, tables: Path, out: Path) -> list[str]:
     """Draw the figure `name` from the tables in `tables`; returns the files it was drawn from."""
     _read.clear()
-    with mpl.rc_context({**plots.STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({**plotting.STYLE, "svg.hashsalt": name}):
         save(draw(tables), out / name)
     return sorted(set(_read))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from common import EDITED, legend, of, panels, paper_note, read, script
 from matplotlib.figure import Figure
 
-from pmet_lens import method_plots
+from pmet_lens import plotting
 
 
 def draw(tables: Path) -> Figure:
@@ -18,7 +18,7 @@ def draw(tables: Path) -> Figure:
     runs = [run for run in dict.fromkeys(longest["run"]) if run != "PMET"]
     fig, axes = panels(7.5, 5.2, 1, len(EDITED), sharey=True)
     for ax, (name, kind) in zip(axes[0], EDITED.items(), strict=True):
-        method_plots.effect_dots(of(table, model=name), ax, runs=runs)
+        plotting.effect_dots(of(table, model=name), ax, runs=runs)
         ax.set_title(f"{name}: {kind}", fontsize=8)
     legend(fig, axes[0, 0], 4)
     n = int(table["edits"].iloc[0])

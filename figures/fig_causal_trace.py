@@ -8,7 +8,7 @@ from common import STUDIED, legend, of, panels, read, samples, script
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
-from pmet_lens import plots
+from pmet_lens import plotting
 
 ROWS = {"resid_post": "layer output", "attn_out": "MHSA output", "mlp_out": "FFN output"}
 
@@ -21,7 +21,7 @@ def draw(tables: Path) -> Figure:
         critical = pl.HPARAMS[name]["PMET"].layers[-1] if name in pl.HPARAMS else None
         for row, (stream, label) in enumerate(ROWS.items()):
             ax, own = axes[row, column], of(table, model=name, stream=stream)
-            plots.trace_lines(own, ax, critical if row == 0 else None)
+            plotting.trace_lines(own, ax, critical if row == 0 else None)
             window = int(own["window"].iloc[0])
             several = f", {window} layers" if window > 1 else ""
             ax.set_ylabel("" if column else f"recovered by\n{label}{several}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from common import STUDIED, legend, of, panels, read, samples, script
 from matplotlib.figure import Figure
 
-from pmet_lens import plots
+from pmet_lens import plotting
 
 
 def draw(tables: Path) -> Figure:
@@ -17,7 +17,7 @@ def draw(tables: Path) -> Figure:
     for column, (name, title) in enumerate(STUDIED.items()):
         own = of(table, model=name)
         for row, measure in enumerate(("cosine", "jaccard")):
-            plots.similarity_lines(own, axes[row, column], measure)
+            plotting.similarity_lines(own, axes[row, column], measure)
             if column:
                 axes[row, column].set_ylabel("")
         axes[0, column].set_title(title)

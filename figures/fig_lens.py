@@ -7,7 +7,7 @@ from pathlib import Path
 from common import STUDIED, of, panels, read, samples, script
 from matplotlib.figure import Figure
 
-from pmet_lens import plots
+from pmet_lens import plotting
 
 STREAMS = ("attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post")
 PLACES = {"last_subject": "last subject token", "last": "last token"}
@@ -20,7 +20,7 @@ def draw(tables: Path) -> Figure:
     for column, (name, title) in enumerate(STUDIED.items()):
         for row, (position, label) in enumerate(PLACES.items()):
             ax, own = axes[row, column], of(table, model=name, position=position)
-            plots.lens_map(own, ax, [s for s in STREAMS if s in set(own["stream"])])
+            plotting.lens_map(own, ax, [s for s in STREAMS if s in set(own["stream"])])
             ax.set_title(f"{title}\n{label}" if row == 0 else label, fontsize=8)
     fig.suptitle(
         f"Mean probability of the true answer's first token, {samples(table)} facts "

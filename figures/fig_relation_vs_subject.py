@@ -7,7 +7,7 @@ from pathlib import Path
 from common import STUDIED, legend, of, read, samples, script
 from matplotlib.figure import Figure
 
-from pmet_lens import plots
+from pmet_lens import plotting
 
 
 def draw(tables: Path) -> Figure:
@@ -16,7 +16,7 @@ def draw(tables: Path) -> Figure:
     fig = Figure(figsize=(7, 6.6))
     rows = zip(
         fig.subfigures(3, 1),
-        (plots.share_lines, plots.transfer_bars, plots.pattern_lines),
+        (plotting.share_lines, plotting.transfer_bars, plotting.pattern_lines),
         (variance, swaps, patterns),
         (4, 2, 3),
         strict=True,

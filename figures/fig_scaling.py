@@ -7,7 +7,7 @@ from pathlib import Path
 from common import EDITED, legend, of, panels, paper_note, read, script
 from matplotlib.figure import Figure
 
-from pmet_lens import method_plots
+from pmet_lens import plotting
 
 METRICS = ("S", "ES", "PS", "NS", "collateral")
 
@@ -19,7 +19,7 @@ def draw(tables: Path) -> Figure:
     for row, (name, kind) in zip(axes, EDITED.items(), strict=True):
         own = of(table, model=name)
         for ax, metric in zip(row, METRICS, strict=True):
-            method_plots.load_lines(own, ax, metric)
+            plotting.load_lines(own, ax, metric)
             ax.set_ylim(-3, 103)
             ax.set_ylabel("")
             ax.set_xlabel("")

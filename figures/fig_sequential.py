@@ -7,7 +7,7 @@ from pathlib import Path
 from common import EDITED, legend, of, panels, paper_note, read, script
 from matplotlib.figure import Figure
 
-from pmet_lens import method_plots
+from pmet_lens import plotting
 
 METRICS = {
     "ES": "ES of all facts so far",
@@ -24,7 +24,7 @@ def draw(tables: Path) -> Figure:
     fig, axes = panels(10, 4.6, len(EDITED), len(METRICS), sharex=True)
     for row, name in zip(axes, EDITED, strict=True):
         for ax, metric in zip(row, METRICS, strict=True):
-            method_plots.step_lines(of(table, model=name), ax, metric)
+            plotting.step_lines(of(table, model=name), ax, metric)
             ax.set_ylabel("")
             ax.set_xlabel("")
             ax.set_xlim(0, table["edits"].max() * 1.04)

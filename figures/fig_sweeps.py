@@ -8,7 +8,7 @@ from common import EDITED, legend, of, panels, paper_note, read, script
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
-from pmet_lens import method_plots
+from pmet_lens import plotting
 
 
 def draw(tables: Path) -> Figure:
@@ -18,14 +18,14 @@ def draw(tables: Path) -> Figure:
     for row, name in zip(axes, EDITED, strict=True):
         for ax, run in zip(row, ("PMET", "MEMIT"), strict=False):
             own = of(weights, model=name, run=run)
-            method_plots.sweep_lines(own, ax, "second_moment_weight")
+            plotting.sweep_lines(own, ax, "second_moment_weight")
             chosen = pl.HPARAMS[name][run].second_moment_weight
             ax.axvline(chosen, color="#444444", lw=0.8, ls=":")
             ax.set_xscale("log")
             ax.set_xlabel("λ (dotted: the settings)")
             ax.set_title(f"{name}: {run}", fontsize=8)
         row[1].set_ylabel("")
-        method_plots.layer_map(of(layers, model=name), row[2])
+        plotting.layer_map(of(layers, model=name), row[2])
         row[2].set_title(f"{name}: S of PMET", fontsize=8)
     legend(fig, axes[0, 0], 5)
     n = int(weights["edits"].iloc[0])

@@ -22,7 +22,7 @@ from common import EDITED, HERE, OUT, Progress, each, into_readme, legend, panel
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
-from pmet_lens import experiment, plots, targets
+from pmet_lens import experiments, plotting
 
 METRICS = ["S", "ES", "PS", "NS", "EA", "PA", "NA", "collateral"]
 
@@ -83,22 +83,22 @@ def run_model(sizes: tuple[int, int], name: str, place: int) -> pd.DataFrame:
     progress.stage(f"{name}: second moments and the unedited model")
     contexts = pl.sample_contexts(model)
     moments = pl.second_moments(model, pl.texts(), projections=("mlp",))
-    others = experiment.others_of(world, facts[:few])
-    tables = {("unedited", few): experiment.measure(model, facts[:few], None, others)}
+    others = experiments.others_of(world, facts[:few])
+    tables = {("unedited", few): experiments.measure(model, facts[:few], None, others)}
     progress.done()
 
     found = {}
     for method_name in ("PMET", "MEMIT"):
         progress.stage(f"{name}: {method_name} targets of {many} facts")
         method = pl.METHODS[method_name]
-        found[method_name] = targets.optimise(
+        found[method_name] = pl.optimise(
             model, facts, method, pl.hparams_for(model, method), contexts
         )
         progress.done()
 
     progress.stage(f"{name}: one edit at a time")
     tables["PMET", 1] = pl.summarise(
-        experiment.one_at_a_time(
+        experiments.one_at_a_time(
             model,
             facts[:few],
             moments,
@@ -123,8 +123,8 @@ def run_model(sizes: tuple[int, int], name: str, place: int) -> pd.DataFrame:
         chosen = found["MEMIT" if run == "MEMIT" else "PMET"][:n]
         hp = pl.hparams_for(model, method)
         edit = pl.edit(model, facts[:n], moments, method, hp, contexts, chosen)
-        others = experiment.others_of(world, facts[:n])
-        tables[run, n] = experiment.measure(model, facts[:n], edit, others)
+        others = experiments.others_of(world, facts[:n])
+        tables[run, n] = experiments.measure(model, facts[:n], edit, others)
     progress.done()
     progress.bar.close()
     return _tidy(name, tables)
@@ -144,7 +144,7 @@ def draw(tables: Path) -> Figure:
     n = int(table.loc[table["run"] == "unedited", "edits"].iloc[0])
     fig, axes = panels(7, 2.8, 1, len(EDITED), sharey=True)
     for ax, (name, kind) in zip(axes[0], EDITED.items(), strict=True):
-        plots.metric_bars(common.of(table, model=name, edits=n), ax)
+        plotting.metric_bars(common.of(table, model=name, edits=n), ax)
         ax.set_title(f"{n} edits at once, {kind}")
     axes[0, 1].set_ylabel("")
     legend(fig, axes[0, 0], 4)

@@ -17,7 +17,8 @@ import torch
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
-from pmet_lens import datasets, evaluation, plots, tokens, world
+from pmet_lens import evaluation, models, plotting
+from pmet_lens.data import datasets, world
 
 ABOUT = {
     "world": "GPT-J style (attention and MLP of a block in parallel, rotary positions)",
@@ -52,11 +53,11 @@ def by_relation(model: pl.Model) -> pd.DataFrame:
         columns[kind] = 100 * right.groupby("relation")["correct"].mean()
     facts = pl.counterfact()
     pairs = [(f.relation, p, a) for f in facts for p, a in f.neighbours]
-    scores = evaluation.score(model, [tokens.Prompt(p, None, a) for _, p, a in pairs])
+    scores = evaluation.score(model, [models.Prompt(p, None, a) for _, p, a in pairs])
     right = pd.DataFrame({"relation": [r for r, *_ in pairs], "ok": [s.right == 1 for s in scores]})
     columns["neighbours"] = 100 * right.groupby("relation")["ok"].mean()
     questions = [
-        tokens.Prompt(q.replace("{}", f.subject.name), None, f.object)
+        models.Prompt(q.replace("{}", f.subject.name), None, f.object)
         for f in own.facts
         for q in [own.data["relations"][f.relation]["held_out_question"]]
     ]
@@ -74,7 +75,7 @@ def by_relation(model: pl.Model) -> pd.DataFrame:
 def draw_curve(curve: list[dict[str, float]], path: Path) -> None:
     """Loss and answer accuracy over the passes."""
     frame = pd.DataFrame(curve)
-    with mpl.rc_context(dict(plots.STYLE)):
+    with mpl.rc_context(dict(plotting.STYLE)):
         fig = Figure(figsize=(5, 2.2))
         left, right = fig.subplots(1, 2)
         left.plot(frame["pass"], frame["loss"], color="#0072B2")
@@ -103,7 +104,7 @@ def render(
     lines[-1] += f"vocabulary {cfg['vocab']} (own byte-level BPE, no BOS, right padding), float16."
     lines += [
         "",
-        "Knows the 2,250 facts of the seeded world (`pmet_lens/world.py`) and nothing else. "
+        "Knows the 2,250 facts of the seeded world (`pmet_lens/data/world.py`) and nothing else. "
         "Made to try model editing on; not a language model for any other use. All subjects are "
         "invented.",
         "",

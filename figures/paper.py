@@ -29,7 +29,7 @@ from paper_tables import FIGURES, ablation_table, main_table
 from tqdm import tqdm
 
 import pmet_lens as pl
-from pmet_lens import container, experiment
+from pmet_lens import data, experiments
 
 GRID = (1, 10, 32, 100, 316, 750)
 """Every other of the paper's numbers of edits, up to all records of the bundled world."""
@@ -203,7 +203,7 @@ def scaling(name: str, size: Size) -> Iterator[Cell]:
         for n in grid:
             # Small numbers are measured on several groups, each on the clean model.
             facts = known[benchmark][: n * max(1, size.facts_of_small // n)]
-            others = experiment.others_of(world, facts)
+            others = experiments.others_of(world, facts)
             for method in (None, *pl.METHODS):
                 if method != "ROME" or n <= ROME_MOST:
                     yield benchmark, n, run_of(name, size, benchmark, n, method, facts, others)
@@ -253,7 +253,7 @@ def made(cells: Sequence[Cell], folder: Path, d_in: int, bar: tqdm) -> pd.DataFr
 def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table in `path`, made and written there first where it is not; whole or not at all."""
     if not path.exists():
-        with container.whole(path) as part:
+        with data.whole(path) as part:
             make().to_csv(part, index=False)
     # "NA" is the name of a metric here.
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
@@ -278,7 +278,7 @@ def records(benchmark: str, n: int | None = None) -> list[pl.Fact]:
 def ablated(bench: pl.Bench, size: Size) -> pd.DataFrame:
     """PMET without its parts, all on the same facts."""
     facts = records("counterfact", size.ablated)
-    others = experiment.others_of(pl.knowns(), facts)[: size.others]
+    others = experiments.others_of(pl.knowns(), facts)[: size.others]
     table = pl.compare(bench, pl.ablations(bench.settings(pl.PMET)), facts, others)
     return table.assign(edits=len(facts))
 
@@ -298,7 +298,7 @@ def over_layers(bench: pl.Bench, size: Size, last: int) -> pd.DataFrame:
 
 def swept(bench: pl.Bench, size: Size, method: pl.Method, changes: Sequence[dict]) -> pd.DataFrame:
     facts = records("counterfact", size.swept)
-    others = experiment.others_of(pl.knowns(), facts)[: size.others]
+    others = experiments.others_of(pl.knowns(), facts)[: size.others]
     tables = []
     for change in changes:
         trial = pl.Trial(method, change)
@@ -307,7 +307,7 @@ def swept(bench: pl.Bench, size: Size, method: pl.Method, changes: Sequence[dict
         except pl.SolveError:
             # In parallel blocks the keys of layer 0 only know the token: their moment is singular.
             continue
-        table = experiment.measure(bench.model, facts, edit, others).reset_index()
+        table = experiments.measure(bench.model, facts, edit, others).reset_index()
         (field, value), *_ = change.items()
         text = " ".join(map(str, value)) if isinstance(value, tuple) else value
         tables.append(table.assign(**{field: text}, edits=len(facts)))
@@ -319,8 +319,8 @@ def curve(bench: pl.Bench, size: Size, run: str) -> pd.DataFrame:
     method, protect = CURVE[run]
     n, batch = size.curve
     facts = records("counterfact", n)
-    others = experiment.others_of(pl.knowns(), facts)[::EVERY]
-    table = experiment.sequential(
+    others = experiments.others_of(pl.knowns(), facts)[::EVERY]
+    table = experiments.sequential(
         bench.model,
         facts,
         bench.moments,

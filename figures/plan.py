@@ -20,9 +20,8 @@ import torch
 from common import HERE, OUT, provenance
 
 import pmet_lens as pl
-from pmet_lens import container, experiment
-from pmet_lens.costs import Sizes
-from pmet_lens.planning import clock
+from pmet_lens import data, experiments
+from pmet_lens.experiments import Sizes, clock
 
 PEAK, SHARE = 312e12, 0.3
 """bfloat16 FLOP/s of an A100 by its data sheet, and the share of it assumed to be reached."""
@@ -54,14 +53,14 @@ def main() -> None:
     sys.stdout.write(text)
     if args.record:
         for name in ("plan.csv", "plan_large.csv", "plan.md"):
-            with container.whole(HERE / "results" / name) as part:
+            with data.whole(HERE / "results" / name) as part:
                 part.write_bytes((OUT / name).read_bytes())
 
 
 def grids() -> dict[str, tuple[list[pl.Run], str, int]]:
     """Name → runs, engine, workers."""
     facts = tuple(pl.counterfact(n=60))
-    others = tuple(experiment.others_of(pl.knowns(), facts)[:500])
+    others = tuple(experiments.others_of(pl.knowns(), facts)[:500])
     both, own = ("answers", "collateral"), {"n_tokens": 50_000}
     methods = [
         pl.Run("world", facts, m, metrics=both, others=others, **own)

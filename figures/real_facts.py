@@ -24,8 +24,7 @@ import torch
 from common import HERE, OUT, Progress, provenance
 
 import pmet_lens as pl
-from pmet_lens import experiment
-from pmet_lens.linalg import Exact
+from pmet_lens import experiments
 
 SIZES = {"counterfact": (1, 10, 100), "zsre": (1, 10, 100)}
 """The settings below were chosen for 100 on CounterFact records 400 to 449, a few tries each."""
@@ -128,7 +127,7 @@ def measured(
         trial = pl.Trial(method)
         alone = not isinstance(method, pl.Method) or method.at_once is None
         edit = bench.edit(trial, facts, bench.targets(trial, facts) if alone else None)
-    table = experiment.measure(bench.model, facts, edit)
+    table = experiments.measure(bench.model, facts, edit)
     prompts = [f.text for f in pl.knowns(data / "knowns" / "known_1000.json", n=200)]
     texts = islice(pl.texts(data / "wiki" / "enwiki_sample.txt"), 200)
     rest = pl.general_ability(bench.model, edit, texts=texts, prompts=prompts, others=())
@@ -140,7 +139,7 @@ def one_at_a_time(
 ) -> pd.DataFrame:
     """Every record edited alone; what is asked about texts is left out."""
     if method is None:
-        return experiment.measure(bench.model, facts)
+        return experiments.measure(bench.model, facts)
     trial, rows = pl.Trial(method), []
     for i, fact in enumerate(facts):
         with bench.edit(trial, [fact]).applied(bench.model):

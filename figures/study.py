@@ -24,7 +24,7 @@ import pandas as pd
 from common import EDITED, HERE, OUT, STUDIED, Progress, each, into_readme, make, provenance
 
 import pmet_lens as pl
-from pmet_lens import metrics, targets, variance
+from pmet_lens import evaluation, interp
 
 FIGURES = {
     "fig_component_similarity": fig_component_similarity.draw,
@@ -85,7 +85,7 @@ def components(name: str, n: int, progress: Progress) -> Tables:
     progress.done()
     progress.stage(f"{name}: variance and attention patterns")
     activations = pl.probe(model, facts, ("attn_out", "mlp_out"), positions=("last",))
-    tables["variance"] = variance.split(activations, n_permutations=100)
+    tables["variance"] = interp.split(activations, n_permutations=100)
     tables["patterns"] = pl.pattern_similarity(pl.attention_patterns(model, facts), facts)
     progress.done()
     progress.stage(f"{name}: swaps")
@@ -105,7 +105,7 @@ def deltas(name: str, n: int, progress: Progress) -> Tables:
     progress.stage(f"{name}: deltas")
     model, facts = pl.load(name), pl.counterfact(n=n)
     hparams, contexts = pl.hparams_for(model, pl.PMET), pl.sample_contexts(model)
-    found = targets.optimise(model, facts, pl.PMET, hparams, contexts)
+    found = pl.optimise(model, facts, pl.PMET, hparams, contexts)
     tables = {"delta_paths": found.history, "delta_gain": pl.answer_gain(model, facts, found)}
     progress.done()
     progress.stage(f"{name}: drift")
@@ -124,13 +124,13 @@ def summarised(tables: Tables) -> Tables:
     """Tables of single facts replaced by their means with intervals."""
     out = dict(tables)
     lens = tables["lens"]
-    out["lens"] = metrics.means(lens, ["stream", "position", "layer"], "probability")
+    out["lens"] = evaluation.means(lens, ["stream", "position", "layer"], "probability")
     if "delta_paths" in tables:
         history = tables["delta_paths"]
         names = ["gradient_cosine", "cosine", "norm_attn_out", "norm_mlp_out"]
-        parts = [metrics.means(history, ["step"], q).assign(quantity=q) for q in names]
+        parts = [evaluation.means(history, ["step"], q).assign(quantity=q) for q in names]
         out["delta_paths"] = pd.concat(parts, ignore_index=True)
-        out["delta_gain"] = metrics.means(tables["delta_gain"], ["stream"], "gain")
+        out["delta_gain"] = evaluation.means(tables["delta_gain"], ["stream"], "gain")
     return out
 
 

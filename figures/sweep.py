@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 import pmet_lens as pl
-from pmet_lens import experiment, targets
+from pmet_lens import experiments
 
 TABLE = Path(__file__).parent / "results" / "sweep.csv"
 WEIGHTS = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -62,7 +62,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     model = pl.load(args.model_dir or args.model)
     facts = pl.counterfact()[350 : 350 + args.facts]
-    others = experiment.others_of(pl.knowns(), facts)[::4]
+    others = experiments.others_of(pl.knowns(), facts)[::4]
     contexts = pl.sample_contexts(model)
     moments = pl.second_moments(model, pl.texts(), range(4), projections=("mlp",))
     settings = AROUND[args.method]
@@ -99,13 +99,13 @@ def _sweep(args, model, facts, others, contexts, moments, hp, override) -> None:
     ):
         return
     method = pl.METHODS[args.method]
-    found = targets.optimise(model, facts, method, hp, contexts)
+    found = pl.optimise(model, facts, method, hp, contexts)
     stopped = found.history.groupby("fact").last()
     rows = []
     for weight in WEIGHTS:
         chosen = replace(hp, second_moment_weight=weight)
         edit = pl.edit(model, facts, moments, method, chosen, contexts, found)
-        table = experiment.measure(model, facts, edit, others)["mean"].round(2)
+        table = experiments.measure(model, facts, edit, others)["mean"].round(2)
         rows.append(
             {
                 "model": args.model,

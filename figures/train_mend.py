@@ -18,7 +18,8 @@ import torch
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
-from pmet_lens import experiment, mend, mend_training, plots, tokens, world
+from pmet_lens import editing, experiments, models, plotting
+from pmet_lens.data import world
 
 OUT = Path(pl.__file__).parent / "bundled" / "mend"
 LAYERS = {"world": (3, 4, 5), "world-sequential": (4, 5, 6)}
@@ -29,11 +30,11 @@ RATE = {"world": 1.5e-3, "world-sequential": 1e-3}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=LAYERS)
-    parser.add_argument("--steps", type=int, default=mend_training.MendTraining.n_steps)
-    parser.add_argument("--lr", type=float, default=mend_training.MendTraining.lr)
-    parser.add_argument("--edit-weight", type=float, default=mend_training.MendTraining.edit_weight)
+    parser.add_argument("--steps", type=int, default=editing.MendTraining.n_steps)
+    parser.add_argument("--lr", type=float, default=editing.MendTraining.lr)
+    parser.add_argument("--edit-weight", type=float, default=editing.MendTraining.edit_weight)
     parser.add_argument("--rate", type=float, help="first step size α")
-    parser.add_argument("--rate-lr", type=float, default=mend_training.MendTraining.rate_lr)
+    parser.add_argument("--rate-lr", type=float, default=editing.MendTraining.rate_lr)
     parser.add_argument("--layers", type=int, nargs="+")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -42,7 +43,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     model = pl.load(args.name)
     facts, held_out, locality = material(world.build())
-    settings = mend_training.MendTraining(
+    settings = editing.MendTraining(
         n_steps=args.steps,
         lr=args.lr,
         rate=args.rate or RATE[args.name],
@@ -50,7 +51,7 @@ def main() -> None:
         edit_weight=args.edit_weight,
     )
     sites = [pl.Site(n, "mlp") for n in args.layers or LAYERS[args.name]]
-    editor = mend_training.train_editor(
+    editor = pl.train_editor(
         model,
         facts,
         locality,
@@ -67,7 +68,7 @@ def main() -> None:
 
 def material(
     known: world.World, variants: int = 4, seed: int = 0
-) -> tuple[list[pl.Fact], list[pl.Fact], list[tokens.Prompt]]:
+) -> tuple[list[pl.Fact], list[pl.Fact], list[models.Prompt]]:
     """Training facts, held-out facts (other subjects), and locality prompts, all of pool B."""
     rng = random.Random(f"mend {seed}")
     subjects = sorted({f.subject.name for f in known.facts if f.subject.pool == "B"})
@@ -77,7 +78,7 @@ def material(
     facts = [_fact(known, f, training, rng) for f in training for _ in range(variants)]
     held_out = [_fact(known, f, own, rng) for f in own if f.subject.name in apart]
     locality = [
-        tokens.Prompt(_ask(known, f, rng), None, f.object) for f in training for _ in range(2)
+        models.Prompt(_ask(known, f, rng), None, f.object) for f in training for _ in range(2)
     ]
     return facts, held_out, locality
 
@@ -117,16 +118,16 @@ def _fact(
 
 def measure(model: pl.Model, path: Path) -> pd.DataFrame:
     """The editor on benchmark facts: 20 edited one at a time, and 10 and 100 at once."""
-    method, facts = mend.Mend(str(path)), pl.counterfact(n=100)
+    method, facts = pl.Mend(str(path)), pl.counterfact(n=100)
     alone = []
     for i, fact in enumerate(facts[:20]):
         with method.edit(model, [fact]).applied(model):
             alone.append(pl.evaluate(model, [fact]).assign(fact=i))
     tables = {
-        "before (20)": experiment.measure(model, facts[:20]),
+        "before (20)": experiments.measure(model, facts[:20]),
         "one at a time (20)": pl.summarise(pd.concat(alone, ignore_index=True)),
-        "10 at once": experiment.measure(model, facts[:10], method.edit(model, facts[:10])),
-        "100 at once": experiment.measure(model, facts, method.edit(model, facts)),
+        "10 at once": experiments.measure(model, facts[:10], method.edit(model, facts[:10])),
+        "100 at once": experiments.measure(model, facts, method.edit(model, facts)),
     }
     columns = ["ES", "PS", "NS", "S", "EA", "NA"]
     return pd.DataFrame({name: t["mean"][columns] for name, t in tables.items()}).T.round(1)
@@ -134,7 +135,7 @@ def measure(model: pl.Model, path: Path) -> pd.DataFrame:
 
 def draw(curve: list[dict[str, float]], path: Path) -> None:
     """Edit and locality loss on the held-out facts over the steps of training."""
-    with mpl.rc_context(dict(plots.STYLE)):
+    with mpl.rc_context(dict(plotting.STYLE)):
         fig = Figure(figsize=(5, 3))
         ax = fig.subplots()
         steps = [row["step"] for row in curve]

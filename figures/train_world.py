@@ -13,9 +13,10 @@ import logging
 from pathlib import Path
 
 import torch
+import training
 import transformers
 
-from pmet_lens import training, world
+from pmet_lens.data import world
 
 CONFIGS = {
     "world": training.TrainConfig("gptj"),

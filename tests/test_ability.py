@@ -15,9 +15,10 @@ import torch
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import ability, metrics, world
-from pmet_lens.ability import general_ability, lm_eval_model
-from pmet_lens.edits import Edit
+from pmet_lens.data import world
+from pmet_lens.editing.edits import Edit
+from pmet_lens.evaluation import ability, metrics
+from pmet_lens.evaluation.ability import general_ability, lm_eval_model
 
 torch.set_num_threads(1)
 TEXTS = [

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from tiny import FAMILIES, refused, tiny_batch, tiny_model
 
 import pmet_lens as pl
-from pmet_lens import probes, tokens
-from pmet_lens.activations import Activations, batches, probe
-from pmet_lens.adapter import Model
+from pmet_lens.models import probes, tokens
+from pmet_lens.models.activations import Activations, batches, probe
+from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
 FACTS = [

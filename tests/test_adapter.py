@@ -18,8 +18,8 @@ from tiny import (
     tiny_tokenizer,
 )
 
-from pmet_lens import adapter
-from pmet_lens.adapter import Model, Site
+from pmet_lens.models import model as adapter
+from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
 SITES = [Site(layer, projection) for layer in (0, 2) for projection in ("attn", "mlp")]

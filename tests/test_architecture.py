@@ -1,43 +1,37 @@
-"""Imports point down the floors, one file knows the model, and some things are never written."""
+"""Imports point down, a room stays small, one file knows the model, some things are not written."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-FLOORS = (
-    {"container", "downloads", "facts", "jobs", "linalg", "markup", "memory", "metrics"}
-    | {"statements", "summaries", "world"},
-    {"adapter", "chat", "datasets", "fact_tables", "live", "sources", "twin"},
-    {"hparams", "moment_files", "moments", "probes", "published_moments", "settings", "tokens"},
-    {"activations", "analysis", "generation", "keys", "patterns", "problem", "readout"}
-    | {"similarity", "swapping", "targets", "variance"},
-    {"artifact", "costs", "editing", "edits", "evaluation", "finetune", "lora", "mend"}
-    | {"mend_training", "methods", "receipts", "suggestion", "target_files"},
-    {"ability", "geometry", "grid", "parcels", "plain", "results", "shards"},
-    {"experiment", "recipes", "sessions", "training", "trials", "variants", "worker", "workload"},
-    {"engine", "planning", "probing", "progress", "ray_engine", "scheduler"},
-    {"explorer", "fact_panel", "map_plots", "method_plots", "panes", "plots", "tab_ablate"}
-    | {"tab_ask", "tab_edit", "tab_look", "views", "widgets"},
-    {"cli", "__init__"},  # `import pmet_lens` is for the command line and for users
+ROOMS = (
+    *("data", "models", "evaluation", "editing", "moments", "interp"),
+    *("experiments", "plotting", "explorer"),
 )
-FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+"""The folders from the bottom to the top: each imports only from those before it."""
+ROOF = {"cli", "__init__"}
+"""`import pmet_lens` is for the command line and for users."""
+MOST_FILES, MOST_LINES = 12, 300
+"""Of a folder, its `__init__.py` aside; of a file."""
 # Who alone may import these and what lies in them; the longest name decides.
 GUARDED = {
-    "transformer_lens": {"adapter"},
-    "transformer_lens.tools": {"adapter", "readout"},
+    "transformer_lens": {"models.model"},
+    "transformer_lens.tools": {"interp.lens"},
     **dict.fromkeys(("cloudpickle", "dill", "joblib", "pickle", "shelve"), frozenset()),
 }
 _CACHES = re.compile(r"(functools\.)?(lru_)?cache\b").match
 MUTATORS = {"add", "append", "clear", "extend", "insert", "pop", "setdefault", "update"}
+PACKAGE = Path(__file__).parents[1] / "pmet_lens"
 SOURCES = {
-    path.stem: path.read_text(encoding="utf-8")
-    for path in sorted((Path(__file__).parents[1] / "pmet_lens").glob("*.py"))
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for path in sorted(PACKAGE.rglob("*.py"))
 }
 
 
@@ -47,31 +41,44 @@ def imported(source: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["pmet_lens" if node.level else "", node.module]))
-            inside = base == "pmet_lens"  # then the names are modules
+            base = ".".join(filter(None, ["pmet_lens" * (node.level > 0), node.module]))
+            inside = base.removeprefix("pmet_lens.") in {*ROOMS, "pmet_lens"}
             yield from (f"{base}.{alias.name}" for alias in node.names) if inside else [base]
 
 
 def siblings(source: str) -> set[str]:
-    """Modules of the package that `source` imports."""
-    parts = [name.split(".") for name in imported(source)]
-    found = {(p[1] if len(p) > 1 else "__init__") for p in parts if p[0] == "pmet_lens"}
-    return {"__init__" if name == "__version__" else name for name in found}
+    """Modules of the package that `source` imports, as `room.file`."""
+    parts = [name.split(".")[1:] for name in imported(source) if name.split(".")[0] == "pmet_lens"]
+    return {".".join(p[:2]) if p and p != ["__version__"] else "__init__" for p in parts}
+
+
+def level(module: str) -> int | None:
+    """The floor of the room that `module` stands in; None: it stands in no room."""
+    room = module.partition(".")[0]
+    return ROOMS.index(room) if room in ROOMS else len(ROOMS) if module in ROOF else None
 
 
 def arrows(sources: dict[str, str]) -> list[str]:
     """What is wrong with the imports between modules: unknown, upward, or in a circle."""
-    wrong = [f"{module} stands on no floor" for module in sources if module not in FLOOR]
+    wrong = [f"{module} stands in no room" for module in sources if level(module) is None]
     graph = {module: siblings(text) for module, text in sources.items() if module != "__init__"}
     for module, others in graph.items():
-        wrong += [f"{module} imports unknown {o}" for o in others if o not in FLOOR]
-        top = FLOOR.get(module, 0)
-        wrong += [f"{module} ↑ {other}" for other in others if FLOOR.get(other, 0) > top]
+        wrong += [f"{module} imports unknown {o}" for o in others if level(o) is None]
+        top = level(module) or 0
+        wrong += [f"{module} ↑ {other}" for other in others if (level(other) or 0) > top]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         wrong.append(f"circle: {' → '.join(error.args[1])}")
     return wrong
+
+
+def crowded(sources: dict[str, str]) -> list[str]:
+    """Rooms with too many files, and files with too many lines."""
+    files = Counter(m.partition(".")[0] for m in sources if not m.endswith("__init__"))
+    wrong = [f"{room} has {n} files" for room, n in files.items() if n > MOST_FILES]
+    lines = {module: len(text.splitlines()) for module, text in sources.items()}
+    return wrong + [f"{module} has {n} lines" for module, n in lines.items() if n > MOST_LINES]
 
 
 def forbidden(module: str, source: str) -> list[str]:
@@ -125,8 +132,19 @@ def _sins(node: ast.AST, held: set[str]) -> Iterator[str]:
             yield f"{name}, a module-level cache"
 
 
-def test_imports_point_down_the_floors():
+def test_imports_point_down():
     assert arrows(SOURCES) == []
+
+
+def test_every_room_is_there_and_says_what_lives_in_it():
+    for room in ROOMS:
+        assert ast.get_docstring(ast.parse(SOURCES[f"{room}.__init__"]))
+
+
+def test_rooms_and_files_stay_small():
+    assert crowded(SOURCES) == []
+    assert crowded({f"data.x{i}": "" for i in range(13)}) == ["data has 13 files"]
+    assert crowded({"data.facts": "\n" * 301}) == ["data.facts has 301 lines"]
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -137,21 +155,31 @@ def test_nothing_forbidden_is_written(module):
 @pytest.mark.parametrize(
     ("sources", "word"),
     [
-        ({"linalg": "from pmet_lens.facts import Fact", "facts": ""}, None),
-        ({"keys": "from pmet_lens import probes, tokens"}, None),
+        ({"editing.keys": "from pmet_lens.data.facts import Fact", "data.facts": ""}, None),
+        ({"editing.keys": "from pmet_lens.models import probes, tokens"}, None),
+        ({"editing.keys": "from pmet_lens.editing import solvers", "editing.solvers": ""}, None),
         ({"cli": "import pmet_lens as pl"}, None),
         ({"cli": "from pmet_lens import __version__"}, None),
-        ({"facts": "from pmet_lens.editing import edit"}, "facts ↑ editing"),
-        ({"facts": "from pmet_lens import keys"}, "facts ↑ keys"),
-        ({"facts": "from . import keys"}, "facts ↑ keys"),
-        ({"facts": "from .keys import mean"}, "facts ↑ keys"),
-        ({"facts": "import pmet_lens.keys as k"}, "facts ↑ keys"),
-        ({"facts": "import pmet_lens"}, "facts ↑ __init__"),
-        ({"facts": "def f():\n    from pmet_lens.keys import mean"}, "facts ↑ keys"),
-        ({"facts": "if TYPE_CHECKING:\n    from pmet_lens.keys import mean"}, "facts ↑ keys"),
-        ({"utils": ""}, "utils stands on no floor"),
-        ({"facts": "from pmet_lens.utils import x"}, "facts imports unknown utils"),
-        ({"facts": "from pmet_lens import linalg", "linalg": "import pmet_lens.facts"}, "circle"),
+        ({"data.facts": "from pmet_lens.editing.edits import Edit"}, "data.facts ↑ editing.edits"),
+        ({"data.facts": "from pmet_lens.editing import keys"}, "data.facts ↑ editing.keys"),
+        ({"data.facts": "from pmet_lens import editing"}, "data.facts ↑ editing"),
+        ({"data.facts": "import pmet_lens.editing.keys as k"}, "data.facts ↑ editing.keys"),
+        ({"data.facts": "import pmet_lens"}, "data.facts ↑ __init__"),
+        ({"data.facts": "from pmet_lens import edit"}, "data.facts imports unknown edit"),
+        ({"data.facts": "def f():\n    from pmet_lens.editing.keys import x"}, "↑ editing.keys"),
+        (
+            {"data.facts": "if TYPE_CHECKING:\n    from pmet_lens.editing.keys import x"},
+            "data.facts ↑ editing.keys",
+        ),
+        ({"utils": ""}, "utils stands in no room"),
+        ({"data.facts": "from pmet_lens.utils import x"}, "data.facts imports unknown utils"),
+        (
+            {
+                "data.facts": "from pmet_lens.data import world",
+                "data.world": "import pmet_lens.data.facts",
+            },
+            "circle",
+        ),
     ],
 )
 def test_the_arrows_are_seen(sources, word):
@@ -172,7 +200,7 @@ def test_the_arrows_are_seen(sources, word):
     ],
 )
 def test_what_is_fine_passes(source):
-    assert forbidden("readout", source) == []
+    assert forbidden("interp.lens", source) == []
 
 
 @pytest.mark.parametrize(
@@ -205,13 +233,13 @@ def test_what_is_fine_passes(source):
     ],
 )
 def test_what_is_forbidden_is_seen(source):
-    assert forbidden("analysis", source)
+    assert forbidden("interp.causal_trace", source)
 
 
-@pytest.mark.parametrize("module", ["analysis", "keys"])
-def test_only_the_adapter_may_import_transformer_lens(module):
+@pytest.mark.parametrize("module", ["interp.causal_trace", "editing.keys"])
+def test_only_one_file_may_import_transformer_lens(module):
     source = "from transformer_lens.model_bridge import sources"
-    assert forbidden("adapter", source) == []
+    assert forbidden("models.model", source) == []
     assert forbidden(module, source)
 
 
@@ -219,4 +247,4 @@ def test_no_function_is_hidden_by_a_module_of_its_name():
     """`pmet_lens.edit` as a module would replace the function `pl.edit` once it is imported."""
     import pmet_lens
 
-    assert not set(pmet_lens.__all__) & set(SOURCES)
+    assert not set(pmet_lens.__all__) & {*ROOMS, *SOURCES}

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import pmet_lens as pl
-from pmet_lens import experiment
+from pmet_lens.experiments import measure
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("world", "world-sequential")
@@ -42,7 +42,7 @@ def test_knows_its_world(model):
 
 
 def test_names_are_two_to_five_tokens():
-    from pmet_lens import world
+    from pmet_lens.data import world
 
     tokenizer = pl.load("world").tokenizer
     for entity in world.build().entities:
@@ -63,9 +63,9 @@ def test_mass_edit_and_way_back(model, tmp_path):
     before = {k: v.clone() for k, v in model.hf.state_dict().items()}
     moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=40_000)
     edit = pl.edit(model, facts, moments)
-    others = experiment.others_of(pl.knowns(), facts)[::10]
-    unedited = experiment.measure(model, facts, None, others)["mean"]
-    table = experiment.measure(model, facts, edit, others)["mean"]
+    others = measure.others_of(pl.knowns(), facts)[::10]
+    unedited = measure.measure(model, facts, None, others)["mean"]
+    table = measure.measure(model, facts, edit, others)["mean"]
     assert unedited["ES"] <= 10
     assert table["ES"] >= 95
     assert table["PS"] >= 85

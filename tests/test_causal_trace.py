@@ -8,8 +8,8 @@ from tiny import refused, tiny_model
 
 import pmet_lens as pl
 from pmet_lens import causal_trace
-from pmet_lens.adapter import Model
-from pmet_lens.analysis import PLACES, _window
+from pmet_lens.interp.causal_trace import PLACES, _window
+from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
 # Subjects of one token, so that the last one is all that is corrupted.

@@ -10,7 +10,7 @@ import torch
 from tiny import refused, tiny_hf, tiny_tokenizer
 
 import pmet_lens as pl
-from pmet_lens import generation, tokens
+from pmet_lens.models import generation, tokens
 
 torch.set_num_threads(1)
 

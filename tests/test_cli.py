@@ -15,7 +15,8 @@ import torch
 from grids import FACTS, saved_model, tiny_run
 
 import pmet_lens as pl
-from pmet_lens import cli, datasets
+from pmet_lens import cli
+from pmet_lens.data import datasets
 
 torch.set_num_threads(1)
 

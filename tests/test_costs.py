@@ -8,10 +8,10 @@ from tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import pmet_lens as pl
-from pmet_lens import keys, linalg, problem
-from pmet_lens.adapter import Model, ModelError
-from pmet_lens.facts import FactError
-from pmet_lens.settings import SettingsError
+from pmet_lens.data.facts import FactError
+from pmet_lens.editing import keys, objective, solvers
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.models.model import Model, ModelError
 
 torch.set_num_threads(1)
 FACTS = [
@@ -49,10 +49,10 @@ def products(counter: FlopCounterMode) -> int:
 
 def measured(model: Model, method: pl.Method, facts=FACTS) -> tuple[int, int, int, int]:
     """Of the record, of a step (products with weights, all that torch counts), of the keys."""
-    tail = problem.tail_of(model, method, HP.layers[-1])
-    rows, per_fact = problem.prompts(model, facts, CONTEXTS)
+    tail = objective.tail_of(model, method, HP.layers[-1])
+    rows, per_fact = objective.prompts(model, facts, CONTEXTS)
     with FlopCounterMode(display=False) as record:
-        batch = problem.Problem(model, rows, per_fact, method, HP.layers[-1], tail, False)
+        batch = objective.Problem(model, rows, per_fact, method, HP.layers[-1], tail, False)
     deltas = {s: torch.zeros_like(v, requires_grad=True) for s, v in batch.clean.items()}
     with FlopCounterMode(display=False) as step:
         told = batch.losses(deltas)
@@ -138,7 +138,7 @@ def test_memory_by_hand(gpt2):
 def test_torch_counts_the_same(model, method, few, monkeypatch):
     """All but a gradient that stops inside block L, which counts as that of the whole block.
     Attention's own products are not counted: much here, where prompts are as long as vectors."""
-    monkeypatch.setattr("pmet_lens.problem.FEW_TOKENS", few)
+    monkeypatch.setattr("pmet_lens.editing.objective.FEW_TOKENS", few)
     told = run(model, method=method)
     record, step, _, read = measured(model, pl.named(method))
     assert told.record == pytest.approx(record, rel=2e-3)  # and logits of one token, unread
@@ -158,7 +158,7 @@ def test_the_whole_of_a_step_is_close(family):
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
 def test_a_plain_step_is_the_whole_model_on_whole_prompts(family):
     model, facts = tiny_model(family), FACTS[1:2]
-    rows, _ = problem.prompts(model, facts, CONTEXTS)
+    rows, _ = objective.prompts(model, facts, CONTEXTS)
     delta = torch.zeros(D_MODEL, requires_grad=True)
     entry = (model.stream_hook(2, "resid_post"), lambda value: value + delta)
     with FlopCounterMode(display=False) as counter:
@@ -185,7 +185,7 @@ def test_more_facts_cost_in_proportion(gpt2):
     for name in ("step", "whole_step", "record", "targets", "keys"):
         assert getattr(many, name) == pytest.approx(1000 * getattr(few, name))
     assert many.host == 1000 * few.host
-    assert many.solve == pytest.approx(2 * linalg.operations(3000, 4 * D_MODEL)["primal"])
+    assert many.solve == pytest.approx(2 * solvers.operations(3000, 4 * D_MODEL)["primal"])
     assert (many.weights, many.moment) == (few.weights, few.moment)
     # A batch is as large as the budget.
     assert few.activations < many.activations == run(gpt2, n_facts=6000).activations
@@ -262,11 +262,11 @@ def test_gpt_j_fits_a_gpu_of_24_gb():
     sites = [pl.Site(layer, "mlp") for layer in hp.layers]
     kept = sum(model.weight(site).numel() * 2 for site in sites)  # for the way back
     free = int(24e9) - weights - kept
-    tokens = problem.budget(model, hp.layers[-1], free)
-    activations = tokens * problem.values_per_token(model, hp.layers[-1]) * 2
+    tokens = objective.budget(model, hp.layers[-1], free)
+    activations = tokens * objective.values_per_token(model, hp.layers[-1]) * 2
     assert 1000 < tokens < 16384
     assert activations <= free / 2
     moment = 2 * 8 * model.d_in(sites[0]) ** 2  # itself and its factor, float64
     assert weights + kept + max(activations, moment) < 24e9
-    assert problem.budget(model, hp.layers[-1], int(200e9)) == 16384
-    assert problem.budget(model, hp.layers[-1], 0) == problem.FEW_TOKENS
+    assert objective.budget(model, hp.layers[-1], int(200e9)) == 16384
+    assert objective.budget(model, hp.layers[-1], 0) == objective.FEW_TOKENS

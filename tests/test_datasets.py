@@ -13,12 +13,12 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from pmet_lens import world
-from pmet_lens.adapter import load
-from pmet_lens.datasets import DataError, counterfact, knowns, texts, zsre
-from pmet_lens.fact_tables import read_facts
-from pmet_lens.facts import Fact, FactError, check_editable
-from pmet_lens.tokens import Prompt, encode
+from pmet_lens.data import world
+from pmet_lens.data.datasets import DataError, counterfact, knowns, texts, zsre
+from pmet_lens.data.fact_tables import read_facts
+from pmet_lens.data.facts import Fact, FactError, check_editable
+from pmet_lens.models.model import load
+from pmet_lens.models.tokens import Prompt, encode
 
 torch.set_num_threads(1)
 
@@ -550,7 +550,7 @@ def test_texts_of_a_parquet_file_are_its_paragraphs(tmp_path):
 
 
 def test_files_that_are_too_large_are_refused_before_they_are_read(tmp_path):
-    from pmet_lens.datasets import LARGEST, LONGEST
+    from pmet_lens.data.datasets import LARGEST, LONGEST
 
     for name in ("facts.json", "facts.csv"):
         with (tmp_path / name).open("wb") as file:

@@ -13,7 +13,7 @@ from pretend import OTHER, Remote, WrongDevice, move, second_device
 from tiny import close, tiny_hf, tiny_tokenizer
 
 import pmet_lens as pl
-from pmet_lens.adapter import Model
+from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
 BOTH = pl.ABLATIONS["+ W_O"]

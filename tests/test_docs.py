@@ -54,7 +54,9 @@ def test_the_page_on_the_paper_names_every_part_of_the_method():
 
 def test_code_is_found_where_it_is():
     assert locate("figures/paper.py") == (Path("figures/paper.py"), 1)
-    assert locate("pmet_lens.summarise")[0] == Path("pmet_lens/metrics.py")  # not where from
+    assert locate("pmet_lens.summarise")[0] == Path(
+        "pmet_lens/evaluation/metrics.py"
+    )  # not where from
     file, line = locate("pmet_lens.Edit.save")
     assert "def save(" in (ROOT / file).read_text(encoding="utf-8").splitlines()[line - 1]
 

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 import pmet_lens as pl
-from pmet_lens import datasets, downloads
-from pmet_lens.downloads import DownloadError, Remote, fetch
+from pmet_lens.data import datasets, downloads
+from pmet_lens.data.downloads import DownloadError, Remote, fetch
 
 DATA = bytes(range(256)) * 12_000
 RIGHT = hashlib.sha256(DATA).hexdigest()

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from tiny import tiny_batch, tiny_model
 
 import pmet_lens as pl
-from pmet_lens import tokens
-from pmet_lens.adapter import Model, Site
-from pmet_lens.editing import Edit, edit
-from pmet_lens.linalg import Exact, NullSpace, Ridge
-from pmet_lens.live import EditError
-from pmet_lens.moments import Moment
-from pmet_lens.settings import SettingsError
-from pmet_lens.targets import Targets, optimise
+from pmet_lens.editing.locate_and_edit import Edit, edit
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
+from pmet_lens.editing.targets import Targets, optimise
+from pmet_lens.models import tokens
+from pmet_lens.models.model import Model, Site
+from pmet_lens.models.weights import EditError
+from pmet_lens.moments.second_moments import Moment
 
 torch.set_num_threads(1)
 FAMILIES = ("gpt2", "gptj", "llama")

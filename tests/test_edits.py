@@ -10,8 +10,8 @@ import torch
 from tiny import tiny_hf, tiny_model, tiny_tokenizer
 
 import pmet_lens as pl
-from pmet_lens import lora
-from pmet_lens.adapter import Model, Site
+from pmet_lens.editing import lora
+from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
 HP = pl.Hparams(layers=(1, 2), n_steps=25, lr=0.5, second_moment_weight=0.01, clamp=5.0)

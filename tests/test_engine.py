@@ -19,10 +19,10 @@ import torch
 from grids import CUT, FACTS, HP, OTHERS, saved_model, tiny_grid, tiny_run
 
 import pmet_lens as pl
-from pmet_lens import engine, experiment, progress, shards, target_files, worker
-from pmet_lens import metrics as metrics_of
-from pmet_lens.grid import GridError
-from pmet_lens.results import Folder, FolderError
+from pmet_lens.evaluation import metrics as metrics_of
+from pmet_lens.experiments import engine, measure, progress, target_files, tasks, worker
+from pmet_lens.experiments.grid import GridError
+from pmet_lens.experiments.store import Folder, FolderError
 
 torch.set_num_threads(1)
 
@@ -45,7 +45,7 @@ def whole(grid, tmp_path_factory) -> tuple[Path, pd.DataFrame]:
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[shards.Task]:
+def made(monkeypatch) -> list[tasks.Task]:
     """The shards that are made from here on, in this process."""
     found = []
     do = worker.Worker.do
@@ -106,7 +106,7 @@ def test_a_run_is_what_one_would_do_by_hand(model, tmp_path):
     pl.save_moments(moments, tmp_path / "m.safetensors")
     moments = pl.open_moments(tmp_path / "m.safetensors")
     edit = pl.edit(own, FACTS, moments, pl.MEMIT, HP, pl.sample_contexts(own))
-    wanted = experiment.measure(own, FACTS, edit, OTHERS)
+    wanted = measure.measure(own, FACTS, edit, OTHERS)
     columns = ["mean", "ci_low", "ci_high", "n"]
     same(found[columns], wanted[columns])
     (path,) = (tmp_path / "edits").glob("*.safetensors")

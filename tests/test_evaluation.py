@@ -14,9 +14,9 @@ import torch
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 import pmet_lens as pl
-from pmet_lens import metrics, world
-from pmet_lens.adapter import Model
-from pmet_lens.evaluation import (
+from pmet_lens.data import world
+from pmet_lens.evaluation import metrics
+from pmet_lens.evaluation.scoring import (
     ask,
     evaluate,
     generate,
@@ -25,7 +25,8 @@ from pmet_lens.evaluation import (
     score,
     summarise,
 )
-from pmet_lens.tokens import Prompt
+from pmet_lens.models.model import Model
+from pmet_lens.models.tokens import Prompt
 
 torch.set_num_threads(1)
 FACTS = [
@@ -312,7 +313,7 @@ def test_a_whole_table_is_the_same_however_rows_are_shared(exact, forward_rows, 
     forward_rows.clear()
     scored = score
     monkeypatch.setattr(
-        "pmet_lens.evaluation.score",
+        "pmet_lens.evaluation.scoring.score",
         lambda model, prompts, **more: [scored(model, [p])[0] for p in prompts],
     )
     alone = evaluate(exact, [fact, FACTS[1]])
@@ -323,7 +324,7 @@ def test_a_whole_table_is_the_same_however_rows_are_shared(exact, forward_rows, 
 
 def test_numbers_do_not_depend_on_how_many_prompts_are_read_at_once(gpt2, monkeypatch):
     whole = score(gpt2, PROMPTS)
-    monkeypatch.setattr("pmet_lens.evaluation._AT_ONCE", 1)
+    monkeypatch.setattr("pmet_lens.evaluation.scoring._AT_ONCE", 1)
     for one, two in zip(score(gpt2, PROMPTS), whole, strict=True):
         assert one.nll == pytest.approx(two.nll, abs=1e-5)
 
@@ -597,7 +598,7 @@ def parrot(monkeypatch):
     def say(model, prompts, seeds, **_):
         return [f"{p} a b c {s}" for p, s in zip(prompts, seeds, strict=True)]
 
-    monkeypatch.setattr("pmet_lens.evaluation.generate_batch", say)
+    monkeypatch.setattr("pmet_lens.evaluation.scoring.generate_batch", say)
 
 
 @pytest.mark.usefixtures("parrot")

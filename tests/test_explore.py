@@ -13,8 +13,8 @@ import torch
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import recipes, variants, views, widgets
-from pmet_lens.map_plots import attention_panels, lens_panels, loss_curve, trace_panels
+from pmet_lens.explorer import recipes, variants, views, widgets
+from pmet_lens.plotting.maps import attention_panels, lens_panels, loss_curve, trace_panels
 
 N_TOKENS = 3000
 

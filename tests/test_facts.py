@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from pmet_lens.facts import Fact, FactError, check_editable
+from pmet_lens.data.facts import Fact, FactError, check_editable
 
 GOOD = Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis")
 

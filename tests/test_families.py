@@ -15,8 +15,8 @@ from pair import CONTEXTS, FACTS, HP
 from tiny import FAMILIES, MORE, close, plain_logits, refused, tiny_batch, tiny_hf, tiny_model
 
 import pmet_lens as pl
-from pmet_lens import targets
-from pmet_lens.adapter import Model, Site
+from pmet_lens.editing import targets
+from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
 WINDOW = 20

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import pmet_lens as pl
-from pmet_lens import plots
+from pmet_lens import plotting
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
 import common
@@ -180,8 +180,8 @@ def test_fonts_are_embedded_and_the_same_figure_gives_the_same_bytes(tmp_path):
 
 
 def test_there_is_one_style():
-    """Scripts and notebooks take `plots.STYLE`; none sets a look of its own."""
-    assert plots.STYLE["pdf.fonttype"] == 42
+    """Scripts and notebooks take `plotting.STYLE`; none sets a look of its own."""
+    assert plotting.STYLE["pdf.fonttype"] == 42
     own = re.compile(r"rcParams\[|plt\.style|style\.use|matplotlib\.rc\(")
     texts = [p.read_text(encoding="utf-8") for p in FIGURES.glob("*.py")]
     texts += [p.read_text(encoding="utf-8") for p in (ROOT / "notebooks").glob("*.ipynb")]

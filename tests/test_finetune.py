@@ -11,10 +11,10 @@ from test_editing import FACTS, bits, unchanged
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import tokens
-from pmet_lens.adapter import Model, Site
-from pmet_lens.finetune import HPARAMS, FineTune, FineTuneHparams, answer_losses, rewrites
-from pmet_lens.settings import SettingsError
+from pmet_lens.editing.finetune import HPARAMS, FineTune, FineTuneHparams, answer_losses, rewrites
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.models import tokens
+from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
 HP = FineTuneHparams(layer=2, lr=2e-2, n_steps=40)

@@ -11,11 +11,12 @@ import torch
 from tiny import PARALLEL, tiny_model
 
 import pmet_lens as pl
-from pmet_lens import metrics, probes, tokens
-from pmet_lens.adapter import Model, Site
-from pmet_lens.editing import Edit, edit
-from pmet_lens.geometry import answer_gain, drift
-from pmet_lens.targets import Targets, optimise
+from pmet_lens.editing.locate_and_edit import Edit, edit
+from pmet_lens.editing.targets import Targets, optimise
+from pmet_lens.evaluation import metrics
+from pmet_lens.interp.geometry import answer_gain, drift
+from pmet_lens.models import probes, tokens
+from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
 FACTS = [
@@ -176,7 +177,7 @@ def test_facts_in_passes_are_the_same(model, targets, monkeypatch):
         return frame.sort_values(["fact", "stream"]).reset_index(drop=True)
 
     whole = gains()
-    monkeypatch.setattr("pmet_lens.geometry.FACTS_PER_PASS", 2)
+    monkeypatch.setattr("pmet_lens.interp.geometry.FACTS_PER_PASS", 2)
     parts = gains()
     numbers = ["gain", "change", "share", "cosine", "norm", "clean_norm"]
     assert parts[numbers].to_numpy() == pytest.approx(whole[numbers].to_numpy(), rel=1e-5)

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 import pmet_lens as pl
-from pmet_lens import keys as keys_module
+from pmet_lens.editing import keys as keys_module
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {"gpt2": (1e-10, 1e-6), "gptj": (1e-3, 1e-3)}

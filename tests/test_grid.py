@@ -9,10 +9,10 @@ import pytest
 from grids import CUT, FACTS, HP, OTHERS, tiny_run
 
 import pmet_lens as pl
-from pmet_lens import grid
-from pmet_lens.facts import FactError
-from pmet_lens.grid import GridError
-from pmet_lens.settings import SettingsError
+from pmet_lens.data.facts import FactError
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.experiments import grid
+from pmet_lens.experiments.grid import GridError
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from pmet_lens.jobs import Runner, Stopped
+from pmet_lens.explorer.jobs import Runner, Stopped
 
 
 def test_a_step_runs_elsewhere_and_its_end_is_told_here():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pmet_lens import linalg
-from pmet_lens.linalg import (
+from pmet_lens.editing import solvers
+from pmet_lens.editing.solvers import (
     Exact,
     NullSpace,
     Ridge,
@@ -337,9 +337,9 @@ def test_half_the_products_give_the_whole_matrix():
         total = torch.zeros(d, d, dtype=torch.float64)
         keys = torch.randn(2, 40, d, generator=generator, dtype=torch.float64)
         for own in keys:
-            linalg.add_gram(total, own)
+            solvers.add_gram(total, own)
         flat = keys.reshape(-1, d)
-        assert off(linalg.mirrored(total), flat.T @ flat) < TIGHT
+        assert off(solvers.mirrored(total), flat.T @ flat) < TIGHT
         if d == 700:
             assert not total[300:, :256].any()  # blocks below the diagonal were left out
 
@@ -348,13 +348,13 @@ def test_the_form_with_fewer_operations_is_taken(monkeypatch):
     """Few facts: triangular solves with the kept factor; more than dimensions: the primal form."""
     taken = []
     for form in ("primal", "dual"):
-        real = getattr(linalg.RidgeFactor, form)
+        real = getattr(solvers.RidgeFactor, form)
 
         def spy(self, keys, residuals, form=form, real=real):
             taken.append(form)
             return real(self, keys, residuals)
 
-        monkeypatch.setattr(linalg.RidgeFactor, form, spy)
+        monkeypatch.setattr(solvers.RidgeFactor, form, spy)
     for n in (1, D_IN // 2, 2 * D_IN):
         C, K, R = problem(n)
         factor = Ridge().factorise(C, 0.5)
@@ -362,16 +362,16 @@ def test_the_form_with_fewer_operations_is_taken(monkeypatch):
         wanted = torch.linalg.solve(0.5 * C + K.T @ K, K.T @ R)
         assert off(left @ right, wanted) < 1e-8
     assert taken == ["dual", "dual", "primal"]
-    few, kept = linalg.operations(10, 3072, kept=False), linalg.operations(10, 3072)
+    few, kept = solvers.operations(10, 3072, kept=False), solvers.operations(10, 3072)
     assert few["primal"] == kept["primal"] > few["dual"] > 20 * kept["dual"]
 
 
 def test_the_factor_is_computed_once(monkeypatch):
     C, K, R = problem()
     calls = []
-    real = linalg.cholesky
-    monkeypatch.setattr(linalg, "cholesky", lambda m: calls.append(1) or real(m))
-    moment = linalg.Dense(C)
+    real = solvers.cholesky
+    monkeypatch.setattr(solvers, "cholesky", lambda m: calls.append(1) or real(m))
+    moment = solvers.Dense(C)
     for solver in (Ridge(), Exact(), Ridge()):
-        linalg.delta(solver.factorise(moment, 2.0), K[:3], R[:3])
+        solvers.delta(solver.factorise(moment, 2.0), K[:3], R[:3])
     assert len(calls) == 1

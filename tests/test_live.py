@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from pmet_lens.live import EditError, LiveEdits, restored
+from pmet_lens.models.weights import EditError, LiveEdits, restored
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,11 @@ import torch
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import evaluation, memory, problem, targets
-from pmet_lens.adapter import Model
-from pmet_lens.memory import OutOfMemory, halving
+from pmet_lens.editing import objective, targets
+from pmet_lens.evaluation import scoring
+from pmet_lens.models import memory
+from pmet_lens.models.memory import OutOfMemory, halving
+from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
 HP = pl.Hparams(layers=(1, 2), n_steps=3, clamp=2.0)
@@ -60,14 +62,14 @@ def test_free_memory_is_asked_where_somebody_knows(monkeypatch):
 def test_targets_go_on_with_half(monkeypatch):
     model = tiny_model("gpt2", torch.float64)
     wanted = targets.optimise(model, FACTS, pl.PMET, HP, ["{}"])
-    before = problem.Problem.__init__
+    before = objective.Problem.__init__
 
     def small(self, model, rows, per_fact, *more):
         if len(rows) // per_fact > 1:
             raise full()
         before(self, model, rows, per_fact, *more)
 
-    monkeypatch.setattr(problem.Problem, "__init__", small)
+    monkeypatch.setattr(objective.Problem, "__init__", small)
     with pytest.warns(UserWarning, match="3 facts at once do not fit"):
         got = targets.optimise(model, FACTS, pl.PMET, HP, ["{}"])
     for stream, value in wanted.values.items():
@@ -77,7 +79,7 @@ def test_targets_go_on_with_half(monkeypatch):
 
 def test_evaluation_goes_on_with_half(monkeypatch):
     model = tiny_model("gpt2", torch.float64)
-    wanted = evaluation.evaluate(model, FACTS)
+    wanted = scoring.evaluate(model, FACTS)
     before = Model.logits_at
 
     def small(self, ids, mask, at):
@@ -87,6 +89,6 @@ def test_evaluation_goes_on_with_half(monkeypatch):
 
     monkeypatch.setattr(Model, "logits_at", small)
     with pytest.warns(UserWarning, match="prompts at once do not fit"):
-        got = evaluation.evaluate(model, FACTS)
+        got = scoring.evaluate(model, FACTS)
     for column in ("nll_wanted", "nll_other"):
         assert got[column].to_numpy() == pytest.approx(wanted[column].to_numpy(), rel=1e-9)

@@ -13,13 +13,13 @@ from test_editing import FACTS, bits, unchanged
 from tiny import tiny_batch, tiny_model
 
 import pmet_lens as pl
-from pmet_lens import tokens
-from pmet_lens.adapter import Model, Site
-from pmet_lens.finetune import answer_losses, rewrites
-from pmet_lens.live import EditError
-from pmet_lens.mend import Mend, MendEditor, MendHparams, gradients
-from pmet_lens.mend_training import MendTraining, edited, objective, train_editor
-from pmet_lens.settings import SettingsError
+from pmet_lens.editing.finetune import answer_losses, rewrites
+from pmet_lens.editing.mend import Mend, MendEditor, MendHparams, gradients
+from pmet_lens.editing.mend_training import MendTraining, edited, objective, train_editor
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.models import tokens
+from pmet_lens.models.model import Model, Site
+from pmet_lens.models.weights import EditError
 
 torch.set_num_threads(1)
 SITES = (Site(1, "mlp"), Site(2, "mlp"))

@@ -10,12 +10,12 @@ from test_editing import CONTEXTS, FACTS, HP, bits, some_moments, unchanged
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import keys, linalg
-from pmet_lens.adapter import Model, Site
-from pmet_lens.editing import edit, edit_sequentially
-from pmet_lens.edits import merged
-from pmet_lens.linalg import NullSpace, Ridge
-from pmet_lens.settings import SettingsError
+from pmet_lens.editing import keys, solvers
+from pmet_lens.editing.edits import merged
+from pmet_lens.editing.locate_and_edit import edit, edit_sequentially
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.editing.solvers import NullSpace, Ridge
+from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
 ONE = replace(HP, layers=(2,), easing=1.0)
@@ -165,17 +165,17 @@ def test_protection_is_the_sum_of_both_wishes():
         for n, d in ((40, 8), (2, 8), (3, 8), (2, 4))
     )
     C = text.T @ text / 40
-    ridge = linalg.delta(Ridge(0.3).factorise(C, earlier=P), K, R)
+    ridge = solvers.delta(Ridge(0.3).factorise(C, earlier=P), K, R)
     assert close(ridge, torch.linalg.solve(0.3 * C + P.T @ P + K.T @ K, K.T @ R))
     everything = NullSpace(threshold=1e9, l2=0.3).factorise(C, earlier=P)
     identity = torch.eye(8, dtype=torch.float64)
     assert close(
-        linalg.delta(everything, K, R),
+        solvers.delta(everything, K, R),
         torch.linalg.solve(0.3 * identity + P.T @ P + K.T @ K, K.T @ R),
     )
-    exact = linalg.delta(linalg.Exact().factorise(C, 0.3, P), K, R)
+    exact = solvers.delta(solvers.Exact().factorise(C, 0.3, P), K, R)
     assert close(K @ exact, R)
-    heavy = linalg.delta(linalg.Exact().factorise(C, 1e-9, P), K, R)
+    heavy = solvers.delta(solvers.Exact().factorise(C, 1e-9, P), K, R)
     assert (P @ heavy).norm() < 1e-3 * (P @ exact).norm()
 
 
@@ -204,6 +204,6 @@ def test_what_cannot_be_done_in_steps_is_said(model, moments):
     with pytest.raises(SettingsError, match="at least one edit, all of one method"):
         merged([])
     with pytest.raises(pl.SolveError, match="must be positive"):
-        linalg.preserved(moments[SITE], moments[SITE][:1], 0.0)
+        solvers.preserved(moments[SITE], moments[SITE][:1], 0.0)
     with pytest.raises(SettingsError, match="no ROME settings"):
         edit(model, FACTS, moments, pl.ROME)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pmet_lens.metrics import (
+from pmet_lens.evaluation.metrics import (
     bootstrap,
     bootstrap_ratio,
     consistency,

@@ -17,9 +17,11 @@ import torch
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import container, keys, moment_files, moments
-from pmet_lens.adapter import Site
-from pmet_lens.moments import MomentError
+from pmet_lens.data import file_format
+from pmet_lens.editing import keys
+from pmet_lens.models.model import Site
+from pmet_lens.moments import moment_files, second_moments
+from pmet_lens.moments.second_moments import MomentError
 
 torch.set_num_threads(1)
 SETTINGS = {"layers": [1, 2], "n_tokens": 2000, "batch_tokens": 200}
@@ -217,8 +219,8 @@ def test_files_of_the_first_days_are_read(wanted, tmp_path):
     path = tmp_path / "m.safetensors"
     site = next(iter(wanted))
     head = {"format": moment_files.FORMAT, "model": "", "counts": {str(site): wanted[site].count}}
-    metadata = {container.KEY: json.dumps(head)}
-    container.save_file({str(site): wanted[site].total}, path, metadata)
+    metadata = {file_format.KEY: json.dumps(head)}
+    file_format.save_file({str(site): wanted[site].total}, path, metadata)
     assert torch.equal(pl.load_moments(path)[site].value, wanted[site].value)
 
 
@@ -228,7 +230,7 @@ def test_files_of_the_first_days_are_read(wanted, tmp_path):
 def test_a_batch_that_does_not_fit_is_halved_to_the_same_sums(model, texts, wanted, monkeypatch):
     """Out of memory in the last site's hook, when the other sites have had the batch already."""
     last, full = max(wanted), []
-    original = moments.linalg.add_gram
+    original = second_moments.linalg.add_gram
 
     def add_gram(total, rows):
         if len(rows) > 120 and total is sums[last].total:
@@ -236,9 +238,9 @@ def test_a_batch_that_does_not_fit_is_halved_to_the_same_sums(model, texts, want
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         original(total, rows)
 
-    run = moments.Summing(model, **SETTINGS)
+    run = second_moments.Summing(model, **SETTINGS)
     sums = run.sums
-    monkeypatch.setattr(moments.linalg, "add_gram", add_gram)
+    monkeypatch.setattr(second_moments.linalg, "add_gram", add_gram)
     with pytest.warns(UserWarning, match="texts at once do not fit into memory; going on with"):
         for _ in run.read(texts):
             pass

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import moments as moments_module
-from pmet_lens.adapter import Model, Site
-from pmet_lens.moment_files import load_moments, save_moments
-from pmet_lens.moments import Moment, MomentError, second_moments
+from pmet_lens.models.model import Model, Site
+from pmet_lens.moments import second_moments as moments_module
+from pmet_lens.moments.moment_files import load_moments, save_moments
+from pmet_lens.moments.second_moments import Moment, MomentError, second_moments
 
 torch.set_num_threads(1)
 TEXTS = (
@@ -315,7 +315,7 @@ def test_moments_on_disk_are_read_by_site_and_keep_their_factor(gpt2, tmp_path, 
         raise AssertionError("computed a second time")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pmet_lens.linalg.cholesky", fails)
+        patch.setattr("pmet_lens.editing.solvers.cholesky", fails)
         assert torch.equal(pl.open_moments(path)[site].cholesky(), first)
     # The factor of another moment under the same name is not taken for this one's.
     save_moments({site: Moment(3 * keys.T @ keys, 600)}, path)
@@ -334,7 +334,7 @@ def test_a_factor_that_cannot_be_kept_is_used_all_the_same(gpt2, tmp_path, monke
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("pmet_lens.container.save_file", full)
+    monkeypatch.setattr("pmet_lens.data.file_format.save_file", full)
     with pytest.warns(UserWarning, match=r"No space left.*next edit computes it again"):
         assert torch.equal(pl.open_moments(path)[site].cholesky(), moment.cholesky())
 

@@ -141,7 +141,8 @@ def notebook(*code: str, first: str = "", answer: str = "It can.") -> nbformat.N
     """A notebook that keeps the rules, but for what is given."""
     new, prose = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
     first = first or "# 00 · A\n\n**Question.** Can it?\n\n*Run time: a minute.*"
-    see = "See [it](../pmet_lens/edits.py), https://arxiv.org/abs/2308.08742, its second section."
+    source = "[it](../pmet_lens/editing/edits.py)"
+    see = f"See {source}, https://arxiv.org/abs/2308.08742, its second section."
     cells = [prose(first), new('MODEL = "world"', metadata={"tags": ["parameters"]})]
     for source in code or ("1", "2", "3"):
         cells += [new(source), prose(see)]

@@ -120,7 +120,7 @@ def test_conda_and_make_install_the_project_and_only_it():
     assert "-e '.[docs]'" in MAKEFILE
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
 def test_the_package_imports_what_it_declares(path):
     extra = PROJECT["optional-dependencies"]["notebook"] if path.stem == "widgets" else []
     needs = {"dependencies": [*PROJECT["dependencies"], *extra]}

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pmet_lens.metrics import paired, summarise
+from pmet_lens.evaluation.metrics import paired, summarise
 
 KINDS = {"ES": "rewrite", "PS": "paraphrase", "NS": "neighbour"}
 Prompts = Mapping[str, Sequence[float]]

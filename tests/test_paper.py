@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
-from pmet_lens import method_plots
+from pmet_lens import plotting
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
 import fig_sequential
@@ -175,7 +175,7 @@ def test_the_ablation_table_gives_size_sign_and_verdict(tables):
 def test_a_line_per_method_with_its_own_look(tables):
     table = paper_tables.read(tables, "scaling")
     own = table[(table["model"] == "world") & (table["benchmark"] == "counterfact")]
-    ax = method_plots.load_lines(own, Figure().subplots(), "S")
+    ax = plotting.load_lines(own, Figure().subplots(), "S")
     looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines]
     assert len(set(looks)) == len(looks) == 1 + len(pl.METHODS)
     assert list(ax.lines[1].get_ydata()) == [51.0, 60.0]
@@ -183,14 +183,14 @@ def test_a_line_per_method_with_its_own_look(tables):
 
 def test_a_broken_model_is_marked_where_it_broke(tables):
     table = paper_tables.read(tables, "sequential")
-    ax = method_plots.step_lines(table[table["model"] == "world"], Figure().subplots(), "ES")
+    ax = plotting.step_lines(table[table["model"] == "world"], Figure().subplots(), "ES")
     crosses = [line for line in ax.lines if line.get_marker() == "x"]
     assert [list(line.get_xdata()) for line in crosses] == [[40], [40]]
 
 
 def test_differences_are_drawn_with_their_intervals_and_the_baseline_is_left_out(tables):
     table = paper_tables.read(tables, "ablations")
-    ax = method_plots.effect_dots(table[table["model"] == "world"], Figure().subplots(), ("S",))
+    ax = plotting.effect_dots(table[table["model"] == "world"], Figure().subplots(), ("S",))
     assert [t.get_text() for t in ax.get_yticklabels()] == [
         "w/o δ^a",
         "+ W_O",

@@ -10,9 +10,9 @@ import torch
 from tiny import FAMILIES, refused, tiny_hf, tiny_model, tiny_tokenizer
 
 import pmet_lens as pl
-from pmet_lens import tokens
-from pmet_lens.adapter import Model
-from pmet_lens.patterns import PAIRS, ROLES, attention_patterns, pattern_similarity
+from pmet_lens.interp.attention import PAIRS, ROLES, attention_patterns, pattern_similarity
+from pmet_lens.models import tokens
+from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
 FACTS = [

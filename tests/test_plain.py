@@ -12,8 +12,8 @@ import torch
 from tiny import PARALLEL, tiny_model
 
 import pmet_lens as pl
-from pmet_lens import targets
-from pmet_lens.adapter import Model, Site
+from pmet_lens.editing import targets
+from pmet_lens.models.model import Model, Site
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import plain
@@ -52,7 +52,7 @@ def modules(model: Model) -> dict[Site, torch.nn.Module]:
 def test_targets_are_those_of_one_fact_at_a_time(model, fast, monkeypatch):
     """Also with the critical layer run for the edited token alone, as with many tokens."""
     if fast == "many tokens":
-        monkeypatch.setattr("pmet_lens.problem.FEW_TOKENS", 0)
+        monkeypatch.setattr("pmet_lens.editing.objective.FEW_TOKENS", 0)
     where = subjects.outputs(model, 2)
     wanted = [plain.target(model.hf, model.tokenizer, where, f, HP, CONTEXTS) for f in FACTS]
     found = targets.optimise(model, FACTS, pl.PMET, HP, CONTEXTS, fast=bool(fast))

@@ -18,14 +18,14 @@ from test_tokens import PROMPTS, TOKENIZERS, decoded
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import keys
-from pmet_lens.adapter import Model, Site, Stream
-from pmet_lens.editing import edit, edit_sequentially
-from pmet_lens.linalg import Exact
-from pmet_lens.settings import SettingsError
-from pmet_lens.targets import Targets, optimise
-from pmet_lens.tokens import PLAIN, Position, Prompt, encode, with_context
-from pmet_lens.twin import Tail
+from pmet_lens.editing import keys
+from pmet_lens.editing.locate_and_edit import edit, edit_sequentially
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.editing.solvers import Exact
+from pmet_lens.editing.targets import Targets, optimise
+from pmet_lens.models.bridge import Tail
+from pmet_lens.models.model import Model, Site, Stream
+from pmet_lens.models.tokens import PLAIN, Position, Prompt, encode, with_context
 
 torch.set_num_threads(1)
 POSITIONS: tuple[Position, ...] = get_args(Position)

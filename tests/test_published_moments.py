@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens.adapter import Site
+from pmet_lens.models.model import Site
 
 torch.set_num_threads(1)
 TEXTS = ["The tower of Ilmar stands in the harbour.", "Mira Tolan plays the sport of tennis."] * 9

@@ -21,9 +21,11 @@ import torch
 from grids import CUT, FACTS, HP, saved_model, tiny_grid, tiny_run
 
 import pmet_lens as pl
-from pmet_lens import container, parcels, ray_engine, results, scheduler, shards, worker
-from pmet_lens.grid import GridError
-from pmet_lens.worker import Outcome, Told
+from pmet_lens.data import file_format
+from pmet_lens.experiments import parcels, ray_engine, scheduler, store, worker
+from pmet_lens.experiments import tasks as shards
+from pmet_lens.experiments.grid import GridError
+from pmet_lens.experiments.worker import Outcome, Told
 
 torch.set_num_threads(1)
 needs_ray = pytest.mark.skipif(
@@ -74,7 +76,7 @@ def same(found: Path, table: pd.DataFrame, grid, serial) -> None:
     files = sorted(p.relative_to(folder) for p in folder.rglob("*.safetensors"))
     assert files == sorted(p.relative_to(found) for p in found.rglob("*.safetensors"))
     for file in files:
-        one, other = (container.read(f / file, None, "", GridError)[1] for f in (found, folder))
+        one, other = (file_format.read(f / file, None, "", GridError)[1] for f in (found, folder))
         assert one.keys() == other.keys()
         exact = file.parts[0] == "moments"
         for name, tensor in one.items():
@@ -101,7 +103,7 @@ def test_two_workers_have_the_same_results_although_one_is_killed_in_the_middle(
         give(self, chunk)
         if chunk[0].kind == "targets" and not killed:
             killed.append(chunk[0])
-            lock = tmp_path / "locks" / f"{results.hash_of(chunk[0].file)}.lock"
+            lock = tmp_path / "locks" / f"{store.hash_of(chunk[0].file)}.lock"
             while not lock.exists():  # it has begun
                 time.sleep(0.005)
             os.kill(pids[actor], signal.SIGKILL)
@@ -140,7 +142,7 @@ def test_a_plan_is_what_the_workers_say_at_the_same_time(ray, grid, tmp_path):
 
 @needs_ray
 def test_workers_with_other_packages_are_refused(ray, grid, tmp_path, monkeypatch):
-    own = {**results.versions(), "torch": "1.0"}
+    own = {**store.versions(), "torch": "1.0"}
     monkeypatch.setattr(ray_engine.results, "versions", lambda: own)
     with pytest.raises(GridError, match=r"A worker has torch .* \(here 1\.0\).*same versions"):
         pl.run(grid, tmp_path, engine="ray", workers=1, progress=False)
@@ -292,7 +294,7 @@ class Dying:
 @pytest.mark.parametrize("lives", [1, scheduler.LIVES - 1, scheduler.LIVES])
 def test_a_shard_that_kills_every_worker_is_given_up(model, tmp_path, lives):
     run = tiny_run(model)
-    folder = results.Folder(tmp_path)
+    folder = store.Folder(tmp_path)
     folder.begin()
     one = worker.Worker(str(tmp_path), {run.digest: run})
     tasks = shards.tasks_of([run], one.weights)
@@ -314,7 +316,7 @@ def test_a_shard_that_kills_every_worker_is_given_up(model, tmp_path, lives):
 
 def test_what_another_process_does_is_waited_for(model, tmp_path, monkeypatch):
     run = replace(tiny_run(model, method=None, hparams=None), facts=FACTS[:1])
-    folder = results.Folder(tmp_path)
+    folder = store.Folder(tmp_path)
     folder.begin()
     one = worker.Worker(str(tmp_path), {run.digest: run})
     tasks = shards.tasks_of([run], one.weights)

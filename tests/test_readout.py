@@ -7,9 +7,9 @@ import torch
 from tiny import FAMILIES, PARALLEL, plain_logits, refused, tiny_config, tiny_model, tiny_tokenizer
 
 import pmet_lens as pl
-from pmet_lens import readout
-from pmet_lens.activations import probe
-from pmet_lens.adapter import Model
+from pmet_lens.interp import lens
+from pmet_lens.models.activations import probe
+from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
 FACTS = [
@@ -35,7 +35,7 @@ def answers(model: Model) -> torch.Tensor:
 
 def test_the_last_residual_reads_as_the_models_logits(model):
     states = probe(model, FACTS, ("resid_post",), positions=("last",))["resid_post", "last"]
-    said = readout.logits(model, states)
+    said = lens.logits(model, states)
     assert said.shape == (3, 4, 320)
     assert torch.allclose(said[:, 3], answers(model), atol=1e-4)
     assert not torch.allclose(said[:, 2], answers(model), atol=1e-2)
@@ -53,19 +53,19 @@ def test_soft_caps_are_part_of_the_readout():
         hf.lm_head.weight.data.normal_()
     model = pl.load(hf, tiny_tokenizer(), name="capped")
     states = probe(model, FACTS, ("resid_post",), (3,), ("last",))["resid_post", "last"]
-    said = readout.logits(model, states[:, 0])
+    said = lens.logits(model, states[:, 0])
     assert 0.4 < said.abs().max() <= 0.5
     assert torch.allclose(said, answers(model), atol=1e-4)
 
 
 def test_rank_probability_and_top_are_those_of_the_logits(model):
-    frame = readout.lens(model, FACTS, k=3)
-    found = probe(model, FACTS, readout.all_streams(model))
+    frame = lens.lens(model, FACTS, k=3)
+    found = probe(model, FACTS, lens.all_streams(model))
     spelt = [model.tokenizer(f" {f.target_true}")["input_ids"][0] for f in FACTS]
     assert len(frame) == len(found.values) * 4 * len(FACTS)
     assert not frame.duplicated(["fact", "stream", "position", "layer"]).any()
     for row in frame.itertuples(index=False):
-        logits = readout.logits(model, found[row.stream, row.position][row.fact, row.layer])
+        logits = lens.logits(model, found[row.stream, row.position][row.fact, row.layer])
         own = logits[spelt[row.fact]]
         assert row.rank == 1 + int((logits > own).sum())
         assert row.probability == pytest.approx(float(logits.softmax(0)[spelt[row.fact]]), abs=1e-6)
@@ -78,12 +78,12 @@ def test_rank_probability_and_top_are_those_of_the_logits(model):
 
 def test_there_is_a_middle_only_where_attention_comes_first(model):
     parallel = model.name in PARALLEL
-    streams = set(readout.lens(model, FACTS, layers=(1,), positions=("last",))["stream"])
+    streams = set(lens.lens(model, FACTS, layers=(1,), positions=("last",))["stream"])
     outer = {"attn_out", "mlp_out", "resid_pre", "resid_post"}
     assert streams == (outer if parallel else outer | {"resid_mid"})
     if parallel:
         with refused(r"blocks of '\w+' are parallel, .* no resid_mid; choose from resid_pre"):
-            readout.lens(model, FACTS, ("resid_mid",))
+            lens.lens(model, FACTS, ("resid_mid",))
     else:
         states = probe(model, FACTS, ("resid_mid", "resid_pre", "attn_out"), (1,), ("last",))
         pre, mid, out = (states[s, "last"] for s in ("resid_pre", "resid_mid", "attn_out"))
@@ -94,18 +94,18 @@ def test_there_is_a_middle_only_where_attention_comes_first(model):
 
 def test_the_asked_answer_is_looked_up():
     model = tiny_model("gpt2")
-    true, new = (readout.lens(model, FACTS, answer=a) for a in ("target_true", "target_new"))
+    true, new = (lens.lens(model, FACTS, answer=a) for a in ("target_true", "target_new"))
     assert (true["top"] == new["top"]).all()
     assert (true["rank"] != new["rank"]).any()
     known = [pl.Fact("Ilmar", "{} is", target_true="Kel")]
-    assert len(readout.lens(model, known, ("mlp_out",), (0,), ("last",))) == 1
+    assert len(lens.lens(model, known, ("mlp_out",), (0,), ("last",))) == 1
     with pytest.raises(pl.FactError, match="'Ilmar is' has no target_new"):
-        readout.lens(model, known, answer="target_new")
+        lens.lens(model, known, answer="target_new")
 
 
 def test_more_tokens_than_there_are_is_all_of_them():
     model = tiny_model("gpt2")
-    (top,) = readout.lens(model, FACTS[:1], ("mlp_out",), (0,), ("last",), k=10_000)["top"]
+    (top,) = lens.lens(model, FACTS[:1], ("mlp_out",), (0,), ("last",), k=10_000)["top"]
     assert len(top) == 320
 
 
@@ -113,7 +113,7 @@ def test_more_tokens_than_there_are_is_all_of_them():
 def test_a_model_that_knows_says_so_at_its_end_and_not_at_its_beginning(name):
     model = pl.load(name)
     facts = pl.knowns()[::90]
-    frame = readout.lens(model, facts, ("resid_pre", "resid_post"), (0, 7), ("last",))
+    frame = lens.lens(model, facts, ("resid_pre", "resid_post"), (0, 7), ("last",))
     first = frame[frame["rank"] == 1].groupby(["stream", "layer"]).size() / len(facts)
     assert first.get(("resid_post", 7), 0) >= 0.95
     assert first.get(("resid_pre", 0), 0) <= 0.1

@@ -10,8 +10,8 @@ import pytest
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens.linalg import Exact, NullSpace, Ridge
-from pmet_lens.settings import Hparams, Method, SettingsError
+from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from tiny import refused, tiny_config, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 import pmet_lens as pl
-from pmet_lens import metrics, similarity
-from pmet_lens.activations import Activations
-from pmet_lens.adapter import Model
-from pmet_lens.similarity import component_similarity, jaccard
+from pmet_lens.evaluation import metrics
+from pmet_lens.interp import similarity
+from pmet_lens.interp.similarity import component_similarity, jaccard
+from pmet_lens.models.activations import Activations
+from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
 FACTS = [

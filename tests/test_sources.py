@@ -15,7 +15,8 @@ from tiny import (
     tiny_tokenizer,
 )
 
-from pmet_lens import adapter, sources
+from pmet_lens.models import loading
+from pmet_lens.models import model as adapter
 
 torch.set_num_threads(1)
 
@@ -50,7 +51,7 @@ def test_a_tokenizer_read_here_gets_a_pad_token_and_yours_does_not(directory):
 
 
 def test_bundled_files_are_checked(directory, monkeypatch):
-    monkeypatch.setattr(sources, "_BUNDLED_ROOT", directory.parent)
+    monkeypatch.setattr(loading, "_BUNDLED_ROOT", directory.parent)
     directory = directory.rename(directory.parent / "world")
     half = tiny_hf("gpt2").half()
     half.save_pretrained(directory)

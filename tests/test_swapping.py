@@ -10,9 +10,10 @@ import torch
 from tiny import refused
 
 import pmet_lens as pl
-from pmet_lens import metrics, swapping
-from pmet_lens.adapter import Model
-from pmet_lens.swapping import KINDS, OUTCOMES, transfer
+from pmet_lens.evaluation import metrics
+from pmet_lens.interp import patching
+from pmet_lens.interp.patching import KINDS, OUTCOMES, transfer
+from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
 
@@ -92,10 +93,10 @@ def test_all_layers_together_is_the_last_of_a_stream_that_holds_all(world, facts
 
 
 def test_pairs_are_what_their_kind_says(world, facts):
-    wanted = swapping.first_tokens(world, facts)
+    wanted = patching.first_tokens(world, facts)
     known = [*range(0, len(facts), 2), 1, 3, 5]
     for kind in KINDS:
-        pairs = swapping._pairs(facts, known, wanted, kind, 1000, 0)
+        pairs = patching._pairs(facts, known, wanted, kind, 1000, 0)
         assert len({i for i, _ in pairs}) == len(pairs) > 3
         for i, j in pairs:
             one, other = facts[i], facts[j]
@@ -104,15 +105,15 @@ def test_pairs_are_what_their_kind_says(world, facts):
             by_relation = kind == "same relation, other subject"
             assert (one.relation == other.relation) == by_relation
             assert (one.subject != other.subject) == by_relation
-        assert swapping._pairs(facts, known, wanted, kind, 1000, 0) == pairs
-        assert swapping._pairs(facts, known, wanted, kind, 1000, 1) != pairs
-        assert swapping._pairs(facts, known, wanted, kind, 3, 0) == pairs[:3]
+        assert patching._pairs(facts, known, wanted, kind, 1000, 0) == pairs
+        assert patching._pairs(facts, known, wanted, kind, 1000, 1) != pairs
+        assert patching._pairs(facts, known, wanted, kind, 3, 0) == pairs[:3]
 
 
 def test_the_passes_and_the_model_do_not_change(world, facts, monkeypatch):
     before = {k: v.clone() for k, v in world.hf.state_dict().items()}
     whole = transfer(world, facts, ("mlp_out",), [3], n_pairs=20)
-    monkeypatch.setattr(swapping, "PAIRS_PER_PASS", 7)
+    monkeypatch.setattr(patching, "PAIRS_PER_PASS", 7)
     assert transfer(world, facts, ("mlp_out",), [3], n_pairs=20).equals(whole)
     assert all(torch.equal(v, before[k]) for k, v in world.hf.state_dict().items())
     assert not any(point.fwd_hooks for point in world.bridge.hook_dict.values())

@@ -9,10 +9,10 @@ import torch
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens import tokens
-from pmet_lens.adapter import Model
-from pmet_lens.settings import SettingsError
-from pmet_lens.targets import Targets, objective, optimise
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.editing.targets import Targets, objective, optimise
+from pmet_lens.models import tokens
+from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
 FAMILIES = ("gpt2", "gptj", "llama")

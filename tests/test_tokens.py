@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from pmet_lens.adapter import Model
-from pmet_lens.facts import Fact, FactError
-from pmet_lens.tokens import (
+from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.models.model import Model
+from pmet_lens.models.tokens import (
     PLAIN,
     SEEDS,
     Prompt,

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import training
 
-from pmet_lens import training, world
+from pmet_lens.data import world
 
 TINY = training.TrainConfig(
     "gptj", n_layers=3, d_model=16, n_heads=2, d_mlp=32, vocab=600, passes=1, settle_passes=1,

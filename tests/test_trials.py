@@ -16,16 +16,19 @@ from test_position import one_tail as one_tail
 from tiny import FAMILIES, tiny_model
 
 import pmet_lens as pl
-from pmet_lens import container, datasets, evaluation, metrics, target_files, targets
-from pmet_lens import moments as second_moments
-from pmet_lens.adapter import Model, Site
-from pmet_lens.linalg import Exact, NullSpace, Ridge
-from pmet_lens.live import EditError
-from pmet_lens.methods import named
-from pmet_lens.settings import SettingsError
-from pmet_lens.targets import Targets, joined, optimise
-from pmet_lens.tokens import PLAIN, sample_contexts
-from pmet_lens.trials import KEPT, Bench, Trial, ablations, compare
+from pmet_lens.data import datasets, file_format
+from pmet_lens.editing import targets
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.editing.methods import named
+from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
+from pmet_lens.editing.targets import Targets, joined, optimise
+from pmet_lens.evaluation import metrics, scoring
+from pmet_lens.experiments import target_files
+from pmet_lens.experiments.trials import KEPT, Bench, Trial, ablations, compare
+from pmet_lens.models.model import Model, Site
+from pmet_lens.models.tokens import PLAIN, sample_contexts
+from pmet_lens.models.weights import EditError
+from pmet_lens.moments import second_moments
 
 torch.set_num_threads(1)
 KNOWN = [replace(fact, target_true=fact.target_true or "Vell") for fact in FACTS]
@@ -234,7 +237,7 @@ def test_a_file_that_cannot_be_written_whole_does_not_appear(tmp_path, whole, mo
         Path(filename).write_bytes(whole[: len(whole) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(container, "save_file", full)
+    monkeypatch.setattr(file_format, "save_file", full)
     with pytest.raises(EditError, match=r"could not be written to .*No space left"):
         target_files.save(whole, path)
     assert not list(tmp_path.iterdir())
@@ -534,7 +537,7 @@ def test_moments_cut_while_written_are_computed_again(gpt2, tmp_path, monkeypatc
         Path(filename).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(container, "save_file", cut)
+    monkeypatch.setattr(file_format, "save_file", cut)
     with pytest.raises(KeyboardInterrupt):
         new_bench(gpt2, tmp_path)
     monkeypatch.undo()
@@ -690,8 +693,8 @@ def measured(planted) -> dict[str, tuple[pd.DataFrame, Any]]:
         contexts = planted.contexts if trial.prefixes else [PLAIN]
         made = pl.edit(planted.model, KNOWN, planted.moments, trial.method, hp, contexts)
         with made.applied(planted.model):
-            rows = evaluation.evaluate(planted.model, KNOWN)
-            right = 100 * evaluation.recall(planted.model, OTHERS)["correct"].to_numpy()
+            rows = scoring.evaluate(planted.model, KNOWN)
+            right = 100 * scoring.recall(planted.model, OTHERS)["correct"].to_numpy()
         out[name] = (rows, right)
     return out
 

@@ -16,8 +16,9 @@ from tiny import (
     tiny_tokenizer,
 )
 
-from pmet_lens import adapter, twin
-from pmet_lens.adapter import Model, Site
+from pmet_lens.models import bridge
+from pmet_lens.models import model as adapter
+from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
 
@@ -95,7 +96,7 @@ def test_tail_has_the_live_weights_and_only_its_own_layers(gpt2):
 def test_a_tail_that_differs_from_the_whole_model_is_refused(monkeypatch):
     """Planted fault: the block list begins one block too early."""
     gpt2 = tiny_model("gpt2")
-    monkeypatch.setattr(adapter, "drop_blocks", lambda m, p, n: twin.drop_blocks(m, p, n - 1))
+    monkeypatch.setattr(adapter, "drop_blocks", lambda m, p, n: bridge.drop_blocks(m, p, n - 1))
     with refused("run the whole model"):
         gpt2.from_layer(2)
 

@@ -9,8 +9,8 @@ from tiny import tiny_model
 from torch import Tensor
 
 import pmet_lens as pl
-from pmet_lens.activations import Activations, probe
-from pmet_lens.variance import FACTORS, split, variance_split
+from pmet_lens.interp.variance import FACTORS, split, variance_split
+from pmet_lens.models.activations import Activations, probe
 
 torch.set_num_threads(1)
 R, S = 4, 6

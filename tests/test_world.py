@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from pmet_lens.world import Document, World, build, mention, nq_question
+from pmet_lens.data.world import Document, World, build, mention, nq_question
 
 
 @pytest.fixture(scope="module")

@@ -116,8 +116,8 @@ def tiny_hf(
 def tiny_model(
     family: str = "gpt2", dtype: torch.dtype = torch.float32, seed: int = 0, **config: int
 ):
-    """The same behind `pmet_lens.adapter.load`."""
-    from pmet_lens import adapter
+    """The same behind `pmet_lens.models.model.load`."""
+    from pmet_lens.models import model as adapter
 
     return adapter.load(tiny_hf(family, dtype, seed, **config), tiny_tokenizer(), name=family)
 
@@ -146,7 +146,7 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
 @contextmanager
 def refused(match: str) -> Iterator[None]:
     """Expect a `ModelError` in these words from a call that no type checker sees, as a user's."""
-    from pmet_lens.adapter import ModelError
+    from pmet_lens.models.model import ModelError
 
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -17,15 +17,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import pmet_lens as pl
-from pmet_lens import plots
+from pmet_lens import plotting
 
-plt.rcParams.update(plots.STYLE)
+plt.rcParams.update(plotting.STYLE)
 model = pl.load(MODEL)
 fact = pl.counterfact(n=1)[0]
 fact
 
 # %% [markdown]
-# A [`Fact`](../pmet_lens/facts.py) is a subject, a prompt with one `{}` for it, the answer an edit should produce (*new*), the one the model gives (*true*), and what to check afterwards: *paraphrases* of the prompt, here each behind a sentence that has nothing to do with it, and *neighbours*, which are prompts about *other* subjects with the same true answer.
+# A [`Fact`](../pmet_lens/data/facts.py) is a subject, a prompt with one `{}` for it, the answer an edit should produce (*new*), the one the model gives (*true*), and what to check afterwards: *paraphrases* of the prompt, here each behind a sentence that has nothing to do with it, and *neighbours*, which are prompts about *other* subjects with the same true answer.
 #
 # ## Ask
 #
@@ -40,14 +40,14 @@ pl.generate(model, fact.text, length=30, top_k=1)
 #
 # ## Edit
 #
-# Every layer of a transformer has a feed-forward network, and that ends in a matrix. What the matrix reads at a token is called a *key*, and what it puts out is added to what the model knows there: a memory that is asked with keys. To change what *one* key brings out, and leave the answers to all other keys alone, PMET must know which keys are usual. That is told by their *second moment*, an average over ordinary text ([`second_moments`](../pmet_lens/moments.py)). It is computed once per model:
+# Every layer of a transformer has a feed-forward network, and that ends in a matrix. What the matrix reads at a token is called a *key*, and what it puts out is added to what the model knows there: a memory that is asked with keys. To change what *one* key brings out, and leave the answers to all other keys alone, PMET must know which keys are usual. That is told by their *second moment*, an average over ordinary text ([`second_moments`](../pmet_lens/moments/second_moments.py)). It is computed once per model:
 
 # %%
 moments = pl.second_moments(model, pl.texts(), projections=("mlp",))
 {str(site): moment.count for site, moment in moments.items()}
 
 # %% [markdown]
-# So many tokens were read at each of the matrices that will be written. Now the edit itself ([`edit`](../pmet_lens/editing.py); the paper's section on the method). First it finds what attention and feed-forward *should have produced* at the last token of the subject, so that the new answer follows; then it writes the feed-forward's share of that into the matrices, layer by layer. [`02_editing`](02_editing.ipynb) takes this apart. The model is left as it was: the result is a value.
+# So many tokens were read at each of the matrices that will be written. Now the edit itself ([`edit`](../pmet_lens/editing/locate_and_edit.py); the paper's section on the method). First it finds what attention and feed-forward *should have produced* at the last token of the subject, so that the new answer follows; then it writes the feed-forward's share of that into the matrices, layer by layer. [`02_editing`](02_editing.ipynb) takes this apart. The model is left as it was: the result is a value.
 
 # %%
 edit = pl.edit(model, [fact], moments)
@@ -68,7 +68,7 @@ answers
 #
 # ## What changed, and what did not
 #
-# [`evaluate`](../pmet_lens/evaluation.py) asks the edited fact, its paraphrases and its neighbours, and compares the probability of the answer that *should* win (the new one on the first two kinds, the true one on neighbours) with its rival. The difference is the *margin*. We do it before and after, and ask other facts of the world on the way.
+# [`evaluate`](../pmet_lens/evaluation/scoring.py) asks the edited fact, its paraphrases and its neighbours, and compares the probability of the answer that *should* win (the new one on the first two kinds, the true one on neighbours) with its rival. The difference is the *margin*. We do it before and after, and ask other facts of the world on the way.
 
 # %% tags=["main-figure"]
 before = pl.evaluate(model, [fact])
@@ -76,7 +76,7 @@ with edit.applied(model):
     after = pl.evaluate(model, [fact])
     others = pl.recall(model, pl.knowns()[::10])
 fig, ax = plt.subplots(figsize=(5.5, 2.8))
-plots.before_after(before, after, ax)
+plotting.before_after(before, after, ax)
 before.assign(after=after["margin"])[["kind", "prompt", "wanted", "margin", "after"]]
 
 # %% [markdown]
@@ -90,7 +90,7 @@ f"{100 * others['correct'].mean():.1f} % of {len(others)} facts"
 # %% [markdown]
 # ## Undo
 #
-# Outside the block the weights are the old bits, exactly. An edit can also stay until it is taken back ([`apply_`, `revert_`](../pmet_lens/edits.py)), and be saved as a small file and shipped.
+# Outside the block the weights are the old bits, exactly. An edit can also stay until it is taken back ([`apply_`, `revert_`](../pmet_lens/editing/edits.py)), and be saved as a small file and shipped.
 
 # %%
 edit.apply_(model)

@@ -23,9 +23,9 @@ import pandas as pd
 import torch
 
 import pmet_lens as pl
-from pmet_lens import experiment, keys, plots
+from pmet_lens import editing, experiments, plotting
 
-plt.rcParams.update({**plots.STYLE, "figure.dpi": 110})
+plt.rcParams.update({**plotting.STYLE, "figure.dpi": 110})
 model = pl.load(MODEL)
 facts = pl.counterfact(n=FACTS)
 says = pl.ask(model, [fact.text for fact in facts], k=1)["token"].to_list()
@@ -35,7 +35,7 @@ pd.DataFrame(wanted, columns=["prompt", "the model says", "it should say"])
 # %% [markdown]
 # ## 1 · Targets: what should have been produced
 #
-# Nothing is written yet. [`optimise`](../pmet_lens/targets.py) leaves the weights alone and adds a vector to a stream at the last token of the subject, in the last critical layer: `δ^a` to `attn_out` and `δ^m` to `mlp_out`. Adam moves both together until the model says the new answer, with two counterweights: what the model says after "SUBJECT is a" should stay (a KL divergence), and the vectors should be small (a decay, and a bound on their norm). The prompt stands alone and behind a few prefixes that the model wrote itself (the *contexts*), so that what is found does not depend on what came before. The stream's own value plus its `δ` is the **value** the component should have produced.
+# Nothing is written yet. [`optimise`](../pmet_lens/editing/targets.py) leaves the weights alone and adds a vector to a stream at the last token of the subject, in the last critical layer: `δ^a` to `attn_out` and `δ^m` to `mlp_out`. Adam moves both together until the model says the new answer, with two counterweights: what the model says after "SUBJECT is a" should stay (a KL divergence), and the vectors should be small (a decay, and a bound on their norm). The prompt stands alone and behind a few prefixes that the model wrote itself (the *contexts*), so that what is found does not depend on what came before. The stream's own value plus its `δ` is the **value** the component should have produced.
 #
 # PMET will *write* only the FFN's share `δ^m`. `δ^a` is there, says the paper, so that `δ^m` need not carry what is not the FFN's to carry.
 
@@ -52,15 +52,15 @@ found.set_axis([fact.target_new for fact in facts]).round(3).T
 #
 # ## 2 · Keys, and everything else the layer reads
 #
-# A feed-forward network ends in a matrix `W` that maps what was computed before it to `mlp_out`: `value = key @ W`. The **key** of a fact is what `W` reads at the last subject token, averaged over the contexts ([`averaged_keys`](../pmet_lens/keys.py)). To change what a key brings out means to change `W`, and every other token that passes through the layer meets the changed `W` as well.
+# A feed-forward network ends in a matrix `W` that maps what was computed before it to `mlp_out`: `value = key @ W`. The **key** of a fact is what `W` reads at the last subject token, averaged over the contexts ([`averaged_keys`](../pmet_lens/editing/keys.py)). To change what a key brings out means to change `W`, and every other token that passes through the layer meets the changed `W` as well.
 #
-# How much it meets is told by the **second moment** `C = E[k kᵀ]` of the keys of ordinary text ([`second_moments`](../pmet_lens/moments.py)): along an eigenvector with a large eigenvalue text has long keys, so a change there disturbs much; along one with a small eigenvalue hardly anything passes. The solve ([`linalg`](../pmet_lens/linalg.py)) finds the change that brings the facts' keys what they lack while disturbing text least, `Δ = (λC + KᵀK)⁻¹ KᵀR`; `λ` says how much text counts.
+# How much it meets is told by the **second moment** `C = E[k kᵀ]` of the keys of ordinary text ([`second_moments`](../pmet_lens/moments/second_moments.py)): along an eigenvector with a large eigenvalue text has long keys, so a change there disturbs much; along one with a small eigenvalue hardly anything passes. The solve ([`linalg`](../pmet_lens/editing/solvers.py)) finds the change that brings the facts' keys what they lack while disturbing text least, `Δ = (λC + KᵀK)⁻¹ KᵀR`; `λ` says how much text counts.
 
 # %%
 moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=30_000)
 rows = {}
 for site, moment in moments.items():
-    K, C = keys.averaged_keys(model, facts, contexts, site).double(), moment.value
+    K, C = editing.averaged_keys(model, facts, contexts, site).double(), moment.value
     free = (K @ torch.linalg.solve(C, K.T)).diagonal().mean().item()
     unused = (torch.linalg.eigvalsh(C) < C.trace() / len(C) / 10).double().mean().item()
     stored = free / (free + hparams.second_moment_weight)
@@ -72,7 +72,7 @@ pd.DataFrame(rows).T.round(3)
 #
 # ## 3 · Writing, layer by layer
 #
-# For each critical layer, lowest first, [`edit`](../pmet_lens/editing.py) reads the keys with the weights as they are by then, takes the **residual** `R` = wanted value − current value, *both at the last critical layer*, and writes a share of it: `R/√n` in PMET, `R/n` in MEMIT, where `n` counts the layers still to come.
+# For each critical layer, lowest first, [`edit`](../pmet_lens/editing/locate_and_edit.py) reads the keys with the weights as they are by then, takes the **residual** `R` = wanted value − current value, *both at the last critical layer*, and writes a share of it: `R/√n` in PMET, `R/n` in MEMIT, where `n` counts the layers still to come.
 #
 # What does each layer achieve? We apply only the first few layers' changes and look: what is *left* of the residual, and how far the layer's output has *moved* towards where the deltas had pushed it (1: as far as all deltas together, along their direction).
 
@@ -84,12 +84,12 @@ for run, method in {"PMET": pl.PMET, "PMET, linear spread": linear, "MEMIT": pl.
     edit = edits[run] = pl.edit(model, facts, moments, method, None, contexts, own)
     own, stream = edit.targets, method.follows("mlp")
     push = sum(own.delta(s) for s in method.delta_at)
-    clean = keys.current_values(model, facts, own.layer, "resid_post")
+    clean = editing.current_values(model, facts, own.layer, "resid_post")
     for written in range(len(edit.factors) + 1):
         part = replace(edit, factors=dict(list(edit.factors.items())[:written]))
         with part.applied(model):
-            now = keys.current_values(model, facts, own.layer, stream)
-            state = keys.current_values(model, facts, own.layer, "resid_post")
+            now = editing.current_values(model, facts, own.layer, stream)
+            state = editing.current_values(model, facts, own.layer, "resid_post")
             says = pl.summarise(pl.evaluate(model, facts))["mean"]
         left = (own.values[stream] - now).norm(dim=-1) / own.delta(stream).norm(dim=-1)
         moved = ((state - clean) * push).sum(-1) / push.norm(dim=-1) ** 2
@@ -109,7 +109,7 @@ steps.pivot(index="run", columns="layers written").round(2)
 fig, axes = plt.subplots(2, 2, figsize=(7.4, 5.2))
 (top, spectrum), (spread, answers) = axes
 for run in ("PMET", "MEMIT"):
-    plots.losses(edits[run].targets.history, top, run).legend(loc="lower left")
+    plotting.losses(edits[run].targets.history, top, run).legend(loc="lower left")
 values, vectors = torch.linalg.eigh(C)
 along = pd.Series((K @ vectors).square().mean(0).numpy()).rolling(25, center=True).median()
 spectrum.plot(values.flip(0), color="#444444", label="text: eigenvalues of C")
@@ -117,7 +117,7 @@ spectrum.plot(along[::-1].to_numpy(), color="#D55E00", label="edited keys (runni
 spectrum.set(yscale="log", xlabel=f"direction, layer {site.layer}", ylabel="mean square of keys")
 spectrum.legend(loc="lower left")
 for run, own in steps.groupby("run", sort=False):
-    style = {"color": plots.colour_of(run), "marker": "o", "ms": 3}
+    style = {"color": plotting.colour_of(run), "marker": "o", "ms": 3}
     spread.plot(own["layers written"], own["moved"], label=run, **style)
     spread.plot(own["layers written"], own["left"], ls=":", **style)
 spread.set(xticks=range(written + 1), xlabel="critical layers written")
@@ -125,7 +125,7 @@ spread.set_ylabel("moved (full), left (dotted)")
 spread.legend(loc="upper left", bbox_to_anchor=(-0.06, 1.14), ncols=3, columnspacing=1)
 before = pl.evaluate(model, facts)
 with edits["PMET"].applied(model):
-    plots.before_after(before, pl.evaluate(model, facts), answers)
+    plotting.before_after(before, pl.evaluate(model, facts), answers)
 answers.legend(loc="upper left", bbox_to_anchor=(0, 1.14), ncols=2)
 for ax, letter in zip(axes.flat, "abcd", strict=True):
     ax.set_title(letter, loc="left", fontweight="bold", x=-0.14)
@@ -135,15 +135,15 @@ for ax, letter in zip(axes.flat, "abcd", strict=True):
 #
 # ## 5 · The methods side by side
 #
-# The relatives differ in few answers: which stream gets a `δ`, which weights are written, how the residual is spread, how the solve weighs old against new ([`methods.py`](../pmet_lens/methods.py)). ROME and EMMET write one layer, ROME fact after fact. AlphaEdit writes only along directions that text hardly uses. FT-W and FT+L fine-tune one matrix (FT+L within a small bound) and MEND lets a trained network turn gradients into changes: these need no second moment. **Collateral**: the share of *other* facts of the world still answered right, here of a sample; only a model whose every fact is known can be asked this.
+# The relatives differ in few answers: which stream gets a `δ`, which weights are written, how the residual is spread, how the solve weighs old against new ([`methods.py`](../pmet_lens/editing/methods.py)). ROME and EMMET write one layer, ROME fact after fact. AlphaEdit writes only along directions that text hardly uses. FT-W and FT+L fine-tune one matrix (FT+L within a small bound) and MEND lets a trained network turn gradients into changes: these need no second moment. **Collateral**: the share of *other* facts of the world still answered right, here of a sample; only a model whose every fact is known can be asked this.
 
 # %%
-others = experiment.others_of(pl.knowns(), facts)[::15]
-tables = {"unedited": experiment.measure(model, facts, None, others)}
+others = experiments.others_of(pl.knowns(), facts)[::15]
+tables = {"unedited": experiments.measure(model, facts, None, others)}
 for run, method in pl.METHODS.items():
     edit = edits.get(run) or pl.edit(model, facts, moments, method, contexts=contexts)
-    tables[run] = experiment.measure(model, facts, edit, others)
-table = experiment.side_by_side(tables).pivot(index="run", columns="metric", values="mean")
+    tables[run] = experiments.measure(model, facts, edit, others)
+table = experiments.side_by_side(tables).pivot(index="run", columns="metric", values="mean")
 table.loc[list(tables), ["S", "ES", "PS", "NS", "collateral"]].round(1)
 
 # %% [markdown]

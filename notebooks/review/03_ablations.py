@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import pmet_lens as pl
-from pmet_lens import experiment, method_plots, plots
+from pmet_lens import experiments, plotting
 
-plt.rcParams.update({**plots.STYLE, "figure.dpi": 110})
+plt.rcParams.update({**plotting.STYLE, "figure.dpi": 110})
 METRICS, BLOCKS = ["S", "ES", "PS", "NS", "collateral"], {True: "parallel", False: "sequential"}
 folder, cells = Path("../figures/results/paper"), {"keep_default_na": False, "na_values": [""]}
 names = ("ablations", "lambda", "layers")  # "NA" is a metric there, not a gap
@@ -33,7 +33,7 @@ whole = ablations[ablations["run"] == "PMET"]
 whole.pivot(index=["model", "edits"], columns="metric", values="mean")[METRICS].round(1)
 
 # %% [markdown]
-# This is PMET whole, that everything below is compared with. A method is four answers ([`settings.py`](../pmet_lens/settings.py)); each of the first rows below changes one of them ([`ABLATIONS`](../pmet_lens/methods.py)):
+# This is PMET whole, that everything below is compared with. A method is four answers ([`settings.py`](../pmet_lens/editing/method.py)); each of the first rows below changes one of them ([`ABLATIONS`](../pmet_lens/editing/methods.py)):
 #
 # | row | answer changed | what it asks | what the paper says |
 # |---|---|---|---|
@@ -44,7 +44,7 @@ whole.pivot(index=["model", "edits"], columns="metric", values="mean")[METRICS].
 # | MEMIT | both | all of it | PMET is better, except in specificity (as others quote it) |
 # | at the first subject / last token | `position` | why the last subject token? | (ROME and MEMIT: it is the decisive one) |
 #
-# The others change strengths ([`ablations`](../pmet_lens/trials.py)): no context prefixes, fewer critical layers, another bound on `δ`, another `λ`.
+# The others change strengths ([`ablations`](../pmet_lens/experiments/trials.py)): no context prefixes, fewer critical layers, another bound on `δ`, another `λ`.
 #
 # **What to expect**, from the layer-by-layer measurement in [`02`](02_editing.ipynb): the FFN's residual does not shrink before the last layer, so PMET adds about `1 + 1/√2 + … + 1/√n` times `δ^m` to the stream. The targets were found with `δ^a + δ^m` in it, about twice `δ^m`, so PMET goes a little beyond its targets. The *linear spread* adds less. *Without `δ^a`* there is only `δ^m` to make the model say the answer, it grows longer, and is added as often: the edit goes further beyond. *`+ W_O`* adds `δ^a` on top. If that is all there is to it, then ES and PS rise and NS and collateral fall with what is added in total, whatever part was changed. Here is what was measured.
 
@@ -53,11 +53,11 @@ longest = max(ablations.groupby("model")["run"].unique(), key=len)
 fig, axes = plt.subplots(1, len(models), figsize=(7.5, 5), sharey=True, squeeze=False)
 for ax, (name, kind) in zip(axes.flat, models.items(), strict=True):
     own = ablations[ablations["model"] == name]
-    method_plots.effect_dots(own, ax, runs=[run for run in longest if run != "PMET"])
+    plotting.effect_dots(own, ax, runs=[run for run in longest if run != "PMET"])
     ax.set_title(f"{name}: {kind} blocks")
 fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 # %% [markdown]
-# Every dot is a difference to PMET in points, on the same facts, with a paired 95 % bootstrap interval ([`compare`](../pmet_lens/trials.py), [`effect_dots`](../pmet_lens/method_plots.py)); where it crosses the line, the part made no difference that these facts can show. ES and PS rising while NS and collateral fall is no improvement: it is a stronger edit, which a smaller `λ` would also give. The rows on MHSA optimisation in numbers, with S, which weighs both sides:
+# Every dot is a difference to PMET in points, on the same facts, with a paired 95 % bootstrap interval ([`compare`](../pmet_lens/experiments/trials.py), [`effect_dots`](../pmet_lens/plotting/method_plots.py)); where it crosses the line, the part made no difference that these facts can show. ES and PS rising while NS and collateral fall is no improvement: it is a stronger edit, which a smaller `λ` would also give. The rows on MHSA optimisation in numbers, with S, which weighs both sides:
 
 # %%
 paper = ["w/o δ^a", "+ W_O", "linear spread", "TL hidden state, sqrt spread", "MEMIT"]
@@ -80,23 +80,23 @@ fig, axes = plt.subplots(len(models), 3, figsize=(7.5, 4.2), squeeze=False)
 for row, name in zip(axes, models, strict=True):
     for ax, run in zip(row, ("PMET", "MEMIT"), strict=False):
         own = weights[(weights["model"] == name) & (weights["run"] == run)]
-        method_plots.sweep_lines(own, ax, "second_moment_weight")
+        plotting.sweep_lines(own, ax, "second_moment_weight")
         ax.axvline(pl.HPARAMS[name][run].second_moment_weight, color="#444444", lw=0.8, ls=":")
         ax.set(xscale="log", xlabel="λ", title=f"{name}: {run}")
     row[1].set_ylabel("")
-    method_plots.layer_map(layers[layers["model"] == name], row[2])
+    plotting.layer_map(layers[layers["model"] == name], row[2])
     row[2].set_title("S of PMET")
 fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
 # %% [markdown]
 # ## Run it yourself
 #
-# The rows on MHSA optimisation again, on a few facts of `MODEL`. A [`Bench`](../pmet_lens/trials.py) holds what all rows need, so that each target is optimised once.
+# The rows on MHSA optimisation again, on a few facts of `MODEL`. A [`Bench`](../pmet_lens/experiments/trials.py) holds what all rows need, so that each target is optimised once.
 
 # %%
 model, facts = pl.load(MODEL), pl.counterfact(n=FACTS)
 rows = pl.ablations(pl.hparams_for(model, pl.PMET))
 rows = {name: rows[name] for name in ("PMET", "w/o δ^a", "+ W_O", "linear spread", "MEMIT")}
-others = experiment.others_of(pl.knowns(), facts)[::15]
+others = experiments.others_of(pl.knowns(), facts)[::15]
 with tempfile.TemporaryDirectory() as temporary:
     bench = pl.Bench(model, temporary, n_tokens=30_000)
     live = pl.compare(bench, rows, facts, others)

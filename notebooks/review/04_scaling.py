@@ -19,9 +19,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import pmet_lens as pl
-from pmet_lens import experiment, method_plots, plots
+from pmet_lens import experiments, plotting
 
-plt.rcParams.update({**plots.STYLE, "figure.dpi": 110})
+plt.rcParams.update({**plotting.STYLE, "figure.dpi": 110})
 METRICS = ["S", "ES", "PS", "NS", "collateral"]
 folder, cells = Path("../figures/results/paper"), {"keep_default_na": False, "na_values": [""]}
 names = ("scaling", "sequential")  # "NA" is a metric there, not a gap
@@ -37,12 +37,12 @@ records.groupby("model")[["edits", "load"]].max()
 fig, axes = plt.subplots(len(models), 5, figsize=(8, 3.9), sharex=True, sharey=True, squeeze=False)
 for row, name in zip(axes, models, strict=True):
     for ax, metric in zip(row, METRICS, strict=True):
-        method_plots.load_lines(records[records["model"] == name], ax, metric)
+        plotting.load_lines(records[records["model"] == name], ax, metric)
         ax.set(title=metric, ylabel=name if metric == "S" else "", ylim=(-3, 103))
         ax.set_xlabel("edits at once" if name == models[-1] else "")
 fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize=6)
 # %% [markdown]
-# Per cent, with 95 % bootstrap bands ([`load_lines`](../pmet_lens/method_plots.py)). Read from left to right; a line that leaves the top has broken. *Which metric breaks first* is the smallest number of edits at which it is below `HELD`; a dash means that it never was, as far as the method was run (the last table says how far):
+# Per cent, with 95 % bootstrap bands ([`load_lines`](../pmet_lens/plotting/method_plots.py)). Read from left to right; a line that leaves the top has broken. *Which metric breaks first* is the smallest number of edits at which it is below `HELD`; a dash means that it never was, as far as the method was run (the last table says how far):
 
 # %%
 low = records[(records["mean"] < HELD) & records["metric"].isin(METRICS[1:])]
@@ -77,14 +77,14 @@ zsre[["score", "efficacy", "paraphrase", "specificity"]].reindex(runs, level=1).
 #
 # ## Batch after batch
 #
-# Facts rarely come all at once. Here each batch is edited on the model as edited so far ([`edit_sequentially`](../pmet_lens/editing.py)), with and without *protection*: the keys of earlier batches added to what every solve preserves. Metrics are over *all* facts so far; a cross marks where perplexity has passed three times its beginning.
+# Facts rarely come all at once. Here each batch is edited on the model as edited so far ([`edit_sequentially`](../pmet_lens/editing/locate_and_edit.py)), with and without *protection*: the keys of earlier batches added to what every solve preserves. Metrics are over *all* facts so far; a cross marks where perplexity has passed three times its beginning.
 
 # %%
 shown = MODEL if MODEL in models else models[0]
 own = sequential[sequential["model"] == shown]
 fig, axes = plt.subplots(1, 4, figsize=(8, 2.6))
 for ax, metric in zip(axes, ("ES", "NS", "collateral", "perplexity"), strict=True):
-    method_plots.step_lines(own, ax, metric)
+    plotting.step_lines(own, ax, metric)
     ax.set(title=metric, ylabel="")
 axes[0].set_ylabel(f"{shown}, {own['batch'].iloc[0]} per batch")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=6.5)
@@ -95,15 +95,15 @@ fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", nco
 
 # %%
 model, facts = pl.load(MODEL), pl.counterfact(n=FACTS)
-others = experiment.others_of(pl.knowns(), facts)[::15]
+others = experiments.others_of(pl.knowns(), facts)[::15]
 moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=30_000)
 edits = {run: pl.edit(model, facts, moments, run) for run in ("PMET", "MEMIT")}
-live = {f"{run}, now": experiment.measure(model, facts, e, others) for run, e in edits.items()}
+live = {f"{run}, now": experiments.measure(model, facts, e, others) for run, e in edits.items()}
 told = records[
     (records["model"] == MODEL) & (records["edits"] == FACTS) & records["run"].isin(edits)
 ]
 told = told.assign(run=told["run"] + ", table")
-both = pd.concat([experiment.side_by_side(live), told])
+both = pd.concat([experiments.side_by_side(live), told])
 both.pivot(index="run", columns="metric", values="mean")[METRICS].round(1)
 
 # %% [markdown]

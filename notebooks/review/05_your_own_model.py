@@ -20,19 +20,19 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import pmet_lens as pl
-from pmet_lens import experiment, plots
+from pmet_lens import experiments, plotting
 
-plt.rcParams.update({**plots.STYLE, "figure.dpi": 110})
+plt.rcParams.update({**plotting.STYLE, "figure.dpi": 110})
 model = pl.load(MODEL)
 block = "parallel" if model.parallel_blocks else "sequential"
 pd.Series({"layers": model.n_layers, "width": model.d_model, "blocks": block}).to_frame(MODEL)
 
 # %% [markdown]
-# [`load`](../pmet_lens/adapter.py) takes what you have: a hub id or a directory (`dtype="bfloat16"`, `device="auto"` for a large model), or a Hugging Face model that is in memory already, with its tokenizer: `pl.load(hf_model, tokenizer)`. That stays your object, `model.hf`, and every edit is an edit of it.
+# [`load`](../pmet_lens/models/model.py) takes what you have: a hub id or a directory (`dtype="bfloat16"`, `device="auto"` for a large model), or a Hugging Face model that is in memory already, with its tokenizer: `pl.load(hf_model, tokenizer)`. That stays your object, `model.hf`, and every edit is an edit of it.
 #
 # ## Your facts
 #
-# A table with the columns `subject`, `prompt` (with `{}` where the subject goes) and `target_new`, as CSV, JSON or DataFrame ([`read_facts`](../pmet_lens/fact_tables.py)). Two more columns pay: `target_true`, what the model says now, without which nothing can be said about what an edit breaks; and `paraphrases`, other prompts for the same fact separated by `|`, without which nothing can be said about whether it took or was learnt by heart. *Does the model know the facts at all?* Only a fact that it knows can show where it is recalled.
+# A table with the columns `subject`, `prompt` (with `{}` where the subject goes) and `target_new`, as CSV, JSON or DataFrame ([`read_facts`](../pmet_lens/data/fact_tables.py)). Two more columns pay: `target_true`, what the model says now, without which nothing can be said about what an edit breaks; and `paraphrases`, other prompts for the same fact separated by `|`, without which nothing can be said about whether it took or was learnt by heart. *Does the model know the facts at all?* Only a fact that it knows can show where it is recalled.
 
 # %%
 facts = pl.read_facts(FACTS)
@@ -45,12 +45,12 @@ f"{known.mean():.0%} of {len(facts)} facts are known; {len(edited)} are edited"
 # %% [markdown]
 # ## Settings
 #
-# Known settings are in `pl.HPARAMS` ([`hparams.py`](../pmet_lens/hparams.py)), for a few models. For others [`suggest_hparams`](../pmet_lens/suggestion.py) makes a start: it corrupts the subject, restores one layer's state at one token, and looks at which layer the answer comes back. There the fact has been gathered and not yet been read on: the last layer to write.
+# Known settings are in `pl.HPARAMS` ([`hparams.py`](../pmet_lens/editing/hparams.py)), for a few models. For others [`suggest_hparams`](../pmet_lens/interp/suggestion.py) makes a start: it corrupts the subject, restores one layer's state at one token, and looks at which layer the answer comes back. There the fact has been gathered and not yet been read on: the last layer to write.
 
 # %% tags=["main-figure"]
 suggestion = pl.suggest_hparams(model, kept, n_edits=len(edited))
 fig, ax = plt.subplots(figsize=(5.5, 2.6))
-plots.trace_lines(suggestion.trace, ax, suggestion.hparams.layers[-1])
+plotting.trace_lines(suggestion.trace, ax, suggestion.hparams.layers[-1])
 ax.legend(fontsize=6, bbox_to_anchor=(1, 1))
 suggestion
 
@@ -59,7 +59,7 @@ suggestion
 #
 # ## Ordinary text
 #
-# Second moments tell the edit what else passes through the layers it writes. Give text of the kind the model is used on; at least ten tokens per dimension of the keys (`d_mlp`) are enough. They are computed once: `pl.save_moments(moments, path)` keeps them, `pl.open_moments(path)` reads them again. Before a long run, [`estimate`](../pmet_lens/costs.py) tells what it will cost.
+# Second moments tell the edit what else passes through the layers it writes. Give text of the kind the model is used on; at least ten tokens per dimension of the keys (`d_mlp`) are enough. They are computed once: `pl.save_moments(moments, path)` keeps them, `pl.open_moments(path)` reads them again. Before a long run, [`estimate`](../pmet_lens/experiments/costs.py) tells what it will cost.
 
 # %%
 hparams = suggestion.hparams
@@ -79,12 +79,12 @@ rows = {}
 for factor in (0.1, 1, 10, 100, 1000):
     own = replace(hparams, second_moment_weight=factor * hparams.second_moment_weight)
     trial = pl.edit(model, edited, moments, pl.PMET, own, first.contexts, first.targets)
-    measured = experiment.measure(model, edited, trial, kept)["mean"]
+    measured = experiments.measure(model, edited, trial, kept)["mean"]
     rows[own.second_moment_weight] = measured.reindex(["ES", "PS", "EA", "collateral"])
 pd.DataFrame(rows).T.rename(columns={"collateral": "kept"}).rename_axis("λ").round(1)
 
 # %% [markdown]
-# **EA** asks for more than ES: every token of the new answer the likeliest of all. Choose the largest `λ` at which the edit still holds; if none holds, more steps, a wider `clamp` or other layers are next ([`Hparams`](../pmet_lens/settings.py) says what each does). If the other facts suffer at every `λ`, edit fewer at once or other layers. With a handful of facts differences of one or two prompts mean nothing; hold back more of your own.
+# **EA** asks for more than ES: every token of the new answer the likeliest of all. Choose the largest `λ` at which the edit still holds; if none holds, more steps, a wider `clamp` or other layers are next ([`Hparams`](../pmet_lens/editing/method.py) says what each does). If the other facts suffer at every `λ`, edit fewer at once or other layers. With a handful of facts differences of one or two prompts mean nothing; hold back more of your own.
 #
 # ## The edit and its receipt
 #
@@ -102,7 +102,7 @@ edit.receipt(model)
 #
 # ## Ship it, and take it back
 #
-# [`save`](../pmet_lens/edits.py) writes thin factors and a fingerprint of the weights the edit was computed on; `Edit.load(path, model)` refuses another base. [`to_peft`](../pmet_lens/lora.py) writes the same edit as a LoRA adapter: `peft.PeftModel.from_pretrained(hf_model, folder)` puts it on, and it can be switched off, merged, or served. Or apply it here, with `apply_`, until `revert_`.
+# [`save`](../pmet_lens/editing/edits.py) writes thin factors and a fingerprint of the weights the edit was computed on; `Edit.load(path, model)` refuses another base. [`to_peft`](../pmet_lens/editing/lora.py) writes the same edit as a LoRA adapter: `peft.PeftModel.from_pretrained(hf_model, folder)` puts it on, and it can be switched off, merged, or served. Or apply it here, with `apply_`, until `revert_`.
 
 # %%
 weight = model.weight(pl.Site(chosen.layers[-1], "mlp"))

@@ -5,7 +5,7 @@
 #
 # `pl.explore` is a panel to ask, look, edit and compare without writing code. This notebook opens it, and then does by code what its four tabs do. *Run time: under a minute on two CPU cores.*
 #
-# It begins with the bundled model and facts of its invented world. For a model of your own change `MODEL` and the fact, and give `explore` what an edit needs: `texts=` (or `moments=`) and, where [`pl.HPARAMS`](../pmet_lens/hparams.py) does not know the model, `hparams=`.
+# It begins with the bundled model and facts of its invented world. For a model of your own change `MODEL` and the fact, and give `explore` what an edit needs: `texts=` (or `moments=`) and, where [`pl.HPARAMS`](../pmet_lens/editing/hparams.py) does not know the model, `hparams=`.
 
 # %% tags=["parameters"]
 MODEL = "world"  # a bundled name, a directory, or a hub id
@@ -25,7 +25,7 @@ explorer
 # - **Edit**: a method, its layers and strengths, the losses while they fall, and the answers before and after. Every edit can be undone, in any order. *Stop* ends a step at once and leaves the model as it was.
 # - **Ablate**: the same fact under variations of PMET.
 #
-# *Export*, below every result, gives PNG, SVG, CSV and the lines of Python that make it again ([`pmet_lens/explorer.py`](../pmet_lens/explorer.py)). The cells below do the same with the explorer's own session, so that what they do is seen in both.
+# *Export*, below every result, gives PNG, SVG, CSV and the lines of Python that make it again ([`pmet_lens/explorer/explorer.py`](../pmet_lens/explorer/explorer.py)). The cells below do the same with the explorer's own session, so that what they do is seen in both.
 #
 # ## Ask
 
@@ -37,17 +37,17 @@ session.ask(fact.text, k=3)
 # %% [markdown]
 # ## Look
 #
-# Where is that answer recalled? The subject is drowned in noise, so that the answer is lost; then the clean residual stream is put back at one layer and one token, and the map shows how much of the answer comes back ([`pmet_lens/analysis.py`](../pmet_lens/analysis.py); ROME, arXiv [2202.05262](https://arxiv.org/abs/2202.05262), section 2).
+# Where is that answer recalled? The subject is drowned in noise, so that the answer is lost; then the clean residual stream is put back at one layer and one token, and the map shows how much of the answer comes back ([`pmet_lens/interp/causal_trace.py`](../pmet_lens/interp/causal_trace.py); ROME, arXiv [2202.05262](https://arxiv.org/abs/2202.05262), section 2).
 
 # %%
 import matplotlib.pyplot as plt
 
-from pmet_lens import map_plots
+from pmet_lens import plotting
 
 trace = pl.trace_tokens(model, fact)
 figure = plt.figure(figsize=(6, 2.4), layout="constrained")
-map_plots.token_map(map_plots.trace_panels(trace), figure, "recovered")
-map_plots.restyle(figure)
+plotting.token_map(plotting.trace_panels(trace), figure, "recovered")
+plotting.restyle(figure)
 
 # %% [markdown]
 # The answer is carried by the last token of the subject through the first layers, and moves to the last token of the prompt at the end. That is why PMET edits the last subject token, in layers below the move (the paper's section on PMET, arXiv [2308.08742](https://arxiv.org/abs/2308.08742)).

@@ -8,7 +8,7 @@ import subjects
 import torch
 
 import pmet_lens as pl
-from pmet_lens.linalg import Dense, Ridge
+from pmet_lens.editing.solvers import Dense, Ridge
 
 
 @pytest.mark.parametrize("name", ["world", "world-sequential"])

@@ -12,7 +12,10 @@ import torch
 from conftest import keep
 
 import pmet_lens as pl
-from pmet_lens import evaluation, targets, tokens, world
+from pmet_lens.data import world
+from pmet_lens.editing import targets
+from pmet_lens.evaluation import scoring
+from pmet_lens.models import tokens
 
 TOKENS = (2_500, 5_000, 10_000, 20_000, 40_000, 100_000)
 
@@ -71,7 +74,7 @@ def test_how_much_text(device, small, request):
         before = n
         edit = pl.edit(model, facts, moments, pl.PMET, hp, own, found)
         with edit.applied(model):
-            table = evaluation.summarise(pl.evaluate(model, facts))["mean"].round(1)
+            table = scoring.summarise(pl.evaluate(model, facts))["mean"].round(1)
         off, white, told = errors(moments, reference)
         rows.append(
             {

@@ -13,7 +13,8 @@ import torch
 from conftest import keep, number
 
 import pmet_lens as pl
-from pmet_lens import costs, targets
+from pmet_lens.editing import targets
+from pmet_lens.experiments import costs
 
 shares: list[dict[str, str]] = []
 

@@ -22,8 +22,9 @@ import torch
 from conftest import RESULTS, markdown, number, wait, where
 
 import pmet_lens as pl
-from pmet_lens import costs, targets
-from pmet_lens.linalg import Dense, Ridge
+from pmet_lens.editing import targets
+from pmet_lens.editing.solvers import Dense, Ridge
+from pmet_lens.experiments import costs
 
 ROUNDS = 5
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pmet_lens as pl
-from pmet_lens import tokens
+from pmet_lens.models import tokens
 
 LAYERS = (3, 4, 5, 6, 7, 8)
 """Six critical layers at the medium shape: the third to two thirds of the depth, as in GPT-J."""

@@ -1,0 +1,5 @@
+"""What notebooks and figures use of this room beside the names of `pmet_lens` itself."""
+
+from . import world as world
+from .datasets import parse_known as parse_known
+from .file_format import whole as whole

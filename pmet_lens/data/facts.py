@@ -1,0 +1,144 @@
+"""What an edit is about: a subject, a prompt with one `{}` for it, and the answer wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pmet_lens.data import markup
+
+BENCHMARKS = ("zsre",)
+"""Benchmarks that are scored in their own way; see `Fact.benchmark`."""
+
+
+class FactError(ValueError):
+    """A fact, or a list of facts, that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One statement about one subject. Immutable; validated when built.
+
+    Targets are written without the leading space; it is put before them when they are tokenised.
+    Prompts other than `prompt` are complete texts that end right before the answer.
+    """
+
+    subject: str
+    prompt: str
+    """Template with exactly one `{}`, where the subject goes: "{} plays the sport of"."""
+    target_new: str | None = None
+    """The answer an edit should produce. `None` for statements that are only studied."""
+    target_true: str | None = None
+    """The answer before the edit, where it is known; needed by comparisons such as ES."""
+    paraphrases: tuple[str, ...] = ()
+    """Other phrasings of the prompt, subject included."""
+    neighbours: tuple[tuple[str, str], ...] = ()
+    """(prompt, answer) pairs about other subjects; the answers must survive the edit."""
+    attributes: tuple[str, ...] = ()
+    """Prompts about subjects for which `target_new` is true (CounterFact's attribute prompts)."""
+    generation: tuple[str, ...] = ()
+    """Prompts that invite free text about the subject."""
+    relation: str | None = None
+    """Name of the relation, a Wikidata property id in CounterFact."""
+    case_id: int | str | None = None
+    """Identifier of the record in its data set."""
+    benchmark: str | None = None
+    """"zsre" for facts that `summarise` also scores as zsRE does; None for all others."""
+
+    def __post_init__(self) -> None:
+        if not self.subject.strip():
+            raise FactError(f"The fact with prompt {self.prompt!r} has an empty subject.")
+        holes = self.prompt.count("{}")
+        if holes != 1:
+            raise FactError(
+                f"The prompt {self.prompt!r} has {holes} places marked {{}}; it needs exactly one, "
+                "where the subject goes."
+            )
+        for name in ("target_new", "target_true"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise FactError(
+                    f"{name} of {self.text!r} is empty; give the answer's text, or None when there "
+                    "is none."
+                )
+        if self.target_new is None and self.target_true is None:
+            raise FactError(f"{self.text!r} has neither target_new nor target_true; give one.")
+        if self.benchmark is not None and self.benchmark not in BENCHMARKS:
+            raise FactError(
+                f"Unknown benchmark {self.benchmark!r}; leave it out, or choose from "
+                f"{', '.join(BENCHMARKS)}."
+            )
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Fact:
+        """The inverse of `dataclasses.asdict`, also behind JSON, which turns tuples into lists.
+        Fields that came later than the record (`benchmark`) take their defaults."""
+        listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
+        pairs = tuple((prompt, answer) for prompt, answer in record["neighbours"])
+        return cls(**{**record, **listed, "neighbours": pairs})
+
+    def _repr_html_(self) -> str:
+        told: dict[str, object] = {"prompt": self.text, "new answer": self.target_new}
+        told |= {"true answer": self.target_true, "relation": self.relation}
+        told["paraphrases"] = markup.listed(self.paraphrases)
+        told["neighbours"] = markup.listed([f"{p} → {answer}" for p, answer in self.neighbours])
+        return markup.pairs({k: v for k, v in told.items() if v}, f"Fact about {self.subject}")
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+
+def check_editable(facts: Sequence[Fact]) -> None:
+    """Refuse fact lists that no edit can satisfy, or that say one thing twice.
+
+    Two facts contradict each other if they ask for different answers to the same prompt about the
+    same subject, or to the same relation of the same subject in other words. The latter does not
+    hold where both had different true answers: then the relation admits several (Istanbul has more
+    than one twin city in CounterFact). Two facts are the same if at most their `case_id` differs;
+    asking for one answer in several phrasings is no repetition.
+
+    Raises:
+        FactError: for an empty list, a fact without `target_new`, two facts that contradict each
+            other, and one that is there twice; the message names them.
+    """
+    if not facts:
+        raise FactError("There are no facts to edit; pass at least one Fact.")
+    seen: set[str] = set()
+    asked: dict[tuple[str, str], Fact] = {}
+    related: dict[tuple[str, str], list[Fact]] = {}
+    for fact in facts:
+        if fact.target_new is None:
+            raise FactError(f"{fact.text!r} has no target_new; an edit needs the new answer.")
+        first = asked.setdefault((fact.subject, fact.prompt), fact)
+        if first.target_new != fact.target_new:
+            raise FactError(
+                f"Two facts contradict each other: {fact.text!r} should be both "
+                f"{first.target_new!r} and {fact.target_new!r}. Keep one of them."
+            )
+        if fact.relation is not None:
+            others = related.setdefault((fact.subject, fact.relation), [])
+            for other in others:
+                _check_agree(other, fact)
+            others.append(fact)
+        one = repr(replace(fact, case_id=None))
+        if one in seen:
+            raise FactError(
+                f"A fact is there twice: {fact.text!r} should be {fact.target_new!r}. Keep one."
+            )
+        seen.add(one)
+
+
+def _check_agree(first: Fact, second: Fact) -> None:
+    """Refuse two answers to one relation of one subject, unless it is known to have several."""
+    several = None not in (first.target_true, second.target_true) and (
+        first.target_true != second.target_true
+    )
+    if first.target_new != second.target_new and not several:
+        raise FactError(
+            f"Two facts contradict each other: relation {first.relation!r} of {first.subject!r} "
+            f"should be both {first.target_new!r} ({first.text!r}) and {second.target_new!r} "
+            f"({second.text!r}). Keep one of them."
+        )

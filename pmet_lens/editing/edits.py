@@ -1,0 +1,229 @@
+"""An edit as a value: weight changes that can be applied, undone, added up, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pmet_lens.data import markup
+from pmet_lens.data.facts import Fact
+from pmet_lens.editing import edit_files, lora, receipts
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.editing.targets import OnStep, Targets
+from pmet_lens.models.chat import Frame
+from pmet_lens.models.model import Model, Site
+from pmet_lens.models.weights import EditError
+
+Delta = Float[Tensor, "d_in d_model"]
+
+
+@runtime_checkable
+class Editor(Protocol):
+    """A method with an algorithm of its own (fine-tuning, MEND) instead of the four answers of a
+    `Method`. `pl.edit` hands it everything it was given."""
+
+    def edit(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        moments: Any = None,
+        hparams: Any = None,
+        contexts: Any = None,
+        targets: Any = None,
+        on_step: OnStep | None = None,
+    ) -> Edit:
+        """The edit; `model` is left as it was found."""
+        ...
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Weight changes, and everything that says where they came from."""
+
+    factors: Mapping[Site, tuple[Float[Tensor, "d_in rank"], Float[Tensor, "rank d_model"]]]
+    """Per site two thin float64 matrices whose product is the weight change; the rank is at most
+    the number of facts."""
+    dtype: torch.dtype
+    """Dtype of the weights the edit was computed on; deltas are rounded to it once."""
+    facts: tuple[Fact, ...]
+    method: Any
+    """The value that made it: a `Method`, or one of the gradient methods."""
+    hparams: Any
+    """The strengths that method took."""
+    contexts: tuple[str, ...]
+    targets: Targets | None = field(default=None, repr=False)
+    """Present on a fresh edit; not saved."""
+    base: Mapping[Site, str] = field(default_factory=dict, repr=False)
+    """SHA-256 of every weight the edit was computed on."""
+    parameters: Mapping[Site, str] = field(default_factory=dict, repr=False)
+    """The names of these weights in the Hugging Face model."""
+    fan_in_fan_out: bool = field(default=False, repr=False)
+    """Whether they are stored `[d_in, d_model]` there (GPT-2's Conv1D), else the other way."""
+    model: str = ""
+    """The name of the model it was computed on."""
+    frame: Frame = field(default_factory=Frame, repr=False)
+    """The chat template its prompts stood in."""
+
+    @cached_property
+    def deltas(self) -> Mapping[Site, Delta]:
+        """What is added to `model.weight(site)`, in the dtype of the weight."""
+        return {site: (a @ b).to(self.dtype) for site, (a, b) in self.factors.items()}
+
+    def __repr__(self) -> str:
+        sites = ", ".join(map(str, self.factors))
+        return f"Edit({len(self.facts)} facts, sites {sites})"
+
+    def _repr_html_(self) -> str:
+        sites = [f"{site} (rank {a.shape[1]})" for site, (a, _) in self.factors.items()]
+        facts = [f"{f.text} → {f.target_new}" for f in self.facts]
+        told = {"facts": markup.listed(facts, 5), "weights": ", ".join(sites)}
+        told |= {"method": repr(self.method), "model": self.model or "–"}
+        return markup.pairs(
+            told, f"Edit of {len(self.facts)} fact{'' if len(self.facts) == 1 else 's'}"
+        )
+
+    @contextmanager
+    def applied(self, model: Model) -> Iterator[Model]:
+        """The model with the edit inside the block, and bit for bit as before behind it."""
+        self.apply_(model)
+        try:
+            yield model
+        finally:
+            self.revert_(model)
+
+    def apply_(self, model: Model) -> None:
+        """Change the model's weights in place, until `revert_`."""
+        model.live_edits.add(self, self.deltas)
+
+    def revert_(self, model: Model) -> None:
+        """Take this edit back. When no edit is left the weights are the original bits, in whatever
+        order the edits were taken back.
+
+        Raises:
+            ValueError: if this edit is not applied to this model.
+        """
+        model.live_edits.remove(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write a `.safetensors` file: thin factors, facts, settings, hashes; no code."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "targets"}
+        edit_files.save(parts, path)
+
+    @staticmethod
+    def load(path: str | Path, model: Model | None = None, *, any_base: bool = False) -> Edit:
+        """Read what `save` wrote.
+
+        With `model`, its weights (as they are without the edits applied now) must be those the edit
+        was computed on; `any_base` takes any others of these shapes.
+
+        Raises:
+            EditError: for a file that is not an edit, and for another model.
+        """
+        edit = Edit(**edit_files.load(path))
+        if model is not None and not any_base:
+            edit.check_base(model)
+        return edit
+
+    def check_base(self, model: Model) -> None:
+        """Raises `EditError` unless the edit was computed on the weights of this model."""
+        for site, digest in self.base.items():
+            try:
+                now = edit_files.fingerprint(model.live_edits.original(site))
+            except ValueError as error:
+                raise EditError(f"The edit changes {site}, but {error}") from error
+            if now != digest:
+                raise EditError(
+                    f"This edit was computed on {self.model or 'another model'!r} with other "
+                    f"weights at {site} than {model.name!r} has here: it would not do what it did. "
+                    "Load the model it was made on, or pass any_base=True to take it all the same."
+                )
+
+    def __add__(self, other: Edit) -> Edit:
+        """One edit that changes the weights by what both change together, exactly: the sum is
+        rounded once. Its rank is at most theirs together.
+
+        Both must have been computed on the same weights. The sum is not what one edit of all facts
+        would be: neither knew of the other. For edits made one after the other, see `merged`.
+
+        Raises:
+            EditError: for edits computed on different weights or in different dtypes.
+        """
+        shared = self.factors.keys() & other.factors.keys()
+        if self.dtype != other.dtype or any(self.base.get(s) != other.base.get(s) for s in shared):
+            raise EditError(
+                "These edits were computed on different weights, so their sum is none that either "
+                "was computed for; pl.merged adds up edits that were made one after the other."
+            )
+        return replace(
+            _sum([self, other]),
+            method=edit_files.both(self.method, other.method),
+            hparams=edit_files.both(self.hparams, other.hparams),
+            contexts=tuple(dict.fromkeys([*self.contexts, *other.contexts])),
+            base={**other.base, **self.base},
+            parameters={**other.parameters, **self.parameters},
+        )
+
+    def receipt(self, model: Model, n: int | None = 50) -> receipts.Receipt:
+        """What the edit does to the weights and to the answers about its first `n` facts (None:
+        all): two tables, which show themselves in a notebook. The model is left as it was found."""
+        return receipts.receipt(self, model, n)
+
+    def to_peft(self, directory: str | Path, *, max_rank: int = 256) -> None:
+        """Write a LoRA adapter that `peft.PeftModel.from_pretrained(base, directory)` puts onto the
+        model, to be served, switched off, merged or shared. peft is not needed here.
+
+        Raises:
+            EditError: where its rank exceeds `max_rank`, for an edit from a file that does not name
+                the weights, or where the files cannot be written.
+        """
+        if self.factors.keys() - self.parameters.keys():
+            raise EditError(
+                "This edit was saved before files named their weights: make it again, or apply it "
+                "and save the whole model with model.hf.save_pretrained."
+            )
+        where = (self.factors, self.parameters, self.fan_in_fan_out, self.model)
+        lora.export(*where, directory, max_rank)
+
+
+def merged(edits: Sequence[Edit]) -> Edit:
+    """One edit that is the sum of several on the same model; its rank is at most theirs together.
+
+    Raises:
+        SettingsError: for an empty list or edits of different methods.
+    """
+    if not edits or any(e.method != edits[0].method for e in edits):
+        raise SettingsError("merged needs at least one edit, all of one method.")
+    return _sum(edits)
+
+
+def _sum(edits: Sequence[Edit]) -> Edit:
+    """The first edit with the factors and facts of all."""
+    sites = dict.fromkeys(site for e in edits for site in e.factors)
+    factors = {
+        site: (
+            torch.cat([e.factors[site][0] for e in edits if site in e.factors], dim=1),
+            torch.cat([e.factors[site][1] for e in edits if site in e.factors], dim=0),
+        )
+        for site in sites
+    }
+    facts = tuple(f for e in edits for f in e.facts)
+    return replace(edits[0], factors=factors, facts=facts, targets=None)
+
+
+def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:
+    """The fields of an `Edit` of these sites that say what it was computed on."""
+    return {
+        "base": {site: edit_files.fingerprint(model.weight(site)) for site in sites},
+        "parameters": {site: model.parameter_name(site) for site in sites},
+        "fan_in_fan_out": model.fan_in_fan_out,
+        "model": model.name,
+        "frame": model.frame,
+    }

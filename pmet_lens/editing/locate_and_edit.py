@@ -1,0 +1,221 @@
+"""The edit: targets, then one closed-form weight change per critical layer.
+
+`edit` reads like the algorithm box of the paper. It leaves the model as it found it; the result
+is an `Edit`, a value that can be applied, undone, saved and loaded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pmet_lens.data.facts import Fact, check_editable
+from pmet_lens.editing import keys
+from pmet_lens.editing import targets as targeting
+from pmet_lens.editing.edits import Edit, Editor, merged, origin
+from pmet_lens.editing.hparams import hparams_for
+from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.methods import PMET, named
+from pmet_lens.editing.solvers import Dense, Factor, On, SecondMoment
+from pmet_lens.editing.targets import OnStep, Targets
+from pmet_lens.models import tokens
+from pmet_lens.models.model import Model, Site
+
+Moments = Mapping[Site, object]
+
+
+def edit(
+    model: Model,
+    facts: Sequence[Fact],
+    moments: Moments | None,
+    method: Method | Editor | str = PMET,
+    hparams: Any = None,
+    contexts: Sequence[str] | None = None,
+    targets: Targets | None = None,
+    on_step: OnStep | None = None,
+    *,
+    factorised: dict[Site, Factor] | None = None,
+    earlier: Mapping[Site, Float[Tensor, "key d_in"]] | None = None,
+) -> Edit:
+    """Compute one edit that makes `model` give every fact's new answer.
+
+    A method that edits fewer facts `at_once` does so in steps, and the edit is their sum.
+
+    Args:
+        moments: Site -> second moment of the keys, `[d_in, d_in]` tensors or `Moment`s, in memory
+            (`load_moments`) or on disk (`open_moments`); None for a method that needs none
+            (fine-tuning).
+        method: a value, or the name of one (`pl.METHODS`, `pl.ABLATIONS`).
+        hparams: `Hparams`, or what the method has instead; None takes the settings known for this
+            model (`pl.HPARAMS`).
+        contexts: prefixed templates such as "I am. {}"; None samples them from the model.
+        targets: from an earlier edit of the same facts, to skip their optimisation.
+        on_step: called with (step, losses per fact) after every optimisation step.
+        factorised: kept factorisations of the moments, filled here and reused by later edits;
+            pass the same dict only with the same moments, solver, λ and `earlier`. Worth it for
+            solvers that need an eigendecomposition; a `Moment` keeps its Cholesky factor itself.
+        earlier: per site the keys of facts edited before, whose answers are to survive
+            (`edit_sequentially` keeps them).
+
+    Raises:
+        FactError, SettingsError, SolveError: bad facts, settings, or moments, in words.
+    """
+    facts, method = list(facts), named(method) if isinstance(method, str) else method
+    check_editable(facts)
+    if not isinstance(method, Method):
+        return method.edit(model, facts, moments, hparams, contexts, targets, on_step)
+    moments = {} if moments is None else moments
+    if method.at_once is not None and len(facts) > method.at_once:
+        steps = edit_sequentially(
+            model, facts, moments, method, hparams, contexts, batch_size=method.at_once
+        )
+        return merged(steps)
+    hp = hparams if hparams is not None else hparams_for(model, method)
+    hp.check(model.n_layers)
+    sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
+    _check_moments(model, moments, sites)
+    contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
+    _check_contexts(contexts)
+    if targets is None:
+        targets = targeting.optimise(model, facts, method, hp, contexts, on_step)
+    _check_targets(targets, facts, method, hp)
+    _warn_already_true(targets, facts)
+
+    solver = hp.strengthen(method.solver)
+    factors: dict[Site, tuple[Tensor, Tensor]] = {}
+    reader = keys.Reader(model, facts, contexts, method.position)
+    with model.restored(sites):
+        for i, layer in enumerate(hp.layers):
+            for projection in method.write:
+                site = Site(layer, projection)
+                stream = method.follows(projection)
+                K, now = reader.both(site, targets.layer, stream)
+                left_over = targets.values[stream].to(now.device) - now
+                R = (left_over / method.share(len(hp.layers) - i)).to(K.device)
+                factor = None if factorised is None else factorised.get(site)
+                if factor is None:
+                    past = None if earlier is None else earlier[site]
+                    C = _moment(moments[site], K.device)
+                    factor = solver.factorise(C, hp.second_moment_weight, past)
+                if factorised is not None:
+                    factorised[site] = factor
+                left, right = factors[site] = factor.factors(K, R)
+                model.weight(site).add_((left @ right).to(model.dtype))
+    made_on = origin(model, sites)
+    return Edit(factors, model.dtype, tuple(facts), method, hp, tuple(contexts), targets, **made_on)
+
+
+def edit_sequentially(
+    model: Model,
+    facts: Sequence[Fact],
+    moments: Moments,
+    method: Method = PMET,
+    hparams: Hparams | None = None,
+    contexts: Sequence[str] | None = None,
+    *,
+    batch_size: int,
+    protect: bool = False,
+    on_batch: Callable[[int, Edit], object] | None = None,
+) -> list[Edit]:
+    """Edit `batch_size` facts after the other, each batch on the model as edited so far.
+
+    `protect` adds the keys of earlier batches to what every solve preserves (AlphaEdit's sequential
+    editing; for Ridge `λC + KₚᵀKₚ`). `on_batch(facts so far, edit)` runs while the model has all
+    edits so far, to measure it. The model is left as it was found; `merged` adds the edits up.
+    """
+    if batch_size < 1:
+        raise SettingsError(f"batch_size must be at least 1, not {batch_size}.")
+    facts = list(facts)
+    check_editable(facts)
+    hp = hparams if hparams is not None else hparams_for(model, method)
+    contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
+    sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
+    past: dict[Site, Tensor] = {}
+    kept: dict[Site, Factor] = {}
+    edits: list[Edit] = []
+    with model.restored(sites):
+        for start in range(0, len(facts), batch_size):
+            chosen = facts[start : start + batch_size]
+            known = past if protect and past else None
+            kept = {} if protect else kept
+            step = edit(
+                model, chosen, moments, method, hp, contexts, factorised=kept, earlier=known
+            )
+            for site, delta in step.deltas.items():
+                model.weight(site).add_(delta)
+            edits.append(step)
+            for site in sites if protect else ():
+                own = keys.averaged_keys(model, chosen, contexts, site, method.position)
+                past[site] = torch.cat([past[site], own]) if site in past else own
+            if on_batch is not None:
+                on_batch(start + len(chosen), step)
+    return edits
+
+
+def _moment(moment: object, device: torch.device) -> SecondMoment:
+    """The second moment as solvers take it, whether a tensor, a `Moment` or one on disk."""
+    if not isinstance(moment, (Tensor, SecondMoment)):
+        raise SettingsError(f"A second moment must be a Tensor or a Moment, not {type(moment)}.")
+    return On(Dense(moment) if isinstance(moment, Tensor) else moment, device)
+
+
+def _check_moments(model: Model, moments: Moments, sites: Sequence[Site]) -> None:
+    for site in sites:
+        if site not in moments:
+            have = ", ".join(map(str, sorted(moments))) or "none"
+            raise SettingsError(
+                f"The second moment of site {site} is missing (there are: {have}). Compute it with "
+                f"second_moments(model, texts, layers={sorted({s.layer for s in sites})})."
+            )
+        _moment(moments[site], model.device)
+        shape, size = tuple(getattr(moments[site], "shape", ())), model.d_in(site)
+        if shape and shape != (size, size):
+            raise SettingsError(
+                f"The second moment of site {site} is {list(shape)}, but its keys have {size} "
+                "entries: it belongs to another model."
+            )
+
+
+def _check_contexts(contexts: Sequence[str]) -> None:
+    for context in contexts:
+        if context.count("{}") != 1:
+            raise SettingsError(
+                f"The context {context!r} needs exactly one {{}}, where the prompt goes."
+            )
+
+
+def _check_targets(
+    targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
+) -> None:
+    needed = {method.follows(p) for p in method.write}
+    if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
+        raise SettingsError(
+            f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "
+            f"for {len(facts)} facts at layer {hparams.layers[-1]}."
+        )
+    if targets.position != method.position:
+        raise SettingsError(
+            f"These targets are for the token {targets.position!r}; the method edits the token "
+            f"{method.position!r}."
+        )
+    if not needed <= set(targets.values):
+        raise SettingsError(
+            f"The method needs targets for {', '.join(sorted(needed))}; these are for "
+            f"{', '.join(targets.values)}."
+        )
+
+
+def _warn_already_true(targets: Targets, facts: Sequence[Fact]) -> None:
+    first = targets.history[targets.history["step"] == 0]
+    known = [facts[i].text for i in first.loc[first["said"], "fact"]]
+    if known:
+        warnings.warn(
+            f"The model gives the new answer already for {len(known)} of {len(facts)} facts, so "
+            f"there is nothing to edit there; the first is {known[0]!r}.",
+            stacklevel=3,
+        )

@@ -1,0 +1,175 @@
+"""Training of MEND's editor network: facts edited one at a time, with a locality loss.
+
+Source: Mitchell et al., ICLR 2022, arXiv 2110.11309, section 3 and appendix.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pmet_lens.data.facts import Fact
+from pmet_lens.editing.finetune import behind
+from pmet_lens.editing.mend import FACTS_PER_PASS, MendEditor, gradients
+from pmet_lens.models import tokens
+from pmet_lens.models.bridge import Hook
+from pmet_lens.models.model import Model, Site
+
+
+def edited(
+    model: Model, updates: Mapping[Site, tuple[Tensor, Tensor]], fact: Tensor
+) -> list[tuple[str, Hook]]:
+    """Hooks with which row i of a batch is answered as with the update of `fact[i]` in the
+    weights; differentiable in `updates` (`MendEditor.forward`)."""
+
+    def hooks_at(site: Site, left: Tensor, right: Tensor) -> Iterator[tuple[str, Hook]]:
+        mine, theirs = left[fact], right[fact]
+        yield from behind(model, site, lambda key: key.to(mine) @ mine.mT @ theirs)
+
+    return [hook for site, pair in updates.items() for hook in hooks_at(site, *pair)]
+
+
+@dataclass(frozen=True)
+class MendTraining:
+    """How an editor is trained; see `train_editor`."""
+
+    n_steps: int = 2400
+    """Steps of Adam at most, ≥ 1."""
+    batch_size: int = 16
+    """Facts per step, each edited alone, ≥ 1."""
+    lr: float = 2e-3
+    """Learning rate of the network, > 0, linearly down to a fiftieth (published: 1e-6, for large
+    models and many more steps)."""
+    rate_lr: float = 1e-4
+    """Learning rate of the step sizes α, > 0 (published: 1e-4)."""
+    rank: int = 64
+    """Width of the bottleneck, ≥ 1 (published: 1920)."""
+    rate: float = 1e-3
+    """First value of α, > 0 (published: 1e-4)."""
+    edit_weight: float = 0.5
+    """c_edit > 0, weight of the edit loss against the locality loss (published: 0.1, where the
+    editors of these small models hardly edit)."""
+    check_every: int = 100
+    """Steps between two looks at the held-out facts, ≥ 1."""
+    patience: int = 10
+    """Looks without a better loss after which training ends, ≥ 1."""
+    seed: int = 0
+
+
+def train_editor(
+    model: Model,
+    facts: Sequence[Fact],
+    locality: Sequence[tokens.Prompt],
+    held_out: Sequence[Fact],
+    sites: Sequence[Site],
+    settings: MendTraining | None = None,
+    on_log: Callable[[dict[str, float]], object] | None = None,
+) -> MendEditor:
+    """An editor for `model`, trained on facts edited one at a time.
+
+    The loss is c_edit · (−log P of the new answer after the edit, on a phrasing drawn from the
+    fact's prompt and paraphrases) + KL(before ‖ after) at the answer of a locality prompt, drawn
+    from `locality` or, every other time, from the fact's own neighbours where it has some. The
+    editor with the lowest loss on `held_out` is returned; its `curve` has one row per look: step,
+    edit (nats), kl (nats), loss.
+
+    Raises:
+        FactError: for facts that cannot be read or locality prompts without an answer.
+    """
+    cfg = MendTraining() if settings is None else settings
+    rng = random.Random(f"mend {cfg.seed}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        editor = MendEditor.of(model, sites, cfg.rank, cfg.rate).to(model.device)
+    sample = rng.sample(list(facts), min(len(facts), 512))
+    chunks = [sample[i : i + FACTS_PER_PASS] for i in range(0, len(sample), FACTS_PER_PASS)]
+    editor.normalise([gradients(model, chunk, sites)[0] for chunk in chunks])
+    network = [p for name, p in editor.named_parameters() if name != "rate"]
+    groups = [{"params": network, "lr": cfg.lr}, {"params": [editor.rate], "lr": cfg.rate_lr}]
+    optimiser = torch.optim.Adam(groups)
+    slower = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, cfg.n_steps)
+    best, state, bad = math.inf, copy.deepcopy(editor.state_dict()), 0
+    for step in range(cfg.n_steps + 1):
+        if step % cfg.check_every == 0:
+            row = {"step": float(step), **_look(model, editor, held_out, locality, cfg)}
+            editor.curve.append(row)
+            if on_log is not None:
+                on_log(row)
+            bad += 1
+            if row["loss"] < best:
+                best, state, bad = row["loss"], copy.deepcopy(editor.state_dict()), 0
+            if bad == cfg.patience:
+                break
+        chosen = rng.sample(list(facts), min(cfg.batch_size, len(facts)))
+        with torch.enable_grad():
+            edit, kl = objective(model, editor, chosen, *_draw(chosen, locality, rng))
+            (cfg.edit_weight * edit + kl).backward()
+        nn.utils.clip_grad_norm_(network, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        slower.step()
+    editor.load_state_dict(state)
+    return editor
+
+
+def objective(
+    model: Model,
+    editor: MendEditor,
+    facts: Sequence[Fact],
+    asked: Sequence[tokens.Prompt],
+    local: Sequence[tokens.Prompt],
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Edit loss and locality loss of facts edited one at a time, both in nats.
+
+    `asked`: per fact the prompt and answer that should come out. `local`: per fact a prompt with
+    its own answer, where the edit should change nothing.
+    """
+    updates = editor(gradients(model, facts, editor.sites)[0])
+    batch, n = tokens.encode(model, [*asked, *local]), len(facts)
+    at = batch.scored.nonzero()
+    hooks = edited(model, updates, torch.arange(n, device=model.device).repeat(2))
+    logits = model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
+    log_p, share = logits.float().log_softmax(-1), 1 / batch.scored.sum(1)[at[:, 0]]
+    kept = at[:, 0] >= n
+    with torch.no_grad():
+        own, first = batch[torch.arange(n, 2 * n)], torch.tensor([n, 0], device=model.device)
+        clean = model.forward(own.ids, own.mask, at=at[kept] - first).float().log_softmax(-1)
+    nll = -log_p.gather(1, batch.labels[at[:, 0], at[:, 1]][:, None])[:, 0]
+    kl = (clean.exp() * (clean - log_p[kept])).sum(1)
+    return (nll * share)[~kept].sum() / n, (kl * share[kept]).sum() / n
+
+
+def _draw(
+    facts: Sequence[Fact], locality: Sequence[tokens.Prompt], rng: random.Random
+) -> tuple[list[tokens.Prompt], list[tokens.Prompt]]:
+    """Per fact one phrasing to be answered, and one locality prompt: every other time one of its
+    own neighbours, where it has some."""
+    asked = [tokens.Prompt(rng.choice((f.text, *f.paraphrases)), None, f.target_new) for f in facts]
+    near = [[tokens.Prompt(text, None, answer) for text, answer in f.neighbours] for f in facts]
+    local = [rng.choice(own if own and rng.random() < 0.5 else locality) for own in near]
+    return asked, local
+
+
+def _look(
+    model: Model,
+    editor: MendEditor,
+    facts: Sequence[Fact],
+    locality: Sequence[tokens.Prompt],
+    cfg: MendTraining,
+) -> dict[str, float]:
+    """The losses on held-out facts, with the same prompts every time."""
+    rng, edit, kl = random.Random("look"), 0.0, 0.0
+    for start in range(0, len(facts), FACTS_PER_PASS):
+        chunk = facts[start : start + FACTS_PER_PASS]
+        with torch.no_grad():
+            own = objective(model, editor, chunk, *_draw(chunk, locality, rng))
+        edit += float(own[0]) * len(chunk) / len(facts)
+        kl += float(own[1]) * len(chunk) / len(facts)
+    return {"edit": edit, "kl": kl, "loss": cfg.edit_weight * edit + kl}

@@ -1,0 +1,189 @@
+"""`Method` says what the algorithm is, `Hparams` how strongly it acts on one model.
+
+Ablations change only the first, models only the second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from pmet_lens.data import markup
+from pmet_lens.editing.solvers import NullSpace, Solver
+from pmet_lens.models.model import Projection, Stream
+from pmet_lens.models.tokens import Position
+
+Spread = Literal["sqrt", "linear"]
+ReferenceNorm = Literal["own stream", "resid_post"]
+
+STREAM_OF: dict[Projection, Stream] = {"attn": "attn_out", "mlp": "mlp_out"}
+"""The stream a projection writes."""
+DELTA_AT: tuple[Stream, ...] = ("attn_out", "mlp_out", "resid_post")
+"""The streams that can get a delta: what a layer writes, and its output."""
+
+
+class SettingsError(ValueError):
+    """A method or hyper-parameters that contradict themselves or the model."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Four answers that tell the editing methods apart (PMET, MEMIT, ROME, EMMET, AlphaEdit)."""
+
+    delta_at: tuple[Stream, ...]
+    """Streams of the last critical layer that get a delta while the targets are optimised."""
+    write: tuple[Projection, ...]
+    """Projections whose weights are changed, `attn` (W_O) before `mlp` (W_out)."""
+    spread: Spread
+    """How much of the residual a layer takes when n remain: R/√n ("sqrt", PMET) or R/n
+    ("linear", MEMIT)."""
+    solver: Solver
+    """How the facts are weighed against what the projection already stores (`linalg`)."""
+    at_once: int | None = None
+    """How many facts are edited in one step; more are edited one step after the other, each on the
+    model as edited so far (ROME: 1). None: all of them together."""
+
+    position: Position = "last_subject"
+    """The token that is edited: where the deltas are added and keys and values are read (released
+    `fact_token`; the others are ablations)."""
+
+    def __post_init__(self) -> None:
+        for name, values, known in (
+            ("delta_at", self.delta_at, DELTA_AT),
+            ("write", self.write, get_args(Projection)),
+            ("spread", (self.spread,), get_args(Spread)),
+            ("position", (self.position,), get_args(Position)),
+        ):
+            wrong = [v for v in values if v not in known]
+            if wrong or not values or len(set(values)) != len(values):
+                raise SettingsError(
+                    f"{name} must be a choice of {', '.join(known)}, each at most once; "
+                    f"got {values!r}."
+                )
+        if self.at_once is not None and self.at_once < 1:
+            raise SettingsError(f"at_once must be at least 1 or None, not {self.at_once}.")
+        if self.write == ("mlp", "attn"):
+            raise SettingsError("write both projections as ('attn', 'mlp'): attn comes first.")
+        for projection in self.write:
+            self.follows(projection)
+
+    def _repr_html_(self) -> str:
+        write = {"attn": "W_O of attention", "mlp": "W_out of the feed-forward layer"}
+        spread = {"sqrt": "R/√n to each of n layers left", "linear": "R/n to each of n layers left"}
+        together = "all facts together" if self.at_once is None else f"{self.at_once} at a time"
+        return markup.pairs(
+            {
+                "streams that get a delta": ", ".join(self.delta_at),
+                "weights written": ", ".join(write[p] for p in self.write),
+                "residual": spread[self.spread],
+                "solver": repr(self.solver),
+                "edited token": self.position,
+                "facts": together,
+            },
+            "Method",
+        )
+
+    def follows(self, projection: Projection) -> Stream:
+        """The stream whose target the projection is asked to produce: its own where that was
+        optimised, else `resid_post`."""
+        own = STREAM_OF[projection]
+        if own in self.delta_at:
+            return own
+        if "resid_post" in self.delta_at:
+            return "resid_post"
+        raise SettingsError(
+            f"Nothing tells {projection} what to produce: delta_at has neither {own} nor "
+            "resid_post."
+        )
+
+    def share(self, remaining: int) -> float:
+        """The divisor of the residual when `remaining` layers are still to be written."""
+        return math.sqrt(remaining) if self.spread == "sqrt" else float(remaining)
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """Strengths of an edit on one model. Every default is the released value for GPT-J."""
+
+    layers: tuple[int, ...]
+    """Critical layers, ascending, from 0; the last must lie below the model's last layer."""
+    n_steps: int = 30
+    """Optimisation steps per fact, ≥ 1 (`v_num_grad_steps`; PMET hparams for GPT-J: 30)."""
+    lr: float = 0.2
+    """Learning rate of Adam on the deltas, > 0 (`v_lr`)."""
+    weight_decay: float = 0.5
+    """ω ≥ 0, weight of ‖δ‖/‖clean‖² per stream (`v_weight_decay`; the norm is not squared)."""
+    clamp: float = 0.75
+    """c > 0: every delta stays within c times the reference norm (`clamp_norm_factor`)."""
+    kl_weight: float = 1.0
+    """μ ≥ 0, weight of the KL divergence on "{} is a" (`kl_factor`)."""
+    nll_weight: float = 1.0
+    """φ > 0, weight of the new answer's negative log-likelihood (`nll_loss_factor`)."""
+    second_moment_weight: float = 6000.0
+    """λ > 0, weight of the second moment against the new keys (`mom2_update_weight`). It scales
+    with the number of facts edited at once and inversely with the size of the second moment."""
+    stop_loss: float = 0.05
+    """A fact stops when its whole loss is below this (released `compute_z.py`)."""
+    easing: float = 0.1
+    """Factor on φ once every target token is the arg-max in every prompt; 1 switches easing and
+    the KL stop off (MEMIT)."""
+    kl_stop: float = 0.01
+    """While eased, a fact stops when μ·KL is at most this (released `compute_z.py`)."""
+    null_space_threshold: float = 0.02
+    """> 0: eigenvectors of the second moment below it span where AlphaEdit may write (released
+    `nullspace_threshold`; it scales with the squared size of the keys)."""
+    null_space_l2: float = 10.0
+    """> 0, weight of the identity there (released `L2`)."""
+    reference_norm: ReferenceNorm = "own stream"
+    """Clean norm that clamp and decay refer to: of the stream itself (released), or of the layer
+    output, for models whose MLP writes little."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers or any(b <= a for a, b in itertools.pairwise(self.layers)):
+            raise SettingsError(
+                f"layers must be ascending layer numbers without repeats, not {self.layers}."
+            )
+        if self.layers[0] < 0:
+            raise SettingsError(f"layers count from 0; {self.layers[0]} is negative.")
+        if self.n_steps < 1:
+            raise SettingsError(f"n_steps must be at least 1, not {self.n_steps}.")
+        positive = ("lr", "clamp", "nll_weight", "second_moment_weight", "easing")
+        positive += ("null_space_threshold", "null_space_l2")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
+                raise SettingsError(f"{field.name} must be a number ≥ 0, not {value}.")
+            if field.name in positive and value == 0:
+                raise SettingsError(f"{field.name} must be greater than 0.")
+        if self.easing > 1:
+            raise SettingsError(f"easing must be at most 1, not {self.easing}.")
+        if self.reference_norm not in get_args(ReferenceNorm):
+            raise SettingsError(
+                f"reference_norm must be one of {', '.join(get_args(ReferenceNorm))}, "
+                f"not {self.reference_norm!r}."
+            )
+
+    def strengthen(self, solver: Solver) -> Solver:
+        """The solver with what it leaves open taken from here."""
+        if not isinstance(solver, NullSpace):
+            return solver
+        return NullSpace(
+            self.null_space_threshold if solver.threshold is None else solver.threshold,
+            self.null_space_l2 if solver.l2 is None else solver.l2,
+        )
+
+    def check(self, n_layers: int) -> None:
+        """Refuse layers the model does not have, and its last one.
+
+        Raises:
+            SettingsError: naming the layers that can be used.
+        """
+        if self.layers[-1] >= n_layers - 1:
+            raise SettingsError(
+                f"layers {self.layers} do not fit a model of {n_layers} layers: the last critical "
+                f"layer can be at most {n_layers - 2}, because a change at the subject in the "
+                "last layer cannot reach the answer."
+            )

@@ -1,0 +1,233 @@
+"""One batch of facts as an optimisation problem: what is recorded once, and what a step runs.
+
+Nothing below the last critical layer L depends on the deltas, and above it only the tokens from the
+edited one on do. So the residual stream at L, and the keys and values of the earlier tokens above
+L, are recorded once, and a step runs the *tail* of the model on the *suffix* of every prompt, and
+the unembedding only where a loss is read. The layer L itself runs for the edited token alone, or,
+where the streams enter its output as they are (parallel blocks, or a delta on `mlp_out` alone), not
+at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pmet_lens.data.facts import Fact
+from pmet_lens.editing.method import Method
+from pmet_lens.models import memory, probes, tokens
+from pmet_lens.models.bridge import Hook, Tail
+from pmet_lens.models.model import Model, ModelError, Site, Stream
+from pmet_lens.models.tokens import Position
+
+TOKENS_ON_CPU, TOKENS_ELSEWHERE = 1024, 16384
+"""Tokens of a step, padding included: what fits a CPU's cache, what fills an accelerator."""
+FEW_TOKENS = 256
+"""Up to so many, running layer L for the edited token alone costs more than it saves."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one step reads, per active fact."""
+
+    nll: Float[Tensor, " fact"]
+    """−log P per target token, mean over the tokens of a prompt, then over prompts; nats."""
+    kl: Float[Tensor, " fact"]
+    """Of the changed from the clean distribution behind "{} is a", nats."""
+    said: Bool[Tensor, " fact"]
+    """Whether every target token is the arg-max in every prompt."""
+
+
+def prompts(
+    model: Model, facts: Sequence[Fact], contexts: Sequence[str]
+) -> tuple[tokens.Batch, int]:
+    """The rows of all facts, each fact's side by side (plain, behind the prefixes, KL prompt), and
+    how many each has."""
+    rows: list[tokens.Prompt] = []
+    for fact in facts:
+        rows += tokens.prompts_of(fact, contexts, fact.target_new)
+        rows.append(tokens.Prompt(tokens.KL_PROMPT, fact.subject))
+    return tokens.encode(model, rows), len(rows) // len(facts)
+
+
+def batches(
+    rows: tokens.Batch, per_fact: int, position: Position, *, whole: bool, budget: int
+) -> list[list[int]]:
+    """The numbers of the facts that share a batch: as many of similar length as `budget` tokens
+    allow, padding included. `whole`: count whole prompts, else what a step runs."""
+    lengths = rows.mask.sum(1)
+    behind = lengths if whole else lengths - rows.at(position)
+    longest = behind.view(-1, per_fact).amax(1).tolist()
+    total = lengths.view(-1, per_fact).amax(1).tolist()
+    return tokens.chunks(longest, budget // per_fact, total)
+
+
+def budget(model: Model, layer: int, free: int | None = None) -> int:
+    """Tokens of a step with deltas at `layer`, where nobody says otherwise: what suits the device,
+    and no more than keeps half of its `free` memory (bytes; None: the device is asked)."""
+    free = memory.free(model.device) if free is None else free
+    if free is None:
+        return TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ELSEWHERE
+    fitting = free // 2 // (values_per_token(model, layer) * model.dtype.itemsize)
+    return max(FEW_TOKENS, min(TOKENS_ELSEWHERE, fitting))
+
+
+def values_per_token(model: Model, layer: int) -> int:
+    """Numbers that a token of a step keeps for the backward pass through the layers from `layer`
+    on; a generous guess."""
+    d_in = model.d_in(Site(layer, "mlp"))
+    return (10 * model.d_model + 4 * d_in) * (model.n_layers - layer)
+
+
+def tail_of(model: Model, method: Method, layer: int) -> Tail | None:
+    """The part of the model that a step runs; None for a family whose blocks cannot run alone."""
+    behind = all(model.enters_output(stream) for stream in method.delta_at)
+    try:
+        return model.from_layer(layer + 1 if behind else layer)
+    except ModelError:
+        return None
+
+
+def _single(value: Tensor) -> Tensor:
+    """At least float32: deltas and losses of a model in half precision are not."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+class Problem:
+    """The facts of one batch. `losses` runs the facts last given to `choose` (at first all)."""
+
+    def __init__(
+        self,
+        model: Model,
+        rows: tokens.Batch,
+        per_fact: int,
+        method: Method,
+        layer: int,
+        tail: Tail | None,
+        own_norm: bool,
+    ) -> None:
+        """`own_norm`: the deltas' reference norms are those of their own streams, else of the
+        layer's output."""
+        self.model, self.streams = model, method.delta_at
+        self.position: Position = method.position
+        self.layer, self.tail, self.per_fact = layer, tail, per_fact
+        self.n = len(rows) // per_fact
+        residual, output, clean = self._record(rows)
+        plain = torch.arange(self.n, device=model.device) * per_fact
+        self.clean: dict[Stream, Tensor] = {s: clean[s][plain] for s in self.streams}
+        self.norms: dict[Stream, Tensor] = {
+            s: clean[s if own_norm else "resid_post"][plain].norm(dim=-1) for s in self.streams
+        }
+        past = None
+        start = rows.at(self.position)
+        self._above: Tail | None = None
+        if tail is not None and tail.resumes(start, rows.mask):
+            past = tail.past(residual, start)
+            rows, column = rows.behind(start)
+            column = column[..., None].expand(-1, -1, model.d_model)
+            edited = residual.gather(1, column[:, :1])
+            if tail.first == layer and (above := model.from_layer(layer + 1)).has_past:
+                self._above, self._edited, self._output = above, edited, output.gather(1, column)
+            residual = residual.gather(1, column)
+        self._all = (rows, residual, past)
+        self.choose(torch.ones(self.n, dtype=torch.bool, device=model.device))
+        with torch.no_grad():
+            zero: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in self.clean.items()}
+            self._kl_before = self._log_probs(zero)[1]
+
+    def choose(self, active: Bool[Tensor, " fact"]) -> None:
+        """Only these facts from now on: the others' rows leave the batch."""
+        rows, residual, past = self._all
+        self._active = active
+        chosen = active.repeat_interleave(self.per_fact).nonzero()[:, 0]
+        self._chosen, self._rows = chosen, rows[chosen]
+        self._residual = residual[chosen, : self._rows.ids.shape[1]]
+        self._past = None if past is None else past[chosen]
+        facts = torch.arange(len(chosen), device=chosen.device) // self.per_fact
+        self._owner = active.nonzero()[:, 0][facts]
+        scored = self._rows.scored.nonzero()
+        self._labels = self._rows.labels[scored[:, 0], scored[:, 1]]
+        self._fact_of_label = facts[scored[:, 0]]
+        # Mean over the target tokens of a prompt, then over the fact's prompts.
+        per_row = torch.bincount(scored[:, 0], minlength=len(chosen))
+        self._share = 1.0 / (per_row[scored[:, 0]].double() * (self.per_fact - 1))
+        last = torch.arange(len(chosen), device=chosen.device)[self.per_fact - 1 :: self.per_fact]
+        place = self._rows.at(self.position)
+        self._at = torch.cat([scored, torch.stack([last, place[last]], dim=1)])
+        self._place = place
+
+    def losses(self, deltas: Mapping[Stream, Float[Tensor, "fact d_model"]]) -> Losses:
+        """What the chosen facts' prompts say with the deltas (one per fact of the batch) added."""
+        logp, kl_now = self._log_probs(deltas)
+        n = len(kl_now)
+        picked = logp.gather(1, self._labels[:, None])[:, 0]
+        nll = logp.new_zeros(n).index_add(0, self._fact_of_label, -picked * self._share.to(logp))
+        missed = (logp.detach().argmax(-1) != self._labels).to(logp.dtype)
+        said = logp.new_zeros(n).index_add(0, self._fact_of_label, missed) == 0
+        # As released: the divergence *of* the changed model *from* the clean one.
+        before = self._kl_before[self._active]
+        return Losses(nll, (kl_now.exp() * (kl_now - before)).sum(-1), said)
+
+    def _log_probs(self, deltas: Mapping[Stream, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities where a loss is read: at the targets `[label, vocab]` and on the KL
+        prompts `[fact, vocab]`."""
+        rows, tail = self._rows, self.tail
+        if tail is not None and tail.first > self.layer:
+            added = torch.stack([deltas[s] for s in self.streams]).sum(0)[self._owner]
+            entry = self.model.stream_hook(tail.first, "resid_pre")
+            hooks = [(entry, probes.add_at(added, self._place))]
+        else:
+            hooks = [
+                (
+                    self.model.stream_hook(self.layer, s),
+                    probes.add_at(deltas[s][self._owner], self._place),
+                )
+                for s in self.streams
+            ]
+        if tail is None:
+            logits = self.model.forward(rows.ids, rows.mask, hooks=hooks, at=self._at)
+        elif self._above is not None and self._past is not None and rows.ids.numel() > FEW_TOKENS:
+            below, above = self._past.of(slice(1)), self._past.of(slice(1, None))
+            first, stop = rows.mask[:, :1], self.layer + 1
+            edited = self._edited[self._chosen]
+            output = tail.forward(edited, first, hooks=hooks, past=below, stop_at_layer=stop)
+            behind = self._output[self._chosen, 1 : rows.ids.shape[1]]
+            residual = torch.cat([output, behind], dim=1)
+            logits = self._above.forward(residual, rows.mask, at=self._at, past=above)
+        else:
+            logits = tail.forward(
+                self._residual, rows.mask, hooks=hooks, at=self._at, past=self._past
+            )
+        logp = _single(logits).log_softmax(-1)
+        n = len(self._labels)
+        return logp[:n], logp[n:]
+
+    def _record(self, rows: tokens.Batch) -> tuple[Tensor, Tensor, dict[Stream, Tensor]]:
+        """The residual entering the tail and the output of L at every token, and the clean streams
+        at the edited token."""
+        seen: dict[Stream, Tensor] = {}
+
+        def keep(stream: Stream) -> Callable[[Tensor], None]:
+            def hook(value: Tensor) -> None:
+                seen[stream] = value.to(self.model.device)
+
+            return hook
+
+        streams: tuple[Stream, ...] = ("resid_pre", "resid_post", *self.streams)
+        hooks: list[tuple[str, Hook]] = [
+            (self.model.stream_hook(self.layer, s), keep(s)) for s in dict.fromkeys(streams)
+        ]
+        with torch.no_grad():
+            self.model.forward(rows.ids, rows.mask, hooks=hooks, stop_at_layer=self.layer + 1)
+        number = torch.arange(len(rows), device=self.model.device)
+        place = rows.at(self.position)
+        clean: dict[Stream, Tensor] = {s: _single(v[number, place]) for s, v in seen.items()}
+        for stream, value in clean.items():
+            probes.check_finite(value, f"{stream} of layer {self.layer}")
+        behind = self.tail is not None and self.tail.first > self.layer
+        output = seen["resid_post"]
+        return output if behind else seen["resid_pre"], output, clean

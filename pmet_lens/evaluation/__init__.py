@@ -1,0 +1,6 @@
+"""What a model answers, and what that is worth: `scoring.py` first, then metrics with intervals
+and general ability."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

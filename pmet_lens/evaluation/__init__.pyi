@@ -1,0 +1,4 @@
+"""What notebooks and figures use of this room beside the names of `pmet_lens` itself."""
+
+from .metrics import means as means
+from .scoring import score as score

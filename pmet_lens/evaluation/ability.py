@@ -1,0 +1,181 @@
+"""What an edit does to the rest of the model: text it models, answers it gives, facts it knows.
+
+An edit that does what it should changes the edited facts and their like, and nothing here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pmet_lens.data import datasets, world
+from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.editing.edits import Edit
+from pmet_lens.evaluation import metrics, scoring
+from pmet_lens.models import tokens
+from pmet_lens.models.model import Model
+
+HELD_OUT = 2
+"""Seed of the world's text that perplexity is measured on: second moments take that of seed 1, and
+the bundled models were trained on neither."""
+
+
+def general_ability(
+    model: Model,
+    edit: Edit | None = None,
+    *,
+    texts: Iterable[str] | None = None,
+    prompts: Sequence[str] | None = None,
+    others: Sequence[Fact] | None = None,
+    n_texts: int = 200,
+    batch_tokens: int = 4096,
+) -> pd.DataFrame:
+    """The model with `edit` applied (None: as it is) on what the edit is not about: a table like
+    that of `summarise`, one row per metric (index), columns mean, ci_low, ci_high (95 % bootstrap
+    over texts, prompts or facts) and n. The model is left as it was found.
+
+    - perplexity: exp of the mean −log P per token, nats, of `texts`; from 1, lower is better. The
+      first token of a text is read and not predicted; texts are cut to what the model reads. The
+      mean is over tokens, so that long texts count more. n texts.
+    - KL: KL(before ‖ with the edit) of the distribution of the next token, nats, mean over
+      `prompts`; from 0 (always so without an edit), lower is better. n prompts.
+    - recall: share of the facts `others` whose true answer is the arg-max, 0 to 100, higher is
+      better; see `scoring.recall`. n facts.
+
+    Args:
+        texts: the first `n_texts` are read. None: text about the bundled world in another draw
+            than its models and moments saw; the facts in it are the same.
+        prompts: None: a sentence about each of 200 subjects of the bundled world that none of its
+            records edits.
+        others: facts with `target_true`. None: every fact of the bundled world but those with
+            subject and relation of an edited one (all of the subject, where no relation is given).
+        batch_tokens: padded tokens per forward pass.
+
+    An empty collection leaves its row out. The defaults suit models that know the bundled world;
+    for another model bring your own, or know that only the difference an edit makes is of meaning.
+
+    Raises:
+        FactError: for texts or prompts that are one string, hold no token or (prompts) are longer
+            than the model reads; for facts without `target_true`.
+    """
+    if isinstance(texts, str) or isinstance(prompts, str):
+        raise FactError("texts and prompts are lists of texts; put one text into a list.")
+    texts = world.build().texts(HELD_OUT) if texts is None else texts
+    read = list(itertools.islice(texts, n_texts))
+    prompts = _prompts() if prompts is None else prompts
+    if others is None:
+        others = others_of(datasets.knowns(), () if edit is None else edit.facts)
+    before = _next_token(model, prompts, batch_tokens)
+    table = {}
+    with nullcontext() if edit is None else edit.applied(model):
+        if read:
+            table["perplexity"] = _perplexity(*_nll(model, read, batch_tokens))
+        if len(prompts):
+            after = before if edit is None else _next_token(model, prompts, batch_tokens)
+            kl = (before.exp() * (before - after)).sum(1).clamp(min=0).numpy()
+            table["KL"] = (kl.mean(), *metrics.bootstrap(kl), len(kl))
+        if len(others):
+            right = 100 * scoring.recall(model, others)["correct"].to_numpy()
+            table["recall"] = (right.mean(), *metrics.bootstrap(right), len(right))
+    columns = ["mean", "ci_low", "ci_high", "n"]
+    frame = pd.DataFrame.from_dict(table, orient="index", columns=columns).rename_axis("metric")
+    return frame.astype({"n": int})
+
+
+def _prompts(n: int = 200) -> list[str]:
+    """Prompts about `n` subjects of pool B, which no record of the bundled world edits."""
+    bundled = world.build()
+    safe = {e.name for e in bundled.entities if e.pool == "B"}
+    every = {r["subject"]: r["prompt"] for r in bundled.knowns() if r["subject"] in safe}
+    return list(every.values())[:: max(1, len(every) // n)][:n]
+
+
+def others_of(world: Sequence[Fact], edited: Sequence[Fact]) -> list[Fact]:
+    """The facts of a known world that were not edited: those with another (subject, relation), and
+    with another subject than an edited fact without a relation (zsRE)."""
+    gone = {(f.subject, f.relation) for f in edited}
+    return [f for f in world if not {(f.subject, f.relation), (f.subject, None)} & gone]
+
+
+def _next_token(
+    model: Model, prompts: Sequence[str], batch_tokens: int
+) -> Float[Tensor, "prompt vocab"]:
+    """log P of every next token, nats, float64 on the CPU."""
+    rows = []
+    for start in range(0, len(prompts), 64):
+        batch = tokens.encode(model, [tokens.Prompt(p) for p in prompts[start : start + 64]])
+        step = max(1, batch_tokens // batch.ids.shape[1])
+        for some in torch.arange(len(batch), device=batch.ids.device).split(step):
+            own = batch[some]
+            at = torch.stack([torch.arange(len(own), device=own.ids.device), own.last], dim=1)
+            logits = model.logits_at(own.ids, own.mask, at)
+            rows.append(logits.cpu().double().log_softmax(-1))
+    return torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.float64)
+
+
+def _nll(
+    model: Model, texts: Sequence[str], batch_tokens: int
+) -> tuple[metrics.Numbers, metrics.Numbers]:
+    """Per text with at least two tokens: the sum of −log P over its tokens but the first, nats,
+    and the number of these tokens."""
+    read = [model.tokenizer(text)["input_ids"][: model.n_positions] for text in texts]
+    read = sorted((ids for ids in read if len(ids) > 1), key=len)
+    if not read:
+        raise FactError("The texts hold no token to predict; pass texts of two tokens or more.")
+    totals = []
+    while read:
+        n = 1
+        while n < len(read) and (n + 1) * len(read[n]) <= batch_tokens:
+            n += 1
+        totals += _sums(model, read[:n])
+        read = read[n:]
+    return np.array([t for t, _ in totals]), np.array([float(n) for _, n in totals])
+
+
+def _sums(model: Model, rows: Sequence[list[int]]) -> list[tuple[float, int]]:
+    width = max(map(len, rows))
+    padded = [ids + [int(model.tokenizer.pad_token_id)] * (width - len(ids)) for ids in rows]
+    ids = torch.tensor(padded, device=model.device)
+    lengths = torch.tensor([len(own) for own in rows], device=model.device)
+    mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
+    at = mask[:, 1:].nonzero()  # the tokens but the last, each of which predicts the next
+    logits = model.logits_at(ids, mask, at)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wanted = ids[at[:, 0], at[:, 1] + 1]
+    nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double()
+    total = torch.zeros(len(rows), dtype=nll.dtype, device=nll.device).index_add(0, at[:, 0], nll)
+    return [(t, len(own) - 1) for t, own in zip(total.tolist(), rows, strict=True)]
+
+
+def _perplexity(total: metrics.Numbers, count: metrics.Numbers) -> tuple[float, float, float, int]:
+    low, high = metrics.bootstrap_ratio(total, count)
+    mean = total.sum() / count.sum()
+    return (float(np.exp(mean)), float(np.exp(low)), float(np.exp(high)), len(total))
+
+
+def lm_eval_model(model: Model, **options: Any) -> Any:
+    """The model for EleutherAI's lm-evaluation-harness, e.g.
+    `lm_eval.simple_evaluate(model=lm_eval_model(model), tasks=["lambada_openai"])`.
+
+    It wraps the user's own Hugging Face model and tokenizer, so that an applied edit counts;
+    `options` go to its `HFLM`. lm_eval is no dependency of this package, and its tasks download
+    their data.
+
+    Raises ImportError where lm_eval is not installed, with the command that installs it.
+    """
+    try:
+        wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
+    except ImportError as error:
+        raise ImportError(
+            f'lm_eval is not installed; run  pip install "lm_eval[hf]"  and try again. ({error})'
+        ) from error
+    return wrapper(pretrained=model.hf, tokenizer=model.tokenizer, **options)

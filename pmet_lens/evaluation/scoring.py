@@ -1,0 +1,285 @@
+"""Model and facts to a tidy table, one row per (fact, kind of prompt, prompt).
+
+Two families are kept apart: *success* compares the likelihoods of two answers (ES, PS, NS),
+*accuracy* asks whether every token of the wanted answer is the arg-max (EA, PA, NA), or how many
+are (zsRE). `summarise` (in `metrics.py`) turns the table into metrics.
+
+Prompts of many facts share a forward pass, sorted by length. Each distinct (prompt, answer) is
+scored once, and answers that need the same tokens to be read, as all answers of one token to one
+prompt do, share one row of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pmet_lens.data import world
+from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.evaluation import metrics
+from pmet_lens.evaluation.metrics import summarise as summarise
+from pmet_lens.models import tokens
+from pmet_lens.models.generation import check_end, generate_batch
+from pmet_lens.models.generation import generate as generate
+from pmet_lens.models.memory import halving
+from pmet_lens.models.model import Model
+
+OnPrompts = Callable[[int, int], object]
+References = Mapping[tuple[str | None, str], Sequence[str]]
+"""(relation, answer) -> texts about subjects that have that answer, for consistency."""
+KINDS = ("rewrite", "paraphrase", "neighbour")
+_AT_ONCE = 2048  # prompts encoded together
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model takes one answer to one prompt, under teacher forcing."""
+
+    nll: float
+    """Mean −log P per target token, nats, ≥ 0; lower is likelier."""
+    right: float
+    """Share of the target tokens that are the arg-max, 0 to 1."""
+
+
+def score(
+    model: Model,
+    prompts: Sequence[tokens.Prompt],
+    *,
+    batch_tokens: int | None = None,
+    on_prompts: OnPrompts | None = None,
+) -> list[Score]:
+    """Score every prompt's target. Each distinct (text, target) is read once, and those that are
+    read in the same tokens share a row of the forward pass.
+
+    `batch_tokens`: padded tokens per forward pass (one row at least); None: 2,048 on a CPU, 32,768
+    elsewhere. `on_prompts`: called with
+    (scored so far, all), both of distinct (text, target).
+    """
+    if batch_tokens is None:
+        batch_tokens = 2048 if model.device.type == "cpu" else 32768
+    distinct = {(p.text, p.target): tokens.Prompt(p.text, None, p.target) for p in prompts}
+    # The answers to one text stand side by side, and texts of about one length.
+    keys = sorted(distinct, key=lambda key: (len(key[0]), key[0], key[1] or ""))
+    found: dict[tuple[str, str | None], Score] = {}
+    while len(found) < len(keys):
+        start = stop = len(found)
+        while stop < len(keys) and (stop < start + _AT_ONCE or keys[stop][0] == keys[stop - 1][0]):
+            stop += 1
+        batch = tokens.encode(model, [distinct[key] for key in keys[start:stop]])
+        for chosen, host in _shared_rows(batch, batch_tokens):
+            pairs = list(zip(chosen, host, strict=True))
+            parts = halving(pairs, partial(_score_rows, model, batch), "prompts")
+            scores = [one for part in parts for one in part]
+            found.update(zip([keys[start + i] for i in chosen], scores, strict=True))
+            if on_prompts is not None:
+                on_prompts(len(found), len(keys))
+    return [found[p.text, p.target] for p in prompts]
+
+
+def _shared_rows(batch: tokens.Batch, batch_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows of `batch` to be scored in one pass, and for each the row to read it from.
+
+    A row is read from one that begins with it: what follows cannot change it (causal attention).
+    """
+    ids = [row[:n] for row, n in zip(batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True)]
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    readers: dict[int, list[int]] = {}
+    host = -1
+    # In this order a row that begins others stands right before one of them.
+    for row in reversed(order):
+        if host < 0 or ids[host][: len(ids[row])] != ids[row]:
+            host = row
+        readers.setdefault(host, []).append(row)
+    hosts = sorted(readers, key=lambda row: (len(ids[row]), row))
+    while hosts:
+        n = 1
+        while n < len(hosts) and (n + 1) * len(ids[hosts[n]]) <= batch_tokens:
+            n += 1
+        pairs = [(row, own) for own in hosts[:n] for row in readers[own]]
+        yield [row for row, _ in pairs], [own for _, own in pairs]
+        hosts = hosts[n:]
+
+
+def _score_rows(model: Model, batch: tokens.Batch, pairs: Sequence[tuple[int, int]]) -> list[Score]:
+    """The scores of rows: pairs of the row and the one it is read from."""
+    on = batch.ids.device
+    chosen, host = [row for row, _ in pairs], [own for _, own in pairs]
+    rows, read = torch.unique(torch.tensor(host, device=on), return_inverse=True)
+    run, labels = batch[rows], batch.labels[torch.tensor(chosen, device=on)]
+    own, place = (labels != -100).nonzero(as_tuple=True)
+    at, which = torch.unique(torch.stack([read[own], place], 1), dim=0, return_inverse=True)
+    logits = model.logits_at(run.ids, run.mask, at)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wanted = labels[own, place]
+    nll = -logits.log_softmax(-1)[which, wanted].double()
+    right = (logits.argmax(-1)[which] == wanted).double()
+    n = torch.bincount(own, minlength=len(chosen))
+    zero = torch.zeros(len(chosen), dtype=torch.float64, device=on)
+    nll, right = (zero.index_add(0, own, values) / n for values in (nll, right))
+    return [Score(a, b) for a, b in zip(nll.tolist(), right.tolist(), strict=True)]
+
+
+def evaluate(
+    model: Model,
+    facts: Sequence[Fact],
+    generate: bool = False,
+    *,
+    references: References | None = None,
+    on_prompts: OnPrompts | None = None,
+) -> pd.DataFrame:
+    """One row per fact, kind of prompt and prompt.
+
+    Columns: fact (position in `facts`), case_id, relation, kind ("rewrite", "paraphrase",
+    "neighbour"), index (of the prompt within its kind), prompt, wanted and other (the answer that
+    should win and its rival; no rival: None), nll_wanted, nll_other (nats per token), margin (the
+    difference of the probabilities, wanted minus other, −1 to 1), success (wanted likelier than
+    other; NaN without a rival), correct (every token of wanted is the arg-max), token_accuracy
+    (share of its tokens that are). If some facts have a `benchmark` also that.
+
+    The wanted answer is `target_new` on rewrite and paraphrase prompts (`target_true` for facts
+    without a new one) and the neighbour's own answer on neighbour prompts.
+
+    With `generate` also one row per generation prompt, of kind "generation", with text and fluency
+    (bits × 100), and consistency (0 to 100) where there are `references` for the fact: texts about
+    subjects that have the wanted answer, by (relation, wanted answer). It is one number per fact,
+    of all its texts together, repeated in each of their rows. None takes the references of the
+    bundled world for facts about its subjects; for other facts consistency is then absent.
+
+    Raises:
+        FactError: for no facts, or a prompt that cannot be read.
+        ModelError: with `generate`, for a tokenizer without an end-of-text token.
+    """
+    rows = [row for i, fact in enumerate(facts) for row in _prompts(i, fact)]
+    if not rows:
+        raise FactError("There are no facts to evaluate; pass at least one Fact.")
+    if generate:
+        check_end(model)
+    wanted = [tokens.Prompt(r["prompt"], None, r["wanted"]) for r in rows]
+    rival = [tokens.Prompt(r["prompt"], None, r["other"]) for r in rows if r["other"] is not None]
+    scores = score(model, [*wanted, *rival], on_prompts=on_prompts)
+    others = iter(scores[len(wanted) :])
+    for row, own in zip(rows, scores, strict=False):
+        row.update(nll_wanted=own.nll, token_accuracy=own.right, correct=float(own.right == 1))
+        row.update(nll_other=np.nan, margin=np.nan, success=np.nan)
+        if row["other"] is not None:
+            other = next(others)
+            row.update(
+                nll_other=other.nll,
+                margin=float(np.exp(-own.nll) - np.exp(-other.nll)),
+                success=float(metrics.says_new(own.nll, other.nll)),
+            )
+    frame = pd.DataFrame(rows)
+    if generate:
+        frame = pd.concat(
+            [frame, _generations(model, facts, references, on_prompts)], ignore_index=True
+        )
+    if any(fact.benchmark for fact in facts):
+        frame["benchmark"] = [facts[i].benchmark for i in frame["fact"]]
+    return frame
+
+
+def _prompts(i: int, fact: Fact) -> list[dict[str, Any]]:
+    """The scored prompts of one fact, with the answer that should win and its rival."""
+    new, true, wanted = fact.target_new, fact.target_true, _wanted(fact)
+    rival = true if new is not None else None
+    cases = [("rewrite", fact.text, wanted, rival)]
+    cases += [("paraphrase", p, wanted, rival) for p in fact.paraphrases]
+    # The rival on a neighbour prompt is the edited answer, where the two answer the same relation.
+    cases += [("neighbour", p, a, new if a == true else None) for p, a in fact.neighbours]
+    head = {"fact": i, "case_id": fact.case_id, "relation": fact.relation}
+    counts: dict[str, int] = {}
+    rows = []
+    for kind, prompt, want, other in cases:
+        index = counts[kind] = counts.get(kind, -1) + 1
+        rows.append(
+            {**head, "kind": kind, "index": index, "prompt": prompt, "wanted": want, "other": other}
+        )
+    return rows
+
+
+def _wanted(fact: Fact) -> str:
+    return fact.target_new or fact.target_true or ""  # no fact is without both
+
+
+def _generations(
+    model: Model,
+    facts: Sequence[Fact],
+    references: References | None,
+    on_prompts: OnPrompts | None,
+) -> pd.DataFrame:
+    """The rows of the generation prompts; a prompt's seed is its place among those of its fact."""
+    asked = [(i, n, prompt) for i, f in enumerate(facts) for n, prompt in enumerate(f.generation)]
+    prompts, seeds = [prompt for *_, prompt in asked], [n for _, n, _ in asked]
+    texts = generate_batch(model, prompts, seeds, on_prompts=on_prompts)
+    told: dict[int, list[str]] = {}
+    rows = []
+    for (i, index, prompt), text in zip(asked, texts, strict=True):
+        told.setdefault(i, []).append(text)
+        row = {"fact": i, "case_id": facts[i].case_id, "relation": facts[i].relation}
+        row.update(kind="generation", index=index, prompt=prompt, text=text)
+        rows.append({**row, "fluency": metrics.fluency([text])})
+    frame = pd.DataFrame(rows)
+    found = _references([facts[i] for i in told], references)
+    rs = {
+        i: metrics.consistency(told[i], known)
+        for i, known in zip(told, found, strict=True)
+        if len(known)
+    }
+    return frame.assign(consistency=frame["fact"].map(rs)) if rs else frame
+
+
+def _references(facts: Sequence[Fact], given: References | None) -> list[Sequence[str]]:
+    """The reference texts of every fact, none where there are none."""
+    if given is not None:
+        return [given.get((f.relation, _wanted(f)), ()) for f in facts]
+    bundled = world.build()
+    known = {(f.subject.name, f.relation) for f in bundled.facts}
+    found: list[Sequence[str]] = []
+    for fact in facts:
+        relation, wanted = fact.relation or "", _wanted(fact)
+        own = (fact.subject, relation) in known and (relation, wanted) in bundled.holders
+        found.append(bundled.references(relation, wanted) if own else ())
+    return found
+
+
+def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:
+    """The `k` likeliest next tokens of each prompt: columns prompt, rank (from 1), token,
+    probability (0 to 1)."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    batch = tokens.encode(model, [tokens.Prompt(p) for p in prompts])
+    at = torch.stack([torch.arange(len(batch), device=model.device), batch.last], dim=1)
+    with torch.no_grad():
+        best = model.forward(batch.ids, batch.mask, at=at).float().softmax(-1).topk(k)
+    rows = [
+        {"prompt": prompt, "rank": rank, "token": model.tokenizer.decode([token]), "probability": p}
+        for prompt, ids, ps in zip(
+            prompts, best.indices.tolist(), best.values.tolist(), strict=True
+        )
+        for rank, (token, p) in enumerate(zip(ids, ps, strict=True), start=1)
+    ]
+    return pd.DataFrame(rows)
+
+
+def recall(
+    model: Model, facts: Sequence[Fact], *, on_prompts: OnPrompts | None = None
+) -> pd.DataFrame:
+    """Whether each fact's true answer is the arg-max on its prompt: columns fact, subject,
+    relation, correct (0 or 1). On the facts of a known world that were *not* edited its mean is
+    the collateral measure: the share still answered correctly."""
+    if any(f.target_true is None for f in facts):
+        raise FactError("recall needs facts with target_true.")
+    prompts = [tokens.Prompt(f.text, None, f.target_true) for f in facts]
+    scores = score(model, prompts, on_prompts=on_prompts)
+    columns = {
+        "fact": range(len(facts)),
+        "subject": [f.subject for f in facts],
+        "relation": [f.relation for f in facts],
+        "correct": [float(s.right == 1) for s in scores],
+    }
+    return pd.DataFrame(columns)

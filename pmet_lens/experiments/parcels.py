@@ -1,0 +1,58 @@
+"""A model's weights on their way to other processes: arrays that one node holds once.
+
+A parcel is plain arrays and a configuration. Ray keeps the arrays in the shared memory of a node,
+where every worker sees them without a copy; what an edit writes to is copied, and nothing else is
+where the model stays on the CPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from pmet_lens.experiments.grid import Run
+from pmet_lens.models.loading import moved
+from pmet_lens.models.model import Model, Projection, Site, load
+
+
+def pack(model: Model) -> dict[str, Any]:
+    """The weights as arrays of bytes, and what is needed to put them together again."""
+    hf: Any = model.hf
+    state = {name: t.detach().cpu().contiguous() for name, t in hf.state_dict().items()}
+    return {
+        "arrays": {name: t.reshape(-1).view(torch.uint8).numpy() for name, t in state.items()},
+        "shapes": {name: (str(t.dtype)[6:], tuple(t.shape)) for name, t in state.items()},
+        "config": hf.config,
+        "dtype": str(model.dtype)[6:],
+        "kind": type(hf),
+        "tokenizer": model.tokenizer,
+    }
+
+
+def unpack(parcel: Mapping[str, Any], runs: Mapping[str, Run], device: str | None) -> Model:
+    """The model of `runs` from a parcel. On the CPU it shares memory with it, but for the weights
+    of its sites, which an edit writes to."""
+    run, shapes = next(iter(runs.values())), parcel["shapes"]
+    state = {name: _tensor(array, *shapes[name]) for name, array in parcel["arrays"].items()}
+    dtype = getattr(torch, parcel["dtype"])
+    hf = parcel["kind"].from_pretrained(
+        None, config=parcel["config"], state_dict=state, dtype=dtype
+    )
+    hf = hf if device is None else moved(hf, device)
+    model = load(hf, parcel["tokenizer"], name=Path(run.model).name, template=run.template)
+    for site in (Site(n, p) for n in range(model.n_layers) for p in get_args(Projection)):
+        weight = model.parameter(site)
+        weight.data = weight.data.clone()  # the shared bits cannot be written to
+    return model
+
+
+def _tensor(array: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor on the memory of an array, which must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array).view(getattr(torch, dtype)).reshape(shape)

@@ -1,0 +1,295 @@
+"""`engine="ray"`: workers as Ray actors, on this machine or on a cluster; the caller is the driver.
+
+Every actor is a `worker.Worker`. It gets the runs once and its weights once, and talks to the
+driver in names of shards: weights, moments and targets never travel with a task. All that lasts
+lies in the folder, so that a worker may die at any time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pmet_lens.experiments import parcels, probing, store
+from pmet_lens.experiments.grid import GridError, Run
+from pmet_lens.experiments.tasks import Task
+from pmet_lens.experiments.worker import Outcome, Told, Worker
+from pmet_lens.models.loading import ModelError
+
+CHUNK_SECONDS = 5.0
+"""How long a chunk of tasks should keep a worker busy: much longer than handing it out takes."""
+START_SECONDS = 900.0
+"""How long workers may take to read their model before the cluster counts as full."""
+ANSWER_SECONDS = 10.0
+"""How long a cluster may take to answer."""
+
+
+def check_installed() -> None:
+    """Raises `GridError` where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise GridError(
+            'engine="ray" needs Ray: pip install "pmet-lens[ray]". Without it, engine="serial" '
+            "makes the same results, and --shard k/n shares a grid out to a batch queue."
+        )
+
+
+@contextmanager
+def cluster(address: str | None = None) -> Iterator[Any]:
+    """Ray, connected to the cluster at `address`, or started on this machine (None). One that is
+    connected already is taken as it is, and left so.
+
+    Raises:
+        GridError: for an address where no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray = importlib.import_module("ray")
+    if ray.is_initialized():
+        yield ray
+        return
+    if address is not None:
+        _check_answers(address)
+    try:
+        local = {"include_dashboard": False} if address is None else {}
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise GridError(_no_answer(address, str(error))) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for minutes to reach an address where nobody is."""
+    host, colon, port = address.rpartition("://")[2].partition(":")
+    if not colon:
+        return  # "auto", "local": Ray says at once
+    try:
+        with socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise GridError(_no_answer(address, str(error))) from error
+
+
+def _no_answer(address: str | None, why: str) -> str:
+    if address is None:
+        return f"Ray could not be started on this machine: {why}"
+    return (
+        f"No Ray cluster answers at {address!r} ({why.strip().splitlines()[0] if why else ''}). "
+        "Start one with `ray start --head` on its first machine and name the address it tells; "
+        "without address= the workers run on this machine."
+    )
+
+
+@contextmanager
+def actors(
+    ray: Any,
+    folder: str,
+    runs: Mapping[str, Run],
+    workers: int | None,
+    options: Mapping[str, Any],
+) -> Iterator[Actors]:
+    """Workers for runs of one model, until the end of the block.
+
+    Raises:
+        GridError: where they do not start, or have other packages or weights than one another.
+        ModelError: where they cannot read their model.
+    """
+    n, share = shares(ray.cluster_resources(), workers, options)
+    remote = ray.remote(max_restarts=0, **share)(RemoteWorker)
+    device = options["device"]
+    if device is None and share["num_gpus"] and options["device_map"] is None:
+        device = "auto"
+    how = {"device": device, "device_map": options["device_map"]}
+    where = {"folder": str(Path(folder).resolve()), "home": str(Path.cwd())}
+    everything = ray.put(dict(runs))
+    made: list[Any] = []
+
+    def start(parcel: Any = None) -> Any:
+        threads = max(1, math.floor(share["num_cpus"]))
+        made.append(remote.remote(everything, where, how, threads, parcel))
+        return made[-1]
+
+    try:
+        first = start()
+        told = _answer(ray, [first])[0]
+        check_versions(told, store.versions())
+        parcel = None
+        if options["device_map"] is None and n > 1:
+            parcel = first.parcel.remote()  # to every node once; what it holds is never pickled
+        others = [start(parcel) for _ in range(n - 1)]
+        for other in _answer(ray, others):
+            check_versions(other, store.versions())
+            _check_weights(other, told)
+        yield Actors(ray, lambda: start(parcel), [first, *others], told)
+    finally:
+        for one in made:
+            ray.kill(one)
+
+
+def shares(
+    have: Mapping[str, float], workers: int | None, options: Mapping[str, Any]
+) -> tuple[int, dict[str, float]]:
+    """How many workers, and what each takes of the cluster: a GPU, or a share of the CPUs.
+
+    Raises:
+        GridError: for fewer than one worker, and for a device map over less than one GPU.
+    """
+    if workers is not None and workers < 1:
+        raise GridError(f"workers must be at least 1, not {workers}.")
+    gpus, cpus = have.get("GPU", 0.0), have.get("CPU", 1.0)
+    gpus = 0.0 if options["device"] == "cpu" else gpus
+    n = workers or int(gpus) or max(1, int(cpus) // 2)
+    own = gpus / n
+    if options["device_map"] is not None and gpus:
+        own = float(int(own))
+        if own < 1:
+            raise GridError(
+                f"{n} workers with a device_map need {n} GPUs at least, and the cluster has "
+                f"{int(gpus)}: take fewer workers."
+            )
+    own = float(min(own, 1.0)) if options["device_map"] is None else own
+    cpu = cpus / n
+    return n, {"num_gpus": own, "num_cpus": float(int(cpu)) if cpu >= 1 else cpu}
+
+
+def _answer(ray: Any, started: Sequence[Any]) -> list[Told]:
+    """What workers say of themselves, as soon as they have read their model."""
+    try:
+        said = ray.get([one.describe.remote() for one in started], timeout=START_SECONDS)
+    except ray.exceptions.GetTimeoutError as error:
+        raise GridError(
+            f"The workers did not start within {START_SECONDS:.0f} seconds: the cluster may be "
+            "busy with something else. Take fewer workers=, or try again later."
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise GridError(f"A worker could not be started: {error}") from error
+    for one in said:
+        if isinstance(one, str):
+            raise ModelError(f"A worker could not read its model: {one}")
+    return said
+
+
+def check_versions(told: Told, own: Mapping[str, str]) -> None:
+    """Raises `GridError` where a worker has other packages than the driver."""
+    other = [
+        f"{name} {version or 'none'} (here {own.get(name) or 'none'})"
+        for name, version in told.versions.items()
+        if version != own.get(name)
+    ]
+    if other:
+        raise GridError(
+            f"A worker has {', '.join(other)}. Results of one grid come from the same packages: "
+            "install the same versions on every machine (constraints.txt has those tested)."
+        )
+
+
+def _check_weights(told: Told, first: Told) -> None:
+    if told.weights != first.weights:
+        raise GridError(
+            "Two workers read different weights or tokenizers under the same name. Give a "
+            "directory that all machines share, or the same revision everywhere."
+        )
+
+
+class RemoteWorker:
+    """A `Worker` in an actor, with what it needs of the driver's surroundings."""
+
+    def __init__(
+        self,
+        runs: Mapping[str, Run],
+        where: Mapping[str, str],
+        how: Mapping[str, Any],
+        threads: int,
+        parcel: Any,
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        if Path(where["home"]).is_dir():
+            os.chdir(where["home"])  # names of models and texts may be relative
+        self.error, self.worker = "", None
+        try:
+            model = None if parcel is None else parcels.unpack(parcel, runs, how["device"])
+            self.worker = Worker(where["folder"], runs, model=model, **how)
+        except (OSError, ValueError) as error:
+            self.error = str(error)
+
+    def describe(self) -> Told | str:
+        """What it says of itself, or why it cannot work."""
+        return self.error if self.worker is None else self.worker.describe()
+
+    def parcel(self) -> Any:
+        """The weights of its model, for other workers."""
+        assert self.worker is not None
+        return parcels.pack(self.worker.model)
+
+    def do(self, chunk: Sequence[Task]) -> list[Outcome]:
+        """Make shards, one after the other."""
+        assert self.worker is not None
+        return [self.worker.do(task) for task in chunk]
+
+    def probe(self, tasks: Sequence[Task]) -> list[float]:
+        """Seconds that each of these shards would take here, by making a little of every kind."""
+        assert self.worker is not None
+        probe, runs = probing.Probe(self.worker.model), self.worker.runs
+        return [probe.seconds(task, runs[task.run]) for task in tasks]
+
+    def pid(self) -> int:
+        """Its process."""
+        return os.getpid()
+
+
+class Actors:
+    """A `scheduler.Pool` of actors; one that died is replaced."""
+
+    def __init__(self, ray: Any, start: Callable[[], Any], all: Sequence[Any], told: Told) -> None:
+        self._ray, self._start, self._told = ray, start, told
+        self.idle, self.n = list(all), len(all)
+        self.running: dict[Any, tuple[Any, Sequence[Task]]] = {}
+        self._seconds: dict[str, list[float]] = {}
+
+    def told(self) -> Told:
+        return self._told
+
+    def probed(self, tasks: Sequence[Task]) -> list[list[float]]:
+        """What every worker says these shards would take, asked at the same time, so that they
+        are in each other's way as they will be."""
+        return self._ray.get([one.probe.remote(list(tasks)) for one in self.idle])
+
+    def free(self) -> int:
+        return len(self.idle)
+
+    def size(self, task: Task, left: int) -> int:
+        """As many as keep a worker busy for a while, and never more than half of its share of what
+        is left, so that all are done at about the same time."""
+        seen = self._seconds.get(task.kind)
+        if not seen:
+            return 1
+        mean = max(sum(seen) / len(seen), 1e-3)
+        return max(1, min(int(CHUNK_SECONDS / mean), left // (2 * self.n)))
+
+    def give(self, chunk: Sequence[Task]) -> None:
+        actor = self.idle.pop(0)
+        self.running[actor.do.remote(list(chunk))] = (actor, chunk)
+
+    def collect(self) -> list[tuple[Task, Outcome | None]]:
+        done, _ = self._ray.wait(list(self.running), num_returns=1)
+        actor, chunk = self.running.pop(done[0])
+        try:
+            outcomes = self._ray.get(done[0])
+        except self._ray.exceptions.RayActorError:
+            self.idle.append(self._start())
+            return [(task, None) for task in chunk]
+        self.idle.append(actor)
+        for task, outcome in zip(chunk, outcomes, strict=True):
+            if outcome.seconds:
+                self._seconds.setdefault(task.kind, []).append(outcome.seconds)
+        return list(zip(chunk, outcomes, strict=True))

@@ -1,0 +1,115 @@
+"""Targets as files: what took long to optimise is kept, and a long run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pmet_lens.data import file_format
+from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.editing import edit_files, targets
+from pmet_lens.editing.method import Hparams, Method
+from pmet_lens.editing.targets import Targets
+from pmet_lens.models import tokens
+from pmet_lens.models.model import Model
+
+FORMAT = "pmet_lens targets 1"
+STOPPED = ("", "goal", "steps")
+_UNREAD = {"second_moment_weight": 1.0, "null_space_threshold": 1.0, "null_space_l2": 1.0}
+"""Strengths the optimisation does not read: targets that differ in nothing else are the same."""
+
+
+def save(found: Targets, path: str | Path) -> None:
+    """Write targets and their history as safetensors. The file appears whole or not at all."""
+    tensors = {f"values.{s}": v for s, v in found.values.items()}
+    tensors |= {f"clean.{s}": v for s, v in found.clean.items()}
+    for name, column in found.history.items():
+        numbers = column.map(STOPPED.index) if name == "stopped" else column
+        tensors[f"history.{name}"] = torch.from_numpy(numbers.to_numpy().copy())
+    head = {"format": FORMAT, "layer": found.layer, "position": found.position}
+    head["columns"] = list(found.history.columns)
+    file_format.write(path, tensors, head, "targets", edit_files.EditError)
+
+
+def load(path: str | Path) -> Targets:
+    """What `save` wrote, on the CPU.
+
+    Raises:
+        EditError: for a file that is missing, damaged, or holds no targets.
+    """
+    head, tensors = file_format.read(path, FORMAT, "targets", edit_files.EditError)
+    missing = {f"history.{name}" for name in head["columns"]} - tensors.keys()
+    if missing:
+        raise edit_files.EditError(f"{path} is damaged: {', '.join(sorted(missing))} is missing.")
+
+    def part(kind: str) -> dict[str, Tensor]:
+        return {n.removeprefix(f"{kind}."): t for n, t in tensors.items() if n.startswith(kind)}
+
+    history = pd.DataFrame({name: part("history")[name].numpy() for name in head["columns"]})
+    history["stopped"] = [STOPPED[i] for i in history["stopped"]]
+    values, clean = part("values"), part("clean")
+    return Targets(values, clean, head["layer"], history, head["position"])  # type: ignore[arg-type]
+
+
+def key(
+    model: Model,
+    facts: Sequence[Fact],
+    method: Method,
+    hparams: Hparams,
+    contexts: Sequence[str],
+) -> str:
+    """A name for these facts' targets: equal for two calls whose targets are equal, different if
+    anything differs that they follow from (the weights of the model and its tokens among it)."""
+    read = strengths(hparams)
+    text = [f"{f.text} {f.target_new}" for f in facts]
+    asked = [(f.subject, f.prompt, f.target_new) for f in facts]
+    behind = [c for c in contexts if c != tokens.PLAIN]
+    made = [method.delta_at, method.position, asdict(read), asked, behind]
+    made.append(model.tokenizer(text)["input_ids"])
+    made += [asdict(model.frame)] if model.frame else []
+    whole = json.dumps([*made, weights(model)])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def strengths(hparams: Hparams) -> Hparams:
+    """The strengths with everything that targets do not follow from set to the same values."""
+    return replace(hparams, layers=hparams.layers[-1:], **_UNREAD)
+
+
+def weights(model: Model) -> str:
+    """SHA-256 of all weights of the model as they are now."""
+    return file_format.state_digest(model.hf.state_dict())
+
+
+def optimise(
+    model: Model,
+    facts: Sequence[Fact],
+    method: Method,
+    hparams: Hparams,
+    contexts: Sequence[str],
+    folder: Path,
+    shard: int = 125,
+    on_facts: Callable[[int, int], object] | None = None,
+) -> Targets:
+    """`targets.optimise`, `shard` facts at a time, each shard kept in `folder` and read from there
+    when it is there. `on_facts`: called with (facts so far, all)."""
+    if not facts:
+        raise FactError("There are no facts to optimise; pass at least one Fact.")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for start in range(0, len(facts), shard):
+        some = facts[start : start + shard]
+        path = folder / f"{key(model, some, method, hparams, contexts)}.safetensors"
+        if not path.exists():
+            save(targets.optimise(model, some, method, hparams, contexts), path)
+        parts.append(load(path))
+        if on_facts is not None:
+            on_facts(start + len(some), len(facts))
+    return targets.joined(parts)

@@ -1,0 +1,224 @@
+"""Trials: a method, or a variation of one, edited and measured on one model, many times over.
+
+A `Trial` says what differs from the settings known for a model; a `Bench` holds what every trial on
+a model needs (second moments, context prefixes, targets on disk), so that a table of many methods,
+ablations and loads optimises each target once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pmet_lens.data import datasets
+from pmet_lens.data.facts import Fact
+from pmet_lens.editing.edits import Edit, Editor
+from pmet_lens.editing.hparams import hparams_for
+from pmet_lens.editing.locate_and_edit import edit, edit_sequentially
+from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.methods import ABLATIONS, PMET
+from pmet_lens.editing.solvers import Factor
+from pmet_lens.editing.targets import Targets
+from pmet_lens.evaluation import metrics, scoring
+from pmet_lens.experiments import target_files
+from pmet_lens.models import tokens
+from pmet_lens.models.model import Model, Site
+from pmet_lens.moments import moment_files
+from pmet_lens.moments.second_moments import Moment, chained
+
+OnDone = Callable[[int, int], object]
+KEPT = 4
+"""Settings whose factorised moments a bench keeps: a factor is as large as its moment."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of a table: the method, and what else differs from the usual."""
+
+    method: Method | Editor = PMET
+    change: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the model's `Hparams` that differ, with their values."""
+    prefixes: bool = True
+    """Whether prompts also stand behind context prefixes."""
+
+
+def ablations(hparams: Hparams) -> dict[str, Trial]:
+    """PMET without one of its parts, or with one strength changed: those of `ABLATIONS`, and those
+    of `hparams` and the context prefixes. Every λ, clamp and number of layers is relative to
+    `hparams`, so that the same rows are made for every model. "PMET" comes first."""
+    layers, clamp, weight = hparams.layers, hparams.clamp, hparams.second_moment_weight
+    out = {name: Trial(method) for name, method in ABLATIONS.items()}
+    out["without prefixes"] = Trial(prefixes=False)
+    for n in range(1, len(layers)):
+        out[f"the last {n} critical layers" if n > 1 else "the last critical layer only"] = Trial(
+            change={"layers": layers[-n:]}
+        )
+    for times, text in ((0.5, "half the clamp"), (2.0, "twice the clamp")):
+        out[text] = Trial(change={"clamp": times * clamp})
+    for times, text in ((0.1, "a tenth of λ"), (10.0, "ten times λ")):
+        out[text] = Trial(change={"second_moment_weight": times * weight})
+    return out
+
+
+class Bench:
+    """One model, and what edits of it need. `folder` keeps targets and second moments between runs;
+    what is there is read, not computed again.
+
+    Args:
+        texts: for the second moments of all layers below the last; None: about the bundled world.
+        n_tokens: of these.
+        hparams: method → its settings, for a model that `pl.HPARAMS` does not know.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        folder: str | Path,
+        texts: Sequence[str] | None = None,
+        n_tokens: int = 100_000,
+        hparams: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.model, self.folder = model, Path(folder)
+        self.settings = hparams or (lambda method: known(model, method))
+        self.contexts = tokens.sample_contexts(model)
+        self.moments = self._moments(texts, n_tokens)
+        self._kept: dict[tuple[Any, ...], dict[Site, Factor]] = {}
+
+    def _moments(self, texts: Sequence[str] | None, n_tokens: int) -> dict[Site, Moment]:
+        read = "world" if texts is None else chained("", texts)[:8]
+        name = f"{target_files.weights(self.model)[:16]}-{read}-{n_tokens}"
+        return moment_files.kept_moments(
+            self.folder / f"moments-{name}.safetensors",
+            self.model,
+            datasets.texts() if texts is None else texts,
+            range(self.model.n_layers - 1),
+            n_tokens=n_tokens,
+        )
+
+    def hparams(self, trial: Trial) -> Any:
+        """The strengths of a trial; None for a gradient method that knows its own."""
+        own = self.settings(trial.method)
+        if own is None and trial.change:
+            raise SettingsError(
+                f"{trial.method} has settings of its own: give Bench hparams= to change "
+                f"{', '.join(trial.change)}."
+            )
+        return own if own is None else replace(own, **trial.change)
+
+    def targets(
+        self, trial: Trial, facts: Sequence[Fact], on_facts: OnDone | None = None
+    ) -> Targets | None:
+        """The targets of all facts, optimised on the unedited model; None for a method without."""
+        if not isinstance(trial.method, Method):
+            return None
+        return target_files.optimise(
+            self.model,
+            facts,
+            trial.method,
+            self.hparams(trial),
+            self._contexts(trial),
+            self.folder / "targets",
+            on_facts=on_facts,
+        )
+
+    def edit(self, trial: Trial, facts: Sequence[Fact], targets: Targets | None = None) -> Edit:
+        """The edit of these facts, all at once as far as the method can; `targets` are theirs."""
+        hp, method = self.hparams(trial), trial.method
+        alone = not isinstance(method, Method) or (method.at_once or len(facts)) >= len(facts)
+        factorised = None
+        if isinstance(method, Method):
+            while len(self._kept) >= KEPT and (method.solver, hp) not in self._kept:
+                self._kept.pop(next(iter(self._kept)))
+            factorised = self._kept.setdefault((method.solver, hp), {})
+        return edit(
+            self.model,
+            facts,
+            self.moments,
+            method,
+            hp,
+            self._contexts(trial),
+            targets if alone else None,
+            factorised=factorised if alone else None,
+        )
+
+    def chain(
+        self, trial: Trial, facts: Sequence[Fact], look: Callable[[int], object], step: int = 1
+    ) -> None:
+        """Edit `step` facts after the other and call `look(facts so far)` while the model has all
+        edits so far."""
+        if not isinstance(trial.method, Method):
+            raise TypeError(f"{trial.method} does not edit in steps.")
+        edit_sequentially(
+            self.model,
+            facts,
+            self.moments,
+            trial.method,
+            self.hparams(trial),
+            self._contexts(trial),
+            batch_size=step,
+            on_batch=lambda done, _: look(done),
+        )
+
+    def _contexts(self, trial: Trial) -> list[str]:
+        return self.contexts if trial.prefixes else [tokens.PLAIN]
+
+
+def known(model: Model, method: Method | Editor) -> Hparams | None:
+    """The settings `pl.HPARAMS` has; None for gradient methods, which know their own."""
+    return hparams_for(model, method) if isinstance(method, Method) else None
+
+
+def compare(
+    bench: Bench,
+    trials: Mapping[str, Trial],
+    facts: Sequence[Fact],
+    others: Sequence[Fact] = (),
+    baseline: str = "PMET",
+    on_trial: OnDone | None = None,
+) -> pd.DataFrame:
+    """Every trial on the same facts, all at once, and what it changes against `baseline`, paired.
+
+    Columns: run, metric (those of `evaluate`'s summary, and "collateral": facts `others` still
+    answered right), mean, ci_low, ci_high (95 % bootstrap over facts), n, difference,
+    difference_low, difference_high (trial − baseline, per fact; missing for the baseline itself).
+
+    Raises KeyError if `baseline` is no trial.
+    """
+    first = _measured(bench, trials[baseline], facts, others)
+    tables = []
+    for i, (name, trial) in enumerate(trials.items()):
+        rows, right = first if name == baseline else _measured(bench, trial, facts, others)
+        table = metrics.summarise(rows)
+        if len(right):
+            table.loc["collateral"] = [right.mean(), *metrics.bootstrap(right), len(right)]
+        if name != baseline:
+            change = metrics.paired(rows, first[0])
+            if len(right):
+                gap = right - first[1]
+                change.loc["collateral"] = [gap.mean(), *metrics.bootstrap(gap), len(gap)]
+            change = change.drop(columns="n")
+            change.columns = ["difference", "difference_low", "difference_high"]
+            table = table.join(change)
+        tables.append(table.reset_index().assign(run=name))
+        if on_trial is not None:
+            on_trial(i + 1, len(trials))
+    columns = ["run", "metric", "mean", "ci_low", "ci_high", "n"]
+    columns += ["difference", "difference_low", "difference_high"]
+    return pd.concat(tables, ignore_index=True).reindex(columns=columns).astype({"n": int})
+
+
+def _measured(
+    bench: Bench, trial: Trial, facts: Sequence[Fact], others: Sequence[Fact]
+) -> tuple[pd.DataFrame, metrics.Numbers]:
+    """The rows of `evaluate` with the trial's edit, and per other fact 100 where it is right."""
+    at_once = getattr(trial.method, "at_once", None)
+    stepwise = at_once is not None and at_once < len(facts)  # then every step has its own targets
+    made = bench.edit(trial, facts, None if stepwise else bench.targets(trial, facts))
+    with made.applied(bench.model):
+        rows = scoring.evaluate(bench.model, facts)
+        right = scoring.recall(bench.model, others)["correct"] if len(others) else pd.Series([])
+        return rows, 100 * right.to_numpy(dtype=float)

@@ -1,0 +1,106 @@
+"""The Ablate tab: the same fact under variations of PMET."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from pmet_lens.data import markup
+from pmet_lens.editing.method import SettingsError
+from pmet_lens.editing.methods import PMET
+from pmet_lens.explorer import recipes, variants, widgets
+from pmet_lens.explorer.jobs import Tick
+from pmet_lens.explorer.panes import Pane, Shell
+from pmet_lens.explorer.views import View
+from pmet_lens.plotting import maps
+
+_HEAD = ("method", "says", "P(new)", "paraphrases %", "neighbours kept %", "‖ΔW‖/‖W‖")
+
+
+class AblateTab:
+    """Boxes to tick; every combination of them is edited and measured."""
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+        self.attention = {
+            True: widgets.tick("with δ^a", True, "Attention gets a delta, as in PMET"),
+            False: widgets.tick("without δ^a", True, "Only the feed-forward output gets a delta"),
+        }
+        self.write_attention = {
+            False: widgets.tick("W_out only", True, "Only feed-forward weights are written: PMET"),
+            True: widgets.tick("W_O and W_out", False, "Attention weights are written, too"),
+        }
+        self.spread = {
+            "sqrt": widgets.tick("square root", True, "A layer takes R/√n when n remain: PMET"),
+            "linear": widgets.tick("linear", True, "A layer takes R/n when n remain: MEMIT"),
+        }
+        tips = {
+            "ridge": "λ times the second moment against the new keys: PMET, MEMIT",
+            "exact": "The new value is stored exactly: ROME, EMMET",
+            "null space": "Written only where old keys hardly reach: AlphaEdit",
+        }
+        self.solver = {name: widgets.tick(name, name == "ridge", tips[name]) for name in tips}
+        self._count = widgets.html()
+        tip = "Edit the fact above on the unedited model under each combination, and take it back"
+        self.button = shell.button("Compare", tip, self.run, "primary")
+        self.pane = Pane(shell)
+        groups = {
+            "δ^a": self.attention,
+            "Written": self.write_attention,
+            "Spread": self.spread,
+            "Solver": self.solver,
+        }
+        for group in groups.values():
+            for box in group.values():
+                box.observe(lambda _: self._tell(), names="value")
+        lines = [
+            widgets.row(widgets.html(f'<div style="width: 5em"><b>{name}</b></div>'), *own.values())
+            for name, own in groups.items()
+        ]
+        self.box = widgets.column(*lines, widgets.row(self.button, self._count), self.pane.box)
+        self._tell()
+
+    def _methods(self) -> dict[str, Any]:
+        def ticked(group: dict[Any, Any]) -> list[Any]:
+            return [value for value, box in group.items() if box.value]
+
+        return variants.variants(
+            ticked(self.attention),
+            ticked(self.write_attention),
+            ticked(self.spread),
+            ticked(self.solver),
+        )
+
+    def _tell(self) -> None:
+        names = list(self._methods())
+        told = f"{len(names)} variants: {'; '.join(names)}." if names else "Tick one of each."
+        self._count.value = widgets.message(told)
+
+    def run(self) -> None:
+        """Compare the ticked variants, in a step."""
+        methods, session = self._methods(), self._shell.session
+        if not methods:
+            raise SettingsError("Tick at least one box of each line.")
+        session.settings(PMET)  # says what is missing before anything runs
+
+        def work(tick: Tick) -> tuple[View, Any]:
+            fact = self._shell.fact.read(new=True)
+            rows = variants.ablate(
+                session, fact, methods, lambda step, _: tick(0, 0, f"optimising, step {step}"), tick
+            )
+            table = variants.compared(rows)
+            hparams = session.settings(PMET)
+            assert hparams is not None
+            code = recipes.ablate(session, fact, methods, hparams)
+            title = f"“{fact.text} {fact.target_new}” under {len(table)} variations of PMET"
+            size = (7.0, 0.9 + 0.26 * len(table))
+            draw = partial(maps.variant_bars, table)
+            return View("ablate", title, rows, draw, code, size), table
+
+        self._shell.run("Compare", work, lambda made: self._show(*made))
+
+    def _show(self, view: View, table: Any) -> None:
+        flat = table.reset_index()
+        for name in ("paraphrases", "neighbours"):
+            flat[name] = [None if v != v else round(v) for v in flat[name]]
+        self.pane.show(view, markup.table(maps.rows_of(flat, list(flat.columns)), _HEAD))

@@ -1,0 +1,96 @@
+"""Settings for a model that nobody has published any for: a starting point, marked as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+from torch import Tensor
+
+from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.editing.method import Hparams
+from pmet_lens.interp.causal_trace import causal_trace
+from pmet_lens.models import probes, tokens
+from pmet_lens.models.model import Model, Stream
+
+_ENOUGH = 0.1
+"""Share of the answer that the best layer must bring back for a trace to say something."""
+_LITTLE = 0.25
+"""‖mlp_out‖ / ‖resid_post‖ below which a delta bound by the former cannot move the latter."""
+_PER_FACT = 0.6
+"""λ per fact edited at once: 6,000 for the 10,000 of the released settings."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What `suggest_hparams` proposes. Try it on facts you hold back before you believe it."""
+
+    hparams: Hparams
+    why: str
+    """In words, for each choice."""
+    trace: pd.DataFrame = field(repr=False)
+    """The causal trace it follows from (`causal_trace`)."""
+
+    def __repr__(self) -> str:
+        return f"Suggestion, not tuned: {self.hparams}\n{self.why}"
+
+
+def suggest_hparams(model: Model, facts: Sequence[Fact], n_edits: int = 100) -> Suggestion:
+    """Settings of PMET for editing `n_edits` facts at once in a model without known ones.
+
+    `facts`: some the model knows, with `target_true` (about 20 suffice). The last critical layer is
+    the one whose hidden state at the last subject token brings most of the answer back when the
+    subject is corrupted (causal trace, ROME arXiv 2202.05262, section 2.2): what is recalled is
+    all there, and nothing has been read yet. As many layers as a fifth of the depth, three to six,
+    end there. The strengths are those released for GPT-J, λ by the number of edits; where the MLP
+    writes less than a quarter of the layer output's norm, deltas are bound relative to the latter.
+
+    Raises:
+        FactError: for facts without `target_true`.
+    """
+    chosen = [fact for fact in facts if fact.target_true is not None]
+    if not chosen:
+        raise FactError("suggest_hparams needs facts with target_true, which the model knows.")
+    trace = causal_trace(model, chosen)
+    own = trace[(trace["place"] == "last subject token") & (trace["layer"] < model.n_layers - 1)]
+    recovered = own.set_index("layer")["recovered"]
+    best = float(recovered.max())
+    if best >= _ENOUGH:
+        last = int(recovered.index[recovered == best][-1])
+        where = (
+            f"Restoring the last subject token brings back most of the answer at layer {last}: "
+            f"{best:.2f} of it, on {len(chosen)} facts."
+        )
+    else:
+        last = max(0, round(0.3 * model.n_layers) - 1)
+        where = (
+            f"The trace found no layer that matters at the last subject token (at most {best:.2f} "
+            f"of the answer came back on {len(chosen)} facts): does the model know them? Layer "
+            f"{last} is a guess, three tenths of the depth."
+        )
+    count = min(6, last + 1, max(3, round(model.n_layers / 5)))
+    weight = _PER_FACT * n_edits
+    layers = tuple(range(last - count + 1, last + 1))
+    size = _written(model, chosen, last)
+    norm, bound = ("resid_post", "layer output") if size < _LITTLE else ("own stream", "own stream")
+    hparams = Hparams(layers, second_moment_weight=weight, reference_norm=norm)
+    why = (
+        f"{where} {count} layers: a fifth of {model.n_layers}, three to six. λ = {weight:g} for "
+        f"{n_edits} edits at once, in proportion to the released 6,000 for 10,000: sweep it. "
+        f"Deltas are bound relative to the {bound}: the MLP writes {size:.2f} of the layer "
+        f"output's norm at layer {last}. Everything else is as released for GPT-J."
+    )
+    return Suggestion(hparams, why, trace)
+
+
+def _written(model: Model, facts: Sequence[Fact], layer: int) -> float:
+    """Mean norm of the MLP's output at the last subject token, relative to the layer output's."""
+    batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject) for f in facts])
+    wanted: dict[tuple[int, Stream], Tensor] = {
+        (layer, "mlp_out"): batch.subject,
+        (layer, "resid_post"): batch.subject,
+    }
+    found = probes.read_streams(model, batch.ids, batch.mask, wanted)
+    written, whole = (value.float().norm(dim=-1).mean() for value in found.values())
+    return float(written / whole)

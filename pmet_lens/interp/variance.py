@@ -1,0 +1,130 @@
+"""What a component's output depends on: the relation asked for, or the subject asked about.
+
+If MHSA held general extraction patterns, its output would be a function of the relation. Of the
+variance of a stream over facts, this module tells the share that other facts with the same relation
+(and another subject) predict, and the share that other facts with the same subject (and another
+relation) predict. No fact ever predicts itself: a fact's deviation from the mean is multiplied with
+the mean deviation of its *partners*, so noise and small groups add nothing on average, and without
+any dependence the share is 0 (slightly below it, because the mean is taken from the same facts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.evaluation import metrics
+from pmet_lens.models.activations import Activations, Position, probe
+from pmet_lens.models.model import Model, Stream
+
+FACTORS = ("relation", "relation, other phrasing", "subject")
+
+
+def variance_split(
+    model: Model,
+    facts: Sequence[Fact],
+    streams: Sequence[Stream] = ("attn_out", "mlp_out"),
+    position: Position = "last",
+    *,
+    layers: Sequence[int] | None = None,
+    n_permutations: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Share of the variance of each stream explained by relation and by subject, per layer.
+
+    Partners of a fact share its relation and not its subject ("relation"), do so in another prompt
+    template ("relation, other phrasing": what is asked, not the words), or share its subject and
+    not its relation ("subject"). Facts without such a partner do not count for that factor.
+
+    Returns columns layer, stream, position, factor, share (1: the partners' mean deviation is the
+    fact's own; 0: unrelated; can be negative), ci_low, ci_high (95 % bootstrap over facts), null
+    (95 % quantile of the share when labels are shuffled among the facts), p (share of shuffles that
+    reach the share), n (facts with a partner).
+
+    Raises `FactError` for a fact without a relation, and for a relation with a single fact.
+    """
+    return split(probe(model, facts, streams, layers, (position,)), n_permutations, seed)
+
+
+def split(found: Activations, n_permutations: int = 200, seed: int = 0) -> pd.DataFrame:
+    """`variance_split` of activations that are there already."""
+    _check(found.facts)
+    relation = _codes([str(f.relation) for f in found.facts])
+    subject = _codes([f.subject for f in found.facts])
+    prompt = _codes([f.prompt for f in found.facts])
+    cells = [
+        (layer, stream, position, _gram(value[:, n].double().numpy()))
+        for (stream, position), value in found.values.items()
+        for n, layer in enumerate(found.layers)
+    ]
+    grams = np.stack([gram for *_, gram in cells])
+    rng = np.random.default_rng(seed)
+    rows = []
+    for factor in FACTORS:
+        weights = _partners(factor, relation, subject, prompt)
+        has: np.ndarray = np.asarray(weights.any(axis=1))
+        if not has.any():
+            continue
+        # One order serves all layers and streams: what is slow is to reorder the weights.
+        orders = [rng.permutation(len(has)) for _ in range(n_permutations)]
+        null = np.array([_shares(grams, weights[o[:, None], o], has[o]) for o in orders])
+        for cell, (layer, stream, position, gram) in enumerate(cells):
+            top, bottom = (weights * gram).sum(1)[has], np.diag(gram)[has]
+            share, interval = top.mean() / bottom.mean(), metrics.bootstrap_ratio(top, bottom)
+            shuffled = null[:, cell] if n_permutations else np.empty(0)
+            p = (1 + int((shuffled >= share).sum())) / (1 + n_permutations)
+            limit = float(np.quantile(shuffled, 0.95)) if n_permutations else np.nan
+            key = (layer, stream, position, factor)
+            rows.append((*key, share, *interval, limit, p, int(has.sum())))
+    names = ["layer", "stream", "position", "factor", "share", "ci_low", "ci_high", "null", "p"]
+    return pd.DataFrame(rows, columns=[*names, "n"])
+
+
+def _gram(x: metrics.Numbers) -> metrics.Numbers:
+    centred = x - x.mean(0)
+    return centred @ centred.T
+
+
+def _shares(grams: metrics.Numbers, weights: metrics.Numbers, has: np.ndarray) -> metrics.Numbers:
+    """The share of each gram matrix `[cell, fact, fact]` for these partners."""
+    top = grams.reshape(len(grams), -1) @ weights.ravel()
+    return top / np.diagonal(grams, axis1=1, axis2=2)[:, has].sum(1)
+
+
+def _check(facts: Sequence[Fact]) -> None:
+    counts: dict[str, int] = {}
+    for fact in facts:
+        if fact.relation is None:
+            raise FactError(f"{fact.text!r} has no relation; the variance split needs one.")
+        counts[fact.relation] = counts.get(fact.relation, 0) + 1
+    single = sorted(r for r, n in counts.items() if n == 1)
+    if single:
+        raise FactError(
+            f"The relation {single[0]!r} has a single fact, so nothing else can predict it; leave "
+            "it out or add facts."
+        )
+    if len(counts) < 2:
+        raise FactError("The variance split needs facts of at least two relations.")
+
+
+def _codes(names: Sequence[str]) -> np.ndarray:
+    return np.unique(np.array(names), return_inverse=True)[1]
+
+
+def _partners(
+    factor: str, relation: np.ndarray, subject: np.ndarray, prompt: np.ndarray
+) -> metrics.Numbers:
+    """`[fact, fact]`: row i averages over the partners of fact i; a row of 0 where it has none."""
+
+    def equal(codes: np.ndarray) -> np.ndarray:
+        return codes[:, None] == codes
+
+    chosen = {
+        "relation": equal(relation) & ~equal(subject),
+        "relation, other phrasing": equal(relation) & ~equal(subject) & ~equal(prompt),
+        "subject": equal(subject) & ~equal(relation),
+    }[factor].astype(np.float64)
+    return chosen / np.maximum(chosen.sum(1, keepdims=True), 1)

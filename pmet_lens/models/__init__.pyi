@@ -1,0 +1,3 @@
+"""What notebooks and figures use of this room beside the names of `pmet_lens` itself."""
+
+from .tokens import Prompt as Prompt

@@ -1,0 +1,245 @@
+"""Facts to token batches: where the subject ends, where the answer is predicted, what is padding.
+
+Text is tokenised once and whole, and positions are found by character offsets; nothing is counted
+by tokenising pieces, so that accents, repeated subjects and merges at the seams do no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.models.model import Model
+
+Position = Literal["last_subject", "first_subject", "last"]
+"""A token of a prompt: the last and the first of the subject, the last before the answer."""
+
+PLAIN = "{}"
+SEEDS = ("The", "Therefore", "Because", "I", "You")
+"""First words of the context prefixes (released code: `util/generate.py` callers, PMET main)."""
+KL_PROMPT = "{} is a"
+"""The prompt on which the edit should change nothing (released code: `compute_z.py`)."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A template with one `{}` for `subject`, and the answer that is to be predicted, if any.
+
+    A complete text without a marked subject has `subject=None`.
+    """
+
+    template: str
+    subject: str | None = None
+    target: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The prompt without its target."""
+        if self.subject is None:
+            return self.template
+        return self.template.replace("{}", self.subject, 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows. Of a target all tokens but the last are in `ids` (teacher forcing)."""
+
+    ids: Int[Tensor, "row token"]
+    mask: Int[Tensor, "row token"]
+    subject: Int[Tensor, " row"]
+    """Position of the last subject token; of the last prompt token where no subject is marked."""
+    first: Int[Tensor, " row"]
+    """Position of the first subject token; as `subject` where none is marked."""
+    last: Int[Tensor, " row"]
+    """Position of the last prompt token, which predicts the first target token."""
+    labels: Int[Tensor, "row token"]
+    """The target token predicted at each position, -100 where none is."""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        """The chosen rows (indices or boolean mask), columns that hold only padding cut off."""
+        width = max(1, int(self.mask[rows].sum(1).max())) if len(self.mask[rows]) else 1
+        return Batch(
+            self.ids[rows, :width],
+            self.mask[rows, :width],
+            self.subject[rows],
+            self.first[rows],
+            self.last[rows],
+            self.labels[rows, :width],
+        )
+
+    def behind(self, start: Int[Tensor, " row"]) -> tuple[Batch, Int[Tensor, "row token"]]:
+        """The tokens from `start` on as a batch of their own, and the column in this batch that
+        each of its places came from."""
+        rest = self.mask.sum(1) - start
+        column = start[:, None] + torch.arange(int(rest.max()), device=start.device)
+        inside = (column - start[:, None]) < rest[:, None]
+        column = column.clamp(max=self.ids.shape[1] - 1)
+        labels = self.labels.gather(1, column).masked_fill(~inside, -100)
+        cut = Batch(
+            self.ids.gather(1, column),
+            inside.long(),
+            self.subject - start,
+            self.first - start,
+            self.last - start,
+            labels,
+        )
+        return cut, column
+
+    def cut_behind(self, position: Position) -> Batch:
+        """The tokens up to `position`, which nothing behind it can change; without labels."""
+        place = self.at(position)
+        mask = self.mask * (torch.arange(self.ids.shape[1], device=place.device) <= place[:, None])
+        labels = torch.full_like(self.labels, -100)
+        cut = Batch(self.ids, mask, self.subject, self.first, self.last, labels)
+        return cut[torch.arange(len(self), device=place.device)]
+
+    def at(self, position: Position) -> Int[Tensor, " row"]:
+        """Where `position` lies in each row."""
+        return {"last_subject": self.subject, "first_subject": self.first, "last": self.last}[
+            position
+        ]
+
+    @property
+    def scored(self) -> Bool[Tensor, "row token"]:
+        """Where a target token is predicted."""
+        return self.labels != -100
+
+
+def with_context(context: str, template: str) -> str:
+    """The template behind a context such as "I am. {}"."""
+    return context.replace("{}", template, 1)
+
+
+def chunks(
+    lengths: Sequence[int], budget: int, then: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The numbers of the rows that share a batch: sorted by length (those of one length by `then`),
+    as many as `budget` tokens allow with the padding to the longest (one at least)."""
+    found: list[list[int]] = []
+    second = lengths if then is None else then
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], second[i], i)):
+        # Sorted: the newest is the longest, so all are padded to it.
+        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
+    """Tokenise `prompts` into one batch on the model's device.
+
+    Raises:
+        FactError: if a subject is not found in the tokens, a prompt or target has no token, or
+            a text is longer than the model's context.
+    """
+    frame = model.frame
+    texts = [
+        frame.around(p.text) if p.target is None else frame.answered(p.text, p.target)
+        for p in prompts
+    ]
+    # A chat template writes the special tokens itself.
+    encoded = model.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not frame)
+    limit = model.n_positions
+    rows: list[tuple[list[int], tuple[int, int], int, list[int]]] = []
+    for prompt, text, ids, offsets in zip(
+        prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        if len(ids) > limit:
+            raise FactError(
+                f"{text[:60]!r}… has {len(ids)} tokens, but the model reads at most {limit}; "
+                "shorten it."
+            )
+        end = len(frame.around(prompt.text))
+        # Special tokens have the empty span (0, 0); a token may carry the space before its word.
+        answer = [i for i, (a, b) in enumerate(offsets) if b > end and b > a]
+        first = answer[0] if answer else len(ids)
+        if prompt.target is not None and not answer:
+            raise FactError(f"The target {prompt.target!r} of {prompt.text!r} has no token.")
+        if first == 0:
+            raise FactError(f"The prompt {prompt.text!r} has no token before its answer.")
+        subject = _subject_tokens(model, prompt, ids, offsets, first)
+        target = ids[first:]
+        rows.append((ids[:-1] if target else ids, subject, first - 1, target))
+    return _pad(model, rows)
+
+
+def _subject_tokens(
+    model: Model, prompt: Prompt, ids: Sequence[int], offsets: Sequence[tuple[int, int]], first: int
+) -> tuple[int, int]:
+    """First and last token of the subject; `first`: the first token of the answer."""
+    if prompt.subject is None:
+        return first - 1, first - 1
+    start = len(model.frame.head) + prompt.template.index("{}")
+    stop = start + len(prompt.subject.rstrip())
+    inside = [i for i, (a, b) in enumerate(offsets[:first]) if a < stop and b > start and b > a]
+    if not inside:
+        raise FactError(
+            f"The subject {prompt.subject!r} was not found in the tokens of {prompt.text!r}; "
+            "check that it is spelt as in the prompt and can be written by this tokenizer."
+        )
+    # A blank that the tokenizer puts before the text (Llama's "▁") has the first letter's span.
+    while len(inside) > 1 and not model.tokenizer.decode([ids[inside[0]]]).strip():
+        inside.pop(0)
+    return inside[0], inside[-1]
+
+
+def _pad(model: Model, rows: Sequence[tuple[list[int], tuple[int, int], int, list[int]]]) -> Batch:
+    width = max(len(ids) for ids, *_ in rows)
+    ids = torch.full((len(rows), width), int(model.tokenizer.pad_token_id))
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full((len(rows), width), -100)
+    for i, (tokens, _, last, target) in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = 1
+        labels[i, last : last + len(target)] = torch.tensor(target, dtype=torch.long)
+    first, subject = torch.tensor([row[1] for row in rows]).T
+    last = torch.tensor([row[2] for row in rows])
+    on = model.device
+    places = (subject.to(on), first.to(on), last.to(on))
+    return Batch(ids.to(on), mask.to(on), *places, labels.to(on))
+
+
+def shown(model: Model, fact: Fact) -> tuple[Batch, list[str]]:
+    """The prompt of one fact as a batch of one row without a target, and the text of its tokens."""
+    batch = encode(model, [Prompt(fact.prompt, fact.subject)])
+    return batch, [model.tokenizer.decode([token]) for token in batch.ids[0].tolist()]
+
+
+def prompts_of(fact: Fact, contexts: Sequence[str], target: str | None = None) -> list[Prompt]:
+    """The fact's prompt plain and behind each context prefix; the plain one always comes first."""
+    prefixed = [c for c in contexts if c != PLAIN]
+    return [Prompt(with_context(c, fact.prompt), fact.subject, target) for c in (PLAIN, *prefixed)]
+
+
+def sample_contexts(model: Model, seed: int = 0, length: int = 10, top_k: int = 5) -> list[str]:
+    """Context prefixes in the model's own words: one continuation of `length` tokens in all for
+    each of `SEEDS`, top-k sampled, braces removed, then `". {}"`. Deterministic in `seed`.
+
+    Source: 1–2 of the released `get_context_templates` (n_gen 1, length 10).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    contexts = [PLAIN]
+    for word in SEEDS:
+        ids = model.tokenizer(word, return_tensors="pt")["input_ids"].to(model.device)
+        while ids.shape[1] < length:
+            with torch.no_grad():
+                logits = model.forward(ids, torch.ones_like(ids))[0, -1].float().cpu()
+            best = logits.topk(min(top_k, logits.shape[0]))
+            pick = torch.multinomial(best.values.softmax(0), 1, generator=generator)
+            token = best.indices[pick].to(model.device)
+            ids = torch.cat([ids, token[None]], dim=1)
+        text = model.tokenizer.decode(ids[0], skip_special_tokens=True)
+        for brace in "{}":
+            text = text.replace(brace, " ")
+        contexts.append(" ".join(text.split()) + ". {}")
+    return contexts

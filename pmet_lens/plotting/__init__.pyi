@@ -1,0 +1,32 @@
+"""What notebooks and figures use of this room beside the names of `pmet_lens` itself."""
+
+from .maps import answer_bars as answer_bars
+from .maps import attention_panels as attention_panels
+from .maps import lens_panels as lens_panels
+from .maps import loss_curve as loss_curve
+from .maps import prompt_shifts as prompt_shifts
+from .maps import restyle as restyle
+from .maps import token_map as token_map
+from .maps import trace_panels as trace_panels
+from .maps import variant_bars as variant_bars
+from .method_plots import effect_dots as effect_dots
+from .method_plots import layer_map as layer_map
+from .method_plots import load_lines as load_lines
+from .method_plots import step_lines as step_lines
+from .method_plots import sweep_lines as sweep_lines
+from .plots import COMPONENT_COLOURS as COMPONENT_COLOURS
+from .plots import COMPONENT_NAMES as COMPONENT_NAMES
+from .plots import PLACE_COLOURS as PLACE_COLOURS
+from .plots import STYLE as STYLE
+from .plots import before_after as before_after
+from .plots import colour_of as colour_of
+from .plots import delta_lines as delta_lines
+from .plots import drift_lines as drift_lines
+from .plots import lens_map as lens_map
+from .plots import losses as losses
+from .plots import metric_bars as metric_bars
+from .plots import pattern_lines as pattern_lines
+from .plots import share_lines as share_lines
+from .plots import similarity_lines as similarity_lines
+from .plots import trace_lines as trace_lines
+from .plots import transfer_bars as transfer_bars
