@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import pmet_lens as pl
 from pmet_lens import evaluation, models, plotting
-from pmet_lens.data import datasets, world
+from pmet_lens.data import parse_known, world
 
 ABOUT = {
     "world": "GPT-J style (attention and MLP of a block in parallel, rotary positions)",
@@ -48,7 +48,7 @@ def by_relation(model: pl.Model) -> pd.DataFrame:
     own = world.build()
     columns = {}
     for kind in ("train", "held_out"):
-        facts = [datasets.parse_known(r) for r in own.knowns(kind, every=True)]
+        facts = [parse_known(r) for r in own.knowns(kind, every=True)]
         right = pl.recall(model, facts)
         columns[kind] = 100 * right.groupby("relation")["correct"].mean()
     facts = pl.counterfact()

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from pmet_lens.data.world import Document, World
+from pmet_lens.data import Document, World
 
 EOS = "<|endoftext|>"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -241,6 +242,37 @@ def test_only_one_file_may_import_transformer_lens(module):
     source = "from transformer_lens.model_bridge import sources"
     assert forbidden("models.model", source) == []
     assert forbidden(module, source)
+
+
+def insides(source: str) -> list[str]:
+    """What a script imports that is neither a public name nor on a room's face."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            wrong += [name for name in names if name.startswith("pmet_lens.")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pmet_lens"):
+            face = {*importlib.import_module(str(node.module)).__all__}
+            face |= {*ROOMS} if node.module == "pmet_lens" else set()
+            inside = [a.name for a in node.names if a.name not in face]
+            wrong += [f"{node.module}.{name}" for name in inside]
+    return wrong
+
+
+ROOT = PACKAGE.parent
+SCRIPTS = [*ROOT.glob("figures/*.py"), *ROOT.glob("notebooks/review/*.py")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_figures_and_notebooks_import_no_insides(path):
+    assert insides(path.read_text(encoding="utf-8")) == []
+
+
+def test_an_import_of_insides_is_seen():
+    assert insides("import pmet_lens as pl\nfrom pmet_lens import plotting, edit") == []
+    assert insides("from pmet_lens.experiments import measure") == []
+    assert insides("from pmet_lens.plotting import rows_of") == ["pmet_lens.plotting.rows_of"]
+    assert insides("import pmet_lens.editing.keys") == ["pmet_lens.editing.keys"]
 
 
 def test_no_function_is_hidden_by_a_module_of_its_name():

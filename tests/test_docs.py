@@ -12,6 +12,7 @@ import pytest
 import pmet_lens as pl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from rooms import PICTURE, ROOMS, files_of, picture
 from where import locate
 
 ROOT = Path(__file__).parents[1]
@@ -67,3 +68,13 @@ def test_code_is_found_where_it_is():
 def test_a_name_that_is_gone_is_seen(name):
     with pytest.raises(LookupError):
         locate(name)
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code():
+    assert PICTURE.read_text(encoding="utf-8") == picture(), "python docs/rooms.py"
+    assert {file for room in ROOMS for file in files_of(room)} >= {"facts", "keys", "solvers"}
+
+
+def test_the_page_on_the_architecture_names_every_room():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [room for room in ROOMS if f"`{room}/`" not in text] == []

@@ -3,3 +3,5 @@
 from . import world as world
 from .datasets import parse_known as parse_known
 from .file_format import whole as whole
+from .world import Document as Document
+from .world import World as World
