@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing.method import Method
-from pmet_lens.models import memory, probes, tokens
+from pmet_lens.models import likelihood, memory, probes, tokens
 from pmet_lens.models.bridge import Hook, Tail
 from pmet_lens.models.model import Model, ModelError, Site, Stream
 from pmet_lens.models.tokens import Position
@@ -92,11 +92,6 @@ def tail_of(model: Model, method: Method, layer: int) -> Tail | None:
         return None
 
 
-def _single(value: Tensor) -> Tensor:
-    """At least float32: deltas and losses of a model in half precision are not."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
 class Problem:
     """The facts of one batch. `losses` runs the facts last given to `choose` (at first all)."""
 
@@ -164,10 +159,10 @@ class Problem:
         """What the chosen facts' prompts say with the deltas (one per fact of the batch) added."""
         logp, kl_now = self._log_probs(deltas)
         n = len(kl_now)
-        picked = logp.gather(1, self._labels[:, None])[:, 0]
-        nll = logp.new_zeros(n).index_add(0, self._fact_of_label, -picked * self._share.to(logp))
+        picked = likelihood.of_labels(logp, self._labels)
+        nll = likelihood.row_sums(-picked * self._share.to(logp), self._fact_of_label, n)
         missed = (logp.detach().argmax(-1) != self._labels).to(logp.dtype)
-        said = logp.new_zeros(n).index_add(0, self._fact_of_label, missed) == 0
+        said = likelihood.row_sums(missed, self._fact_of_label, n) == 0
         # As released: the divergence *of* the changed model *from* the clean one.
         before = self._kl_before[self._active]
         return Losses(nll, (kl_now.exp() * (kl_now - before)).sum(-1), said)
@@ -202,7 +197,7 @@ class Problem:
             logits = tail.forward(
                 self._residual, rows.mask, hooks=hooks, at=self._at, past=self._past
             )
-        logp = _single(logits).log_softmax(-1)
+        logp = likelihood.log_probs(logits)
         n = len(self._labels)
         return logp[:n], logp[n:]
 
@@ -225,7 +220,9 @@ class Problem:
             self.model.forward(rows.ids, rows.mask, hooks=hooks, stop_at_layer=self.layer + 1)
         number = torch.arange(len(rows), device=self.model.device)
         place = rows.at(self.position)
-        clean: dict[Stream, Tensor] = {s: _single(v[number, place]) for s, v in seen.items()}
+        clean: dict[Stream, Tensor] = {
+            s: likelihood.at_least_float32(v[number, place]) for s, v in seen.items()
+        }
         for stream, value in clean.items():
             probes.check_finite(value, f"{stream} of layer {self.layer}")
         behind = self.tail is not None and self.tail.first > self.layer

@@ -11,6 +11,7 @@ from torch import Tensor
 from pmet_lens.data.facts import FactError
 from pmet_lens.models.loading import ModelError
 from pmet_lens.models.model import Model
+from pmet_lens.models.tokens import chunks, pad
 
 OnPrompts = Callable[[int, int], object]
 
@@ -53,10 +54,8 @@ def generate_batch(
     limits = [
         min(length + n - len(own), model.n_positions) for n, own in zip(asked, plain, strict=True)
     ]
-    order = sorted(range(len(read)), key=lambda i: len(read[i]))
-    size = max(1, batch_tokens // max([1, *limits]))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
+    done = 0
+    for chosen in chunks(limits, batch_tokens, asked):
         going = [i for i in chosen if len(read[i]) < limits[i]]
         while going:
             best = _next_logits(model, [read[i] for i in going]).topk(top_k)
@@ -68,8 +67,9 @@ def generate_batch(
                 else:
                     read[i].append(int(ids[pick]))
             going = [i for i in going if i not in ended and len(read[i]) < limits[i]]
+        done += len(chosen)
         if on_prompts is not None:
-            on_prompts(start + len(chosen), len(order))
+            on_prompts(done, len(read))
     start = asked if model.frame else [0] * len(read)
     texts = [
         model.tokenizer.decode(ids[own:], skip_special_tokens=True)
@@ -113,14 +113,9 @@ def answers(model: Model, prompts: Sequence[str], n_tokens: int = 6) -> list[str
 
 def _next_logits(model: Model, rows: Sequence[list[int]]) -> Tensor:
     """Logits behind every row of token ids, `[row, vocab]`, float32 on the CPU."""
-    lengths = torch.tensor([len(ids) for ids in rows])
-    ids = torch.full((len(rows), int(lengths.max())), int(model.tokenizer.pad_token_id))
-    for own, values in zip(ids, rows, strict=True):
-        own[: len(values)] = torch.tensor(values)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    at = torch.stack([torch.arange(len(rows)), lengths - 1], dim=1)
-    on = model.device
-    return model.logits_at(ids.to(on), mask.to(on), at.to(on)).float().cpu()
+    ids, mask = pad(model, rows)
+    at = torch.tensor([(i, len(row) - 1) for i, row in enumerate(rows)], device=ids.device)
+    return model.logits_at(ids, mask, at).float().cpu()
 
 
 def check_end(model: Model) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.models.model import Model
@@ -135,6 +136,21 @@ def chunks(
     return found
 
 
+def pad(
+    model: Model, rows: Sequence[Sequence[int]]
+) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row token"]]:
+    """Token ids padded on the right to the longest row, and the mask (1 where there is a token), on
+    the model's device."""
+    ids = _stack(model, rows, int(model.tokenizer.pad_token_id))
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
+def _stack(model: Model, rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "row token"]:
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill).to(model.device)
+
+
 def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
     """Tokenise `prompts` into one batch on the model's device.
 
@@ -150,7 +166,7 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
     # A chat template writes the special tokens itself.
     encoded = model.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not frame)
     limit = model.n_positions
-    rows: list[tuple[list[int], tuple[int, int], int, list[int]]] = []
+    rows, labels, places = [], [], []
     for prompt, text, ids, offsets in zip(
         prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
@@ -169,8 +185,12 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
             raise FactError(f"The prompt {prompt.text!r} has no token before its answer.")
         subject = _subject_tokens(model, prompt, ids, offsets, first)
         target = ids[first:]
-        rows.append((ids[:-1] if target else ids, subject, first - 1, target))
-    return _pad(model, rows)
+        rows.append(ids[:-1] if target else ids)
+        labels.append([-100] * (first - 1) + (target or [-100]))
+        places.append((*subject, first - 1))
+    ids, mask = pad(model, rows)
+    subject_first, subject_last, last = torch.tensor(places, device=model.device).T
+    return Batch(ids, mask, subject_last, subject_first, last, _stack(model, labels, -100))
 
 
 def _subject_tokens(
@@ -191,22 +211,6 @@ def _subject_tokens(
     while len(inside) > 1 and not model.tokenizer.decode([ids[inside[0]]]).strip():
         inside.pop(0)
     return inside[0], inside[-1]
-
-
-def _pad(model: Model, rows: Sequence[tuple[list[int], tuple[int, int], int, list[int]]]) -> Batch:
-    width = max(len(ids) for ids, *_ in rows)
-    ids = torch.full((len(rows), width), int(model.tokenizer.pad_token_id))
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    labels = torch.full((len(rows), width), -100)
-    for i, (tokens, _, last, target) in enumerate(rows):
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-        labels[i, last : last + len(target)] = torch.tensor(target, dtype=torch.long)
-    first, subject = torch.tensor([row[1] for row in rows]).T
-    last = torch.tensor([row[2] for row in rows])
-    on = model.device
-    places = (subject.to(on), first.to(on), last.to(on))
-    return Batch(ids.to(on), mask.to(on), *places, labels.to(on))
 
 
 def shown(model: Model, fact: Fact) -> tuple[Batch, list[str]]:
