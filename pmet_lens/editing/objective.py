@@ -20,8 +20,9 @@ from torch import Tensor
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing.method import Method
 from pmet_lens.models import likelihood, memory, probes, tokens
-from pmet_lens.models.bridge import Hook, Tail
+from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, ModelError, Site, Stream
+from pmet_lens.models.tail import Tail
 from pmet_lens.models.tokens import Position
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 1024, 16384
@@ -122,7 +123,7 @@ class Problem:
         self._above: Tail | None = None
         if tail is not None and tail.resumes(start, rows.mask):
             past = tail.past(residual, start)
-            rows, column = rows.behind(start)
+            rows, column = rows.after(start)
             column = column[..., None].expand(-1, -1, model.d_model)
             edited = residual.gather(1, column[:, :1])
             if tail.first == layer and (above := model.from_layer(layer + 1)).has_past:

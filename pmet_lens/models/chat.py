@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmet_lens.models.loading import ModelError
+from pmet_lens.models.sites import ModelError
 
 Messages = Sequence[Mapping[str, str]]
 _HERE = "pmet_lens puts the prompt here"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pmet_lens.data.facts import FactError
-from pmet_lens.models.loading import ModelError
 from pmet_lens.models.model import Model
+from pmet_lens.models.sites import ModelError
 from pmet_lens.models.tokens import chunks, pad
 
 OnPrompts = Callable[[int, int], object]

@@ -1,14 +1,13 @@
-"""Where models come from: a bundled name, a directory or a hub id, read with plain transformers.
+"""Where models come from: a bundled name, a directory, a hub id, or a model in memory.
 
-Knows files, checksums and dtypes, nothing about what is inside a model. transformers is imported
-inside functions, because importing it takes long.
+transformers is imported inside functions, because importing it takes long.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,57 @@ from typing import Any
 import torch
 from torch import nn
 
+from pmet_lens.models.chat import Messages
+from pmet_lens.models.model import DTYPES, Model
+from pmet_lens.models.sites import ModelError
+
 BUNDLED = ("world", "world-sequential", "world-unmasked")
 _BUNDLED_ROOT = Path(__file__).parents[1] / "bundled"
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 
-class ModelError(ValueError):
-    """A model, layer, stream or batch that cannot be used; the message says what to do."""
+def load(
+    source: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    name: str | None = None,
+    template: str | Messages | None = None,
+) -> Model:
+    """A `Model` from a bundled name, a directory, a hub id or a model in memory.
+
+    `source`: "world", "world-sequential" or "world-unmasked" (bundled, checked against their
+    checksums; the last without an imposed recall site, for study and not for editing); a directory
+    as `save_pretrained` writes it; a hub id; or an instantiated Hugging Face causal LM, which
+    stays yours and needs `tokenizer`. A tokenizer read here without a pad token pads with its
+    end-of-text token; one you pass is never changed, but refused.
+    `device`: where to put what is read here; "auto": the accelerator there is, else the CPU; None:
+    the CPU.
+    `device_map`: for a model larger than one accelerator, as `from_pretrained` takes it ("auto",
+    "balanced", or module names to devices). Every delta and solve happens where its weight lies;
+    weights that had to be offloaded to the host or the disk cannot be edited.
+    `dtype`: a torch dtype or its name such as "float64"; None: float32 for the bundled models
+    (stored in half precision), else the checkpoint's own.
+    `name`: what hyper-parameters are looked up by; None: the bundled name, the end of the path or
+    the model type.
+    `template`: for chat models, what the user says, with one `{}` for the prompt ("{}", or
+    "Complete the sentence: {}"), or a list of messages with one; every prompt is then phrased
+    through the tokenizer's chat template, and the answer is the assistant's (`chat.frame`).
+
+    Raises `ModelError`, in words, for whatever cannot be loaded or edited.
+    """
+    if not isinstance(source, nn.Module):
+        if device is not None and device_map is not None:
+            raise ModelError("give device or device_map, not both")
+        hf, tokenizer, found = read(source, tokenizer, dtype, device_map)
+        hf = hf if device is None else moved(hf, device)
+        return Model(hf, tokenizer, name or found, template)
+    if tokenizer is None:
+        raise ModelError("a model in memory needs its tokenizer: load(hf, tokenizer=…)")
+    if (device, dtype, device_map) != (None, None, None):
+        raise ModelError("your model is left as it is: call hf.to(device, dtype) before load")
+    return Model(source, tokenizer, name or name_of(source), template)
 
 
 def read(

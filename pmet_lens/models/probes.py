@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pmet_lens.models.bridge import Hook, layer_of
-from pmet_lens.models.model import Model, ModelError, Site, Stream
+from pmet_lens.models.bridge import Hook
+from pmet_lens.models.model import Model
+from pmet_lens.models.sites import ModelError, Site, Stream, layer_of
 
 
 def read_streams(

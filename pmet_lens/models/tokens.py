@@ -77,7 +77,7 @@ class Batch:
             self.labels[rows, :width],
         )
 
-    def behind(self, start: Int[Tensor, " row"]) -> tuple[Batch, Int[Tensor, "row token"]]:
+    def after(self, start: Int[Tensor, " row"]) -> tuple[Batch, Int[Tensor, "row token"]]:
         """The tokens from `start` on as a batch of their own, and the column in this batch that
         each of its places came from."""
         rest = self.mask.sum(1) - start
@@ -95,7 +95,7 @@ class Batch:
         )
         return cut, column
 
-    def cut_behind(self, position: Position) -> Batch:
+    def up_to(self, position: Position) -> Batch:
         """The tokens up to `position`, which nothing behind it can change; without labels."""
         place = self.at(position)
         mask = self.mask * (torch.arange(self.ids.shape[1], device=place.device) <= place[:, None])
