@@ -267,7 +267,7 @@ def test_importing_the_model_is_light():
     import sys
 
     code = (
-        "import sys, pmet_lens.models.loading, pmet_lens.models.probes; "
+        "import sys, pmet_lens.models.loading, pmet_lens.models.activations; "
         "sys.exit(bool({'transformers', 'transformer_lens'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -156,7 +156,7 @@ def test_nothing_forbidden_is_written(module):
     ("sources", "word"),
     [
         ({"editing.keys": "from pmet_lens.data.facts import Fact", "data.facts": ""}, None),
-        ({"editing.keys": "from pmet_lens.models import probes, tokens"}, None),
+        ({"editing.keys": "from pmet_lens.models import activations, tokens"}, None),
         ({"editing.keys": "from pmet_lens.editing import solvers", "editing.solvers": ""}, None),
         ({"cli": "import pmet_lens as pl"}, None),
         ({"cli": "from pmet_lens import __version__"}, None),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import FAMILIES, refused, tiny_batch, tiny_model
 
+from pmet_lens.models.activations import add_at, read_keys, read_streams
 from pmet_lens.models.model import Model, Site
-from pmet_lens.models.probes import add_at, read_keys, read_streams
 
 torch.set_num_threads(1)
 ROWS = torch.arange(3)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact
 from pmet_lens.models import tokens
+from pmet_lens.models.activations import check_finite
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, ModelError, Site, Stream
-from pmet_lens.models.probes import check_finite
 from pmet_lens.models.tokens import Position
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 4096, 65536

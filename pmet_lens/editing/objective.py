@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing.method import Method
-from pmet_lens.models import likelihood, memory, probes, tokens
+from pmet_lens.models import activations, likelihood, memory, tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, ModelError, Site, Stream
 from pmet_lens.models.tail import Tail
@@ -175,12 +175,12 @@ class Problem:
         if tail is not None and tail.first > self.layer:
             added = torch.stack([deltas[s] for s in self.streams]).sum(0)[self._owner]
             entry = self.model.stream_hook(tail.first, "resid_pre")
-            hooks = [(entry, probes.add_at(added, self._place))]
+            hooks = [(entry, activations.add_at(added, self._place))]
         else:
             hooks = [
                 (
                     self.model.stream_hook(self.layer, s),
-                    probes.add_at(deltas[s][self._owner], self._place),
+                    activations.add_at(deltas[s][self._owner], self._place),
                 )
                 for s in self.streams
             ]
@@ -225,7 +225,7 @@ class Problem:
             s: likelihood.at_least_float32(v[number, place]) for s, v in seen.items()
         }
         for stream, value in clean.items():
-            probes.check_finite(value, f"{stream} of layer {self.layer}")
+            activations.check_finite(value, f"{stream} of layer {self.layer}")
         behind = self.tail is not None and self.tail.first > self.layer
         output = seen["resid_post"]
         return output if behind else seen["resid_pre"], output, clean

@@ -18,7 +18,7 @@ from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing.locate_and_edit import Edit
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics
-from pmet_lens.models import likelihood, probes, tokens
+from pmet_lens.models import activations, likelihood, tokens
 from pmet_lens.models.activations import Position, read
 from pmet_lens.models.model import Model, Stream
 
@@ -97,7 +97,7 @@ def _log_p(
 ) -> Float[Tensor, " fact"]:
     """Log-probability of the whole answer (nats), with the deltas added."""
     layer, place = targets.layer, batch.at(targets.position)
-    hooks = [(model.stream_hook(layer, s), probes.add_at(d, place)) for s, d in deltas.items()]
+    hooks = [(model.stream_hook(layer, s), activations.add_at(d, place)) for s, d in deltas.items()]
     return likelihood.answers(model, batch, hooks)
 
 
