@@ -90,8 +90,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go and logits come back: that of the embeddings. Under a `device_map`
-        other layers lie elsewhere, and what a hook sees lies where its layer does."""
+        """That of the embeddings: where token ids go and logits come back. Under a `device_map`
+        what a hook sees lies where its layer does."""
         return self.embedding.device
 
     @property
@@ -102,19 +102,19 @@ class Model:
     def parallel_blocks(self) -> bool:
         """Whether attention and MLP of a layer read the same input and enter the same sum.
 
-        Found by trying: a change of `attn_out` reaches the MLP of its own layer or it does not.
-        Configurations do not tell it under one name.
+        Tried out, because configurations name it differently: a change of `attn_out` reaches the
+        MLP of its layer or it does not.
         """
         return torch.equal(*self._try_change("attn_out", self.key_hook(Site(0, "mlp")))[:2])
 
     def enters_output(self, stream: Stream) -> bool:
         """Whether a change of the stream enters its layer's output as it is and does nothing else
-        there, as in parallel blocks without post-norms. Found by trying, in the first layer."""
+        there, as in parallel blocks without post-norms. Tried out in the first layer."""
         if stream not in self._enters:
             before, after, push = self._try_change(stream, self.stream_hook(0, "resid_post"))
             size = max(float(after.abs().max()), 1.0)
-            off = float((after - before - push).abs().max())
-            self._enters[stream] = off <= 100 * torch.finfo(after.dtype).eps * size
+            error = float((after - before - push).abs().max())
+            self._enters[stream] = error <= 100 * torch.finfo(after.dtype).eps * size
         return self._enters[stream]
 
     def _try_change(self, stream: Stream, read: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,8 +126,8 @@ class Model:
         seen: list[Tensor] = []
         changes = [(self.stream_hook(0, stream), lambda value: value + push.to(value))]
         with torch.no_grad():
-            for extra in ([], changes):
-                hooks = [*extra, (read, lambda value: seen.append(value.to(push.device)))]
+            for change in ([], changes):
+                hooks = [*change, (read, lambda value: seen.append(value.to(push.device)))]
                 self.forward(ids, torch.ones_like(ids), hooks=hooks, stop_at_layer=1)
         return seen[0], seen[1], push
 
@@ -231,16 +231,13 @@ class Model:
         except ModelError:  # a family that `from_layer` refuses
             unwrapped = None
         with torch.no_grad():
-            if unwrapped is None:
-                return self.forward(input_ids, attention_mask, at=at)
-            return unwrapped.run(input_ids, attention_mask, at)
+            return (unwrapped or self._wrapped).run(input_ids, attention_mask, at=at)
 
     def from_layer(self, first: int) -> Tail:
         """This model from block `first` on, sharing all weights: what changes there costs less.
 
         Made once and kept: it sees every later change of the weights. Raises `ModelError` where the
-        shortened model does not give the logits of the whole one (tried on a small batch); use
-        `forward` then.
+        shortened model does not give the logits of the whole one; use `forward` then.
         """
         if self.check_layer(first) not in self._tails:
             self._tails[first] = make_tail(self.hf, self._wrapped, first)
