@@ -58,7 +58,11 @@ class Model:
         self, hf: nn.Module, tokenizer: Any, name: str, template: str | Messages | None = None
     ) -> None:
         _check_weights(hf, name)
-        _check_tokenizer(tokenizer)
+        if tokenizer.pad_token_id is None:
+            raise ModelError(
+                "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token "
+                "first"
+            )
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.frame = frame(tokenizer, template)
         self._wrapped = Wrapped(copy_sharing_weights(hf), name)
@@ -284,13 +288,6 @@ def _check_weights(hf: nn.Module, name: str) -> None:
             f"the weight {away[0]!r} of {name!r} is not in memory (offloaded by its device_map, or "
             "never loaded), so it cannot be edited: spread the model over more devices, or load it "
             "in a smaller dtype (bfloat16)"
-        )
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    if tokenizer.pad_token_id is None:
-        raise ModelError(
-            "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token first"
         )
 
 

@@ -24,6 +24,7 @@ from pmet_lens.models.bridge import (
 )
 from pmet_lens.models.sites import PROJECTION_MODULES, STREAM_HOOKS, ModelError, layer_of
 
+Hooks = Sequence[tuple[str, Hook]]
 _ENTRY = "blocks.0.hook_in"
 
 
@@ -50,7 +51,7 @@ class Tail:
         residual: Float[Tensor, "batch token d_model"],
         attention_mask: Int[Tensor, "batch token"],
         *,
-        hooks: Sequence[tuple[str, Hook]] = (),
+        hooks: Hooks = (),
         at: Int[Tensor, "n 2"] | None = None,
         past: Past | None = None,
         stop_at_layer: int | None = None,
@@ -127,71 +128,62 @@ def make_tail(hf: Any, whole: Wrapped, first: int) -> Tail:
     reach = [getattr(hf.config, name, None) for name in ("sliding_window", "window_size")]
     window = min((n for n in reach if isinstance(n, int)), default=None)
     tail = Tail(Wrapped(shortened, whole.name), first, unwrapped, window=window)
-    return _tested(tail, whole, hf.get_input_embeddings().weight.device)
+    return _tested(tail, unwrapped, whole, hf.get_input_embeddings().weight.device)
 
 
-def _tested(tail: Tail, whole: Wrapped, device: torch.device) -> Tail:
+def _tested(tail: Tail, unwrapped: Unwrapped, whole: Wrapped, device: torch.device) -> Tail:
     """Compare the tail with the whole model on a small batch. What does not give the same is not
     used: the unwrapped copy (some wrapped norms compute in float64 what transformers does in
-    float32), and a past (with a plain cache, sliding windows differ)."""
+    float32), hooks at its projections (some families flatten the tokens around their MLP), and a
+    past (with a plain cache, sliding windows differ)."""
     ids = torch.arange(18, device=device).reshape(3, 6)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    real = mask.bool()
-    recorded: list[Tensor] = []
-    entry, output = (f"blocks.{tail.first}.{STREAM_HOOKS[s]}" for s in ("resid_pre", "resid_post"))
-    # A hook at the output of the block makes a tail run wrapped.
-    hooks: list[list[tuple[str, Hook]]] = [[], [(output, lambda _: None)]]
     start = torch.tensor([3, 1, 0], device=device)
     at = torch.tensor([[0, 2], [1, 3]], device=device)
+    recorded: list[Tensor] = []
+    shapes: set[torch.Size] = set()
+
+    def push(value: Tensor) -> Tensor:
+        shapes.add(value.shape)
+        return value + torch.linspace(-1, 1, value.shape[-1]).to(value)
+
+    def both_ways(residual: Tensor, mask: Tensor, hooks: Hooks = (), **more: Any) -> list[Tensor]:
+        """Logits of the tail as it runs, and wrapped, as a hook at the block's output makes it."""
+        wrapped = (hook_name("resid_post"), lambda _: None)
+        return [tail.forward(residual, mask, hooks=h, **more) for h in (hooks, [*hooks, wrapped])]
+
+    def hook_name(stream: str) -> str:
+        return f"blocks.{tail.first}.{STREAM_HOOKS[stream]}"
 
     def after_start(value: Tensor) -> Tensor:
         """Every row's three tokens from `start` on; the last row has no past."""
         return torch.stack([value[i, n : n + 3] for i, n in enumerate(start.tolist())])
 
+    def error(one: Tensor, other: Tensor) -> Tensor:
+        return (one - other)[mask.bool()].abs().max()
+
     with torch.no_grad():
-        wanted = whole.run(ids, mask, [(entry, lambda v: recorded.append(v.to(device)))])
+        keep = (hook_name("resid_pre"), lambda value: recorded.append(value.to(device)))
+        wanted = whole.run(ids, mask, [keep])
         residual = recorded[0]
+        plain, wrapped = both_ways(residual, mask)
         picked = tail.forward(residual, mask, at=at)
-        plain, wrapped = [tail.forward(residual, mask, hooks=some) for some in hooks]
-        past, ones = tail.past(residual, start), torch.ones_like(ids[:, :3])
-        rest = after_start(residual)
-        resumed = [tail.forward(rest, ones, past=past, hooks=some) for some in hooks]
-    largest, eps = wanted[real].abs().max(), torch.finfo(wanted.dtype).eps
+        pushed = both_ways(residual, mask, [(hook_name(s), push) for s in ("attn_out", "mlp_out")])
+        past = tail.past(residual, start)
+        resumed = both_ways(after_start(residual), torch.ones_like(ids[:, :3]), past=past)
+    eps, largest = torch.finfo(wanted.dtype).eps, wanted[mask.bool()].abs().max()
     # The same operations on the same numbers: 1000 roundings are generous. After a past the sums
     # are ordered otherwise, and some attention is computed in float32 in any dtype.
     exact, close = min(1e3 * eps, 1e-2) * largest, max(1e2 * eps, 1e-5) * largest
-    if not (wanted - wrapped)[real].abs().max() <= exact:
+    if not error(wanted, wrapped) <= exact:
         raise ModelError(
             f"{whole.name!r} does not give the same logits when started at block {tail.first}: "
             "run the whole model with Model.forward"
         )
-    has_past = all(bool((after_start(wanted) - r).abs().max() <= close) for r in resumed)
-    same = (wanted - plain)[real].abs().max() <= exact
-    same = same and (picked - wanted[at[:, 0], at[:, 1]]).abs().max() <= exact
-    if tail.unwrapped is not None and same:
-        _test_projections(tail, tail.unwrapped, residual, mask, exact)
-    return replace(tail, unwrapped=tail.unwrapped if same else None, has_past=has_past)
-
-
-def _test_projections(
-    tail: Tail, unwrapped: Unwrapped, residual: Tensor, mask: Tensor, exact: Tensor
-) -> None:
-    """Let the unwrapped copy take hooks at the projections only if they do there what they do in
-    the wrapped one (some families flatten the tokens around their MLP)."""
-    modules, unwrapped.hooks = unwrapped.hooks, {}
-    push = torch.linspace(-1, 1, residual.shape[-1], device=residual.device, dtype=residual.dtype)
-    shapes: set[torch.Size] = set()
-
-    def change(value: Tensor) -> Tensor:
-        shapes.add(value.shape)
-        return value + push.to(value)
-
-    hooks = [(f"blocks.{tail.first}.{STREAM_HOOKS[s]}", change) for s in ("attn_out", "mlp_out")]
-    with torch.no_grad():
-        wanted = tail.forward(residual, mask, hooks=hooks)
-        unwrapped.hooks = modules
-        got = tail.forward(residual, mask, hooks=hooks)
-    same = (wanted - got)[mask.bool()].abs().max() <= exact
-    if not (same and shapes == {residual.shape}):
+    if not (error(*pushed) <= exact and shapes == {residual.shape}):
         unwrapped.hooks = {}
+    same = error(wanted, plain) <= exact
+    same = same and (picked - wanted[at[:, 0], at[:, 1]]).abs().max() <= exact
+    has_past = all(bool((after_start(wanted) - r).abs().max() <= close) for r in resumed)
+    return replace(tail, unwrapped=unwrapped if same else None, has_past=has_past)
