@@ -240,10 +240,10 @@ def test_the_distance_is_the_key_times_the_change(model, done, moved):
         distances = []
         for own in texts:
             batch = tokens.encode(model, [tokens.Prompt(text) for text in own])
-            keys = activations.read_keys(model, batch.ids, batch.mask, site, batch.last)
-            wanted = {(1, "mlp_out"): batch.last}
-            old = activations.read_streams(model, batch.ids, batch.mask, wanted)[1, "mlp_out"]
-            ratio = (keys @ done.deltas[site]).norm(dim=1) / old.norm(dim=1)
+            wanted = {(1, "mlp_out"): batch.last, site: batch.last}
+            values = activations.read_streams(model, batch.ids, batch.mask, wanted)
+            old = values[1, "mlp_out"].norm(dim=1)
+            ratio = (values[site] @ done.deltas[site]).norm(dim=1) / old
             distances.append(float(ratio.mean()))
         assert mean[kind, "mlp_out", "last", 1] == pytest.approx(np.mean(distances), rel=1e-5)
     assert len(neighbour[0]) == 2

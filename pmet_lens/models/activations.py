@@ -1,10 +1,9 @@
 """Reading activations, at chosen positions only; nothing stays hooked.
 
 `probe` is the start of every study here: the streams of many facts, read in batches, kept as
-`[fact, layer, d_model]` per stream and position in the model's dtype. `read_streams` and
-`read_keys` read one batch, `add_at` changes it. A pass stops at the highest layer needed. Positions
-count from 0 at the left; a position on padding is an error, because its value means nothing and
-looks like any other.
+`[fact, layer, d_model]` per stream and position in the model's dtype. `read_streams` reads one
+batch, `add_at` changes it. A pass stops at the highest layer needed. Positions count from 0 at the
+left; a position on padding is an error, because its value means nothing and looks like any other.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -29,6 +28,7 @@ from pmet_lens.models.sites import ModelError, Site, Stream, check_name, layer_o
 from pmet_lens.models.tokens import Position
 
 OnFacts = Callable[[int, int], object]
+Place = TypeVar("Place", bound=tuple[int, Stream] | Site)
 FORMAT = "pmet_lens activations 1"
 
 
@@ -184,31 +184,30 @@ def read_streams(
     model: Model,
     ids: Int[Tensor, "batch token"],
     mask: Int[Tensor, "batch token"],
-    wanted: Mapping[tuple[int, Stream], Int[Tensor, "batch ..."]],
-) -> dict[tuple[int, Stream], Float[Tensor, "batch ... d_model"]]:
-    """The values of streams, each at one position per row (or at several of them), in one pass.
+    wanted: Mapping[Place, Int[Tensor, "batch ..."]],
+) -> dict[Place, Float[Tensor, "batch ... d"]]:
+    """The values of streams and keys, at one position per row (or at several), in one pass.
 
-    `wanted` maps (layer, stream) to the positions. Raises `ModelError` for a layer or stream that
-    does not exist, or a position outside the row's text.
+    `wanted` maps (layer, stream), or a site for the keys that its projection reads, to positions.
+    Raises `ModelError` for a layer or stream that does not exist, or a position outside the row's
+    text.
     """
-    names = {key: model.stream_hook(*key) for key in wanted}
-    values = _read(model, ids, mask, {names[key]: at for key, at in wanted.items()})
-    return {key: values[name] for key, name in names.items()}
+    values: dict[Place, Tensor] = {}
 
+    def keep(place: Place, positions: Tensor) -> tuple[str, Hook]:
+        def hook(value: Tensor) -> None:
+            values[place] = value[_rows_and(positions, value)].to(ids.device)
 
-def read_keys(
-    model: Model,
-    ids: Int[Tensor, "batch token"],
-    mask: Int[Tensor, "batch token"],
-    site: Site,
-    positions: Int[Tensor, " batch"],
-) -> Float[Tensor, "batch d_in"]:
-    """The keys of a site: the input of its projection at one position per row.
+        _check_positions(positions, mask)
+        if isinstance(place, Site):
+            return model.key_hook(place), hook
+        return model.stream_hook(*place), hook
 
-    Raises `ModelError` as `read_streams` does.
-    """
-    name = model.key_hook(site)
-    return _read(model, ids, mask, {name: positions})[name]
+    hooks = [keep(place, positions) for place, positions in wanted.items()]
+    stop = 1 + max((layer_of(name) or 0 for name, _ in hooks), default=0)
+    with torch.no_grad():
+        model.forward(ids, mask, hooks=hooks, stop_at_layer=stop)
+    return {place: values[place] for place in wanted}
 
 
 def add_at(delta: Float[Tensor, "batch d_model"], positions: Int[Tensor, " batch"]) -> Hook:
@@ -232,26 +231,6 @@ def add_at(delta: Float[Tensor, "batch d_model"], positions: Int[Tensor, " batch
         return value.index_put(where, value[where] + delta.to(value))
 
     return hook
-
-
-def _read(
-    model: Model, ids: Tensor, mask: Tensor, places: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
-
-    def keep(name: str, positions: Tensor) -> Hook:
-        def hook(value: Tensor) -> None:
-            values[name] = value[_rows_and(positions, value)].to(ids.device)
-
-        return hook
-
-    for positions in places.values():
-        _check_positions(positions, mask)
-    stop = 1 + max((layer_of(name) or 0 for name in places), default=0)
-    hooks = [(name, keep(name, positions)) for name, positions in places.items()]
-    with torch.no_grad():
-        model.forward(ids, mask, hooks=hooks, stop_at_layer=stop)
-    return values
 
 
 def _rows_and(positions: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -263,10 +263,12 @@ class Model:
         """Every site must be one plain matrix that the copy and `hf` share; hooks must exist."""
         if not hasattr(self.bridge, "blocks"):
             raise ModelError(f"{self.name!r} is not a stack of decoder blocks; it cannot be edited")
-        hooks = self._wrapped.hooks
+        from transformers.pytorch_utils import Conv1D
+
+        hooks, linear = self._wrapped.hooks, (nn.Linear, Conv1D)
         for site in (Site(n, p) for n in range(self.n_layers) for p in get_args(Projection)):
             what = {"attn": "attention", "mlp": "MLP"}[site.projection]
-            if self.key_hook(site) not in hooks or not _is_projection(self._module(site)):
+            if self.key_hook(site) not in hooks or not isinstance(self._module(site), linear):
                 raise ModelError(
                     f"layer {site.layer} of {self.name!r} has no single {what} output projection "
                     "(as in a mixture of experts or a recurrent layer), so it cannot be edited"
@@ -289,9 +291,3 @@ def _check_weights(hf: nn.Module, name: str) -> None:
             "never loaded), so it cannot be edited: spread the model over more devices, or load it "
             "in a smaller dtype (bfloat16)"
         )
-
-
-def _is_projection(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
