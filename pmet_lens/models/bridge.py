@@ -9,7 +9,7 @@ this file imports `transformer_lens`, inside a function because that alone takes
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ from pmet_lens.models.sites import ModelError
 
 Hook = Callable[[Tensor], Tensor | None]
 """Gets an activation; returns its replacement (a changed clone), or None to leave it."""
+Hooks = Sequence[tuple[str, Hook]]
+"""Hook names, each with its function."""
 _HEAD = "unembed.hook_in"
 
 
@@ -112,7 +114,7 @@ class Wrapped:
         self,
         ids: Int[Tensor, "batch token"],
         mask: Int[Tensor, "batch token"],
-        hooks: Sequence[tuple[str, Hook]] = (),
+        hooks: Hooks = (),
         *,
         at: Int[Tensor, "n 2"] | None = None,
         stop_at_layer: int | None = None,
@@ -122,7 +124,7 @@ class Wrapped:
 
         With `past`, `ids` and `mask` are those of the tokens after it.
         """
-        _check_batch(ids, mask)
+        arguments = _arguments(ids, mask, past)
         for name, _ in hooks:
             if name not in self.hooks:
                 raise ModelError(
@@ -131,19 +133,15 @@ class Wrapped:
         if at is not None:
             # Here and not before the final norm: GPT-2 reshapes to [batch, token] in between.
             hooks = [*hooks, (_HEAD, lambda value: _picked(value, at)[None])]
-        # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
-        more: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
-        if past is not None:
-            more = past.arguments(mask)
         with _frozen(self._parameters), self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks)):
-            out = self.bridge(ids, stop_at_layer=stop_at_layer, **more)
+            out = self.bridge(ids, stop_at_layer=stop_at_layer, **arguments)
         return (out if at is None else out[0]).to(ids.device)
 
     def read_past(
         self,
         ids: Int[Tensor, "batch token"],
         mask: Int[Tensor, "batch token"],
-        hooks: Sequence[tuple[str, Hook]],
+        hooks: Hooks,
     ) -> tuple[tuple[Tensor, Tensor], ...]:
         """The keys and values of every block, as `Past.layers`, without gradients."""
         # Nobody reads the logits.
@@ -179,14 +177,11 @@ class Unwrapped:
         mask: Int[Tensor, "batch token"],
         at: Int[Tensor, "n 2"] | None = None,
         past: Past | None = None,
-        hooks: Sequence[tuple[str, Hook]] = (),
+        hooks: Hooks = (),
     ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
         """As `Tail.forward`; of token ids, where no block was left out."""
         ids = entering if entering.ndim == 2 else torch.zeros_like(mask)
-        _check_batch(ids, mask)
-        more: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
-        if past is not None:
-            more = past.arguments(mask)
+        arguments = _arguments(ids, mask, past)
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
@@ -212,14 +207,25 @@ class Unwrapped:
             handles.append(self._mlp.register_forward_hook(spread))
         try:
             with _frozen(self._parameters):
-                logits = self.model(ids, **more).logits
+                logits = self.model(ids, **arguments).logits
         finally:
             for handle in handles:
                 handle.remove()
         return (logits if at is None else logits[0]).to(mask.device)
 
 
-def _as_bridge_hooks(hooks: Iterable[tuple[str, Hook]]) -> list[tuple[str, Any]]:
+def _arguments(ids: Tensor, mask: Tensor, past: Past | None) -> dict[str, Any]:
+    """What a pass takes beside the ids. Raises `ModelError` for rows not padded on the right."""
+    if ids.shape != mask.shape:
+        raise ModelError(f"ids {list(ids.shape)} and mask {list(mask.shape)} differ in shape")
+    if not bool((mask[:, 0] == 1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+        raise ModelError("pad on the right: every row of the mask must be ones, then zeros")
+    # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
+    alone = {"attention_mask": mask, "use_cache": False}
+    return alone if past is None else past.arguments(mask)
+
+
+def _as_bridge_hooks(hooks: Hooks) -> list[tuple[str, Any]]:
     return [(name, _as_bridge_hook(hook, name)) for name, hook in hooks]
 
 
@@ -273,10 +279,3 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-def _check_batch(ids: Tensor, mask: Tensor) -> None:
-    if ids.shape != mask.shape:
-        raise ModelError(f"ids {list(ids.shape)} and mask {list(mask.shape)} differ in shape")
-    if not bool((mask[:, 0] == 1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
-        raise ModelError("pad on the right: every row of the mask must be ones, then zeros")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pmet_lens.models.bridge import Hook
+from pmet_lens.models.bridge import Hooks
 from pmet_lens.models.model import Model
 from pmet_lens.models.tokens import Batch
 
@@ -38,7 +36,7 @@ def row_sums(
 
 
 def answers(
-    model: Model, batch: Batch, hooks: Sequence[tuple[str, Hook]] = (), *, mean: bool = False
+    model: Model, batch: Batch, hooks: Hooks = (), *, mean: bool = False
 ) -> Float[Tensor, " row"]:
     """log P of each row's answer, summed over its tokens, or their `mean`.
 

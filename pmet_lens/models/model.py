@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pmet_lens.models.bridge import Hook, Wrapped, copy_sharing_weights
+from pmet_lens.models.bridge import Hooks, Wrapped, copy_sharing_weights
 from pmet_lens.models.chat import Messages, frame
 from pmet_lens.models.sites import (
     PROJECTION_MODULES,
@@ -203,7 +203,7 @@ class Model:
         input_ids: Int[Tensor, "batch token"],
         attention_mask: Int[Tensor, "batch token"],
         *,
-        hooks: Sequence[tuple[str, Hook]] = (),
+        hooks: Hooks = (),
         stop_at_layer: int | None = None,
         at: Int[Tensor, "n 2"] | None = None,
     ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
@@ -247,7 +247,7 @@ class Model:
             self._tails[first] = make_tail(self.hf, self._wrapped, first)
         return self._tails[first]
 
-    def _check_stop(self, stop: int, hooks: Sequence[tuple[str, Hook]], at: Tensor | None) -> None:
+    def _check_stop(self, stop: int, hooks: Hooks, at: Tensor | None) -> None:
         if not 0 < stop <= self.n_layers or at is not None:
             raise ModelError(f"stop_at_layer must lie in 1 to {self.n_layers}, and excludes `at`")
         for name, _ in hooks:

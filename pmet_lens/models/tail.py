@@ -6,7 +6,6 @@ builds a tail and tests it on a small batch against the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pmet_lens.models.bridge import (
-    Hook,
+    Hooks,
     Past,
     Unwrapped,
     Wrapped,
@@ -24,7 +23,6 @@ from pmet_lens.models.bridge import (
 )
 from pmet_lens.models.sites import PROJECTION_MODULES, STREAM_HOOKS, ModelError, layer_of
 
-Hooks = Sequence[tuple[str, Hook]]
 _ENTRY = "blocks.0.hook_in"
 
 
