@@ -19,7 +19,7 @@ OnPrompts = Callable[[int, int], object]
 def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed: int = 0) -> str:
     """`prompt` continued to `length` tokens in all, top-k sampled (1: greedy); stops at the
     end-of-text token. Deterministic in `seed`. Of a chat model: the prompt and the assistant's
-    answer, without the chat template around them, which is not counted. Raises as `generate_batch`
+    answer; the chat template around them is left out and not counted. Raises as `generate_batch`
     does."""
     return generate_batch(model, [prompt], [seed], length, top_k)[0]
 

@@ -37,9 +37,10 @@ def load(
 
     `source`: "world", "world-sequential" or "world-unmasked" (bundled, checked against their
     checksums; the last without an imposed recall site, for study and not for editing); a directory
-    as `save_pretrained` writes it; a hub id; or an instantiated Hugging Face causal LM, which
-    stays yours and needs `tokenizer`. A tokenizer read here without a pad token pads with its
-    end-of-text token; one you pass is never changed, but refused.
+    as `save_pretrained` writes it (`./world` where its name is a bundled one); a hub id; or an
+    instantiated Hugging Face causal LM, which stays yours and needs `tokenizer`. A tokenizer read
+    here without a pad token pads with its end-of-text token; one you pass is never changed, but
+    refused.
     `device`: where to put what is read here; "auto": the accelerator there is, else the CPU; None:
     the CPU.
     `device_map`: for a model larger than one accelerator, as `from_pretrained` takes it ("auto",
@@ -58,7 +59,7 @@ def load(
     if not isinstance(source, nn.Module):
         if device is not None and device_map is not None:
             raise ModelError("give device or device_map, not both")
-        hf, tokenizer, default = read(source, tokenizer, dtype, device_map)
+        hf, tokenizer, default = _read(source, tokenizer, dtype, device_map)
         hf = hf if device is None else moved(hf, device)
         return Model(hf, tokenizer, name or default, template)
     if tokenizer is None:
@@ -70,19 +71,10 @@ def load(
     return Model(source, tokenizer, name or Path(path).name, template)
 
 
-def read(
-    source: str | Path,
-    tokenizer: Any = None,
-    dtype: str | torch.dtype | None = None,
-    device_map: Any = None,
+def _read(
+    source: str | Path, tokenizer: Any, dtype: str | torch.dtype | None, device_map: Any
 ) -> tuple[nn.Module, Any, str]:
-    """The Hugging Face model, its tokenizer (yours if you pass one) and a short name; see `load`.
-
-    A bundled name wins over a directory of that name: write `./world` for the directory.
-
-    Raises `ModelError` for a directory that does not exist, a bundled file that does not match
-    its checksum, an unknown dtype, or whatever transformers finds no model or tokenizer at.
-    """
+    """The Hugging Face model, its tokenizer (yours if you pass one) and a short name."""
     where, default = _locate(source)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
