@@ -85,12 +85,12 @@ from .models.activations import Activations as Activations
 from .models.activations import probe as probe
 from .models.generation import generate as generate
 from .models.generation import generate_batch as generate_batch
-from .models.loading import ModelError as ModelError
+from .models.loading import load as load
 from .models.model import Model as Model
 from .models.model import Projection as Projection
 from .models.model import Site as Site
 from .models.model import Stream as Stream
-from .models.model import load as load
+from .models.sites import ModelError as ModelError
 from .models.tokens import sample_contexts as sample_contexts
 from .models.weights import EditError as EditError
 from .moments.moment_files import kept_moments as kept_moments

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny import FAMILIES, refused, tiny_batch, tiny_model
 
 import pmet_lens as pl
-from pmet_lens.models import probes, tokens
+from pmet_lens.models import activations, tokens
 from pmet_lens.models.activations import Activations, batches, probe
 from pmet_lens.models.model import Model
 
@@ -53,7 +53,7 @@ def test_they_are_those_of_every_fact_read_alone(model):
         batch = tokens.encode(model, [tokens.Prompt(fact.prompt, fact.subject)])
         for place, at in (("last_subject", batch.subject), ("last", batch.last)):
             wanted = {(n, s): at for n in layers for s in STREAMS}
-            alone = probes.read_streams(model, batch.ids, batch.mask, wanted)
+            alone = activations.read_streams(model, batch.ids, batch.mask, wanted)
             for stream in STREAMS:
                 row = torch.stack([alone[n, stream][0] for n in layers])
                 assert torch.allclose(found[stream, place][i], row, atol=1e-5)

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 import pmet_lens as pl
-from pmet_lens.experiments import measure
+from pmet_lens.evaluation.ability import others_of
+from pmet_lens.experiments.measure import measure
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("world", "world-sequential")
@@ -63,9 +64,9 @@ def test_mass_edit_and_way_back(model, tmp_path):
     before = {k: v.clone() for k, v in model.hf.state_dict().items()}
     moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=40_000)
     edit = pl.edit(model, facts, moments)
-    others = measure.others_of(pl.knowns(), facts)[::10]
-    unedited = measure.measure(model, facts, None, others)["mean"]
-    table = measure.measure(model, facts, edit, others)["mean"]
+    others = others_of(pl.knowns(), facts)[::10]
+    unedited = measure(model, facts, None, others)["mean"]
+    table = measure(model, facts, edit, others)["mean"]
     assert unedited["ES"] <= 10
     assert table["ES"] >= 95
     assert table["PS"] >= 85

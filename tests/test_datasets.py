@@ -17,7 +17,7 @@ from pmet_lens.data import world
 from pmet_lens.data.datasets import DataError, counterfact, knowns, texts, zsre
 from pmet_lens.data.fact_tables import read_facts
 from pmet_lens.data.facts import Fact, FactError, check_editable
-from pmet_lens.models.model import load
+from pmet_lens.models.loading import load
 from pmet_lens.models.tokens import Prompt, encode
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from pmet_lens.editing.locate_and_edit import Edit, edit
 from pmet_lens.editing.targets import Targets, optimise
 from pmet_lens.evaluation import metrics
 from pmet_lens.interp.geometry import answer_gain, drift
-from pmet_lens.models import probes, tokens
+from pmet_lens.models import activations, tokens
 from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def test_the_change_is_that_of_the_answers_probability(model, targets):
     for i, fact in enumerate(FACTS):
         at = tokens.encode(model, [tokens.Prompt(fact.prompt, fact.subject)]).subject
         hooks = [
-            (model.stream_hook(2, s), probes.add_at(targets.delta(s)[[i]], at))
+            (model.stream_hook(2, s), activations.add_at(targets.delta(s)[[i]], at))
             for s in ("attn_out", "mlp_out")
         ]
         want = log_p(model, fact, hooks) - log_p(model, fact)
@@ -161,7 +161,7 @@ def test_cosine_and_norms_are_those_of_the_deltas(model, targets):
     def slope(direction: torch.Tensor) -> float:
         name = model.stream_hook(2, stream)
         ends = [
-            log_p(model, fact, [(name, probes.add_at(sign * small * direction[None], at))])
+            log_p(model, fact, [(name, activations.add_at(sign * small * direction[None], at))])
             for sign in (1, -1)
         ]
         return (ends[0] - ends[1]) / (2 * small)
@@ -240,10 +240,10 @@ def test_the_distance_is_the_key_times_the_change(model, done, moved):
         distances = []
         for own in texts:
             batch = tokens.encode(model, [tokens.Prompt(text) for text in own])
-            keys = probes.read_keys(model, batch.ids, batch.mask, site, batch.last)
-            wanted = {(1, "mlp_out"): batch.last}
-            old = probes.read_streams(model, batch.ids, batch.mask, wanted)[1, "mlp_out"]
-            ratio = (keys @ done.deltas[site]).norm(dim=1) / old.norm(dim=1)
+            wanted = {(1, "mlp_out"): batch.last, site: batch.last}
+            values = activations.read_streams(model, batch.ids, batch.mask, wanted)
+            old = values[1, "mlp_out"].norm(dim=1)
+            ratio = (values[site] @ done.deltas[site]).norm(dim=1) / old
             distances.append(float(ratio.mean()))
         assert mean[kind, "mlp_out", "last", 1] == pytest.approx(np.mean(distances), rel=1e-5)
     assert len(neighbour[0]) == 2

@@ -23,8 +23,8 @@ from pmet_lens.editing.locate_and_edit import edit, edit_sequentially
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.solvers import Exact
 from pmet_lens.editing.targets import Targets, optimise
-from pmet_lens.models.bridge import Tail
 from pmet_lens.models.model import Model, Site, Stream
+from pmet_lens.models.tail import Tail
 from pmet_lens.models.tokens import PLAIN, Position, Prompt, encode, with_context
 
 torch.set_num_threads(1)
@@ -172,7 +172,7 @@ def test_positions_go_with_their_rows(gpt2):
 
 def test_positions_behind_a_cut_are_the_same_tokens(gpt2):
     whole = encode(gpt2, ROWS)
-    cut, _ = whole.behind(whole.first)
+    cut, _ = whole.after(whole.first)
     rows = torch.arange(len(whole))
     for position in POSITIONS:
         at, there = cut.at(position), whole.at(position)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import FAMILIES, refused, tiny_batch, tiny_model
 
+from pmet_lens.models.activations import add_at, read_streams
 from pmet_lens.models.model import Model, Site
-from pmet_lens.models.probes import add_at, read_keys, read_streams
 
 torch.set_num_threads(1)
 ROWS = torch.arange(3)
@@ -47,7 +47,7 @@ def test_keys_give_the_streams(model, projection, stream):
     ids, mask = tiny_batch()
     positions = torch.tensor([4, 0, 5])
     site = Site(2, projection)
-    keys = read_keys(model, ids, mask, site, positions)
+    keys = read_streams(model, ids, mask, {site: positions})[site]
     values = read_streams(model, ids, mask, {(2, stream): positions})[2, stream]
     bias = dict(model.hf.named_parameters()).get(model.parameter_name(site)[:-6] + "bias", 0.0)
     assert keys.shape == (3, model.d_in(site))
@@ -59,13 +59,13 @@ def test_a_key_follows_an_edit_below_it(gpt2):
     ids, mask = tiny_batch()
     positions = torch.tensor([4, 0, 5])
     site, below, above = Site(2, "mlp"), Site(1, "mlp"), Site(3, "mlp")
-    before = read_keys(gpt2, ids, mask, site, positions)
+    before = read_streams(gpt2, ids, mask, {site: positions})[site]
     for changed, moves in ((below, True), (above, False)):
         kept = gpt2.parameter(changed).detach().clone()
         gpt2.weight(changed)[:, ::2] += 0.1
-        assert torch.equal(read_keys(gpt2, ids, mask, site, positions), before) != moves
+        assert torch.equal(read_streams(gpt2, ids, mask, {site: positions})[site], before) != moves
         gpt2.parameter(changed).data.copy_(kept)
-    assert torch.equal(read_keys(gpt2, ids, mask, site, positions), before)
+    assert torch.equal(read_streams(gpt2, ids, mask, {site: positions})[site], before)
 
 
 def test_reading_stops_at_the_highest_layer_needed(gpt2):

@@ -62,7 +62,7 @@ def about(who, prompt: str) -> tuple[str, str]:
 
 _DIGEST = """
 import hashlib, json, random
-from pmet_lens.world import build
+from pmet_lens.data.world import build
 w = build(seed={seed}, per_relation=30)
 parts = [w.counterfact(), w.zsre(), w.knowns(), [d.text for d in w.documents(random.Random(5))]]
 print(hashlib.sha256(json.dumps(parts).encode()).hexdigest())

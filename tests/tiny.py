@@ -116,10 +116,10 @@ def tiny_hf(
 def tiny_model(
     family: str = "gpt2", dtype: torch.dtype = torch.float32, seed: int = 0, **config: int
 ):
-    """The same behind `pmet_lens.models.model.load`."""
-    from pmet_lens.models import model as adapter
+    """The same behind `pmet_lens.load`."""
+    from pmet_lens.models import loading
 
-    return adapter.load(tiny_hf(family, dtype, seed, **config), tiny_tokenizer(), name=family)
+    return loading.load(tiny_hf(family, dtype, seed, **config), tiny_tokenizer(), name=family)
 
 
 def tiny_batch(rows: int = 3, tokens: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:

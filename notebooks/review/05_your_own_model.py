@@ -28,7 +28,7 @@ block = "parallel" if model.parallel_blocks else "sequential"
 pd.Series({"layers": model.n_layers, "width": model.d_model, "blocks": block}).to_frame(MODEL)
 
 # %% [markdown]
-# [`load`](../pmet_lens/models/model.py) takes what you have: a hub id or a directory (`dtype="bfloat16"`, `device="auto"` for a large model), or a Hugging Face model that is in memory already, with its tokenizer: `pl.load(hf_model, tokenizer)`. That stays your object, `model.hf`, and every edit is an edit of it.
+# [`load`](../pmet_lens/models/loading.py) takes what you have: a hub id or a directory (`dtype="bfloat16"`, `device="auto"` for a large model), or a Hugging Face model that is in memory already, with its tokenizer: `pl.load(hf_model, tokenizer)`. That stays your object, `model.hf`, and every edit is an edit of it.
 #
 # ## Your facts
 #

@@ -1,5 +1,6 @@
-"""Facts and where they come from: `facts.py` (what a `Fact` is) first, then the data sets, tables
-of facts, the bundled world, downloads, and the one file format of the package."""
+"""Facts and where they come from: open `facts.py` first (what a `Fact` is). The published data sets
+(`datasets.py`) and their downloads, your tables of facts, the bundled world and its texts, the file
+format of the package, HTML for notebooks (`markup.py`)."""
 
 import lazy_loader
 

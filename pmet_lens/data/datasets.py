@@ -83,11 +83,11 @@ def _chosen(path: str | Path | None, download: bool, name: str) -> str | Path | 
     # disable=None: where somebody watches.
     with tqdm(desc=name, unit="B", unit_scale=True, disable=None) as bar:
 
-        def told(done: int, total: int) -> None:
+        def show(done: int, total: int) -> None:
             bar.total = total or None
             bar.update(done - bar.n)
 
-        return downloads.fetch(downloads.HOMES[name], on_bytes=told)
+        return downloads.fetch(downloads.HOMES[name], on_bytes=show)
 
 
 def texts(path: str | Path | None = None, *, download: bool = False) -> Iterator[str]:
@@ -113,8 +113,8 @@ def _paragraphs(path: Path) -> Iterator[str]:
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(columns=["text"]):
-                found = (text.strip() for text in batch.column("text").to_pylist() if text)
-                yield from (text for text in found if text and not text.startswith("= "))
+                stripped = (text.strip() for text in batch.column("text").to_pylist() if text)
+                yield from (text for text in stripped if text and not text.startswith("= "))
     # pyarrow raises KeyError for a column that is not there.
     except (OSError, ArrowException, KeyError, IndexError) as error:
         raise DataError(
@@ -144,11 +144,11 @@ def _facts(
     parse: Callable[[Record], Fact],
 ) -> list[Fact]:
     records = bundled() if path is None else _read(Path(path))
-    out = []
+    facts = []
     for i, record in enumerate(itertools.islice(records, n)):
         where = f"record {i}" + (f" of {path}" if path is not None else "")
         try:
-            out.append(parse(record))
+            facts.append(parse(record))
         except FactError as error:
             raise DataError(f"{where} cannot be used: {error}") from error
         except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -156,7 +156,7 @@ def _facts(
                 f"{where} does not have the expected fields ({type(error).__name__}: {error}); "
                 "check that this is the data set the loader is for."
             ) from error
-    return out
+    return facts
 
 
 def _read(path: Path) -> list[Record]:
@@ -205,24 +205,23 @@ def _whole_records(text: str) -> int:
 def _counterfact(record: Record) -> Fact:
     rewrite = record["requested_rewrite"]
     true = rewrite["target_true"]["str"]
+    neighbours = [
+        # Some editions give a neighbour its answer; elsewhere it is the record's true one.
+        (prompt, true) if isinstance(prompt, str) else (prompt["prompt"], prompt["target"])
+        for prompt in record.get("neighborhood_prompts", ())
+    ]
     return Fact(
         subject=rewrite["subject"],
         prompt=rewrite["prompt"],
         target_new=rewrite["target_new"]["str"],
         target_true=true,
         paraphrases=tuple(record.get("paraphrase_prompts", ())),
-        neighbours=tuple(_neighbour(p, true) for p in record.get("neighborhood_prompts", ())),
+        neighbours=tuple(neighbours),
         attributes=tuple(record.get("attribute_prompts", ())),
         generation=tuple(record.get("generation_prompts", ())),
         relation=rewrite.get("relation_id"),
         case_id=record["case_id"],
     )
-
-
-def _neighbour(prompt: str | Record, true: str) -> tuple[str, str]:
-    """A prompt about another subject and its answer: the record's true one, unless it has its own
-    (`{"prompt", "target"}`, as some editions have it)."""
-    return (prompt, true) if isinstance(prompt, str) else (prompt["prompt"], prompt["target"])
 
 
 def _zsre(record: Record) -> Fact:
@@ -239,7 +238,7 @@ def _zsre(record: Record) -> Fact:
 
 def _locality(record: Record) -> tuple[str, str]:
     """The locality prompt of a zsRE record, as the published evaluation writes it (with a question
-    mark behind it), and its answer."""
+    mark), and its answer."""
     prompt, answer = record.get("loc"), record.get("loc_ans")
     if not isinstance(prompt, str) or not prompt.removeprefix(NQ).strip(" ?"):
         raise FactError("it has no locality prompt: `loc` must be a question, 'nq question: …'.")
@@ -262,7 +261,7 @@ def parse_known(record: Record) -> Fact:
 
 
 def marked(text: str, subject: str) -> str:
-    """`text` with the first occurrence of the subject marked; braces of its own are an error."""
+    """`text` with the first occurrence of the subject replaced by `{}`."""
     if subject not in text:
         raise FactError(f"the subject {subject!r} does not occur in {text!r}.")
     return text.replace(subject, "{}", 1)

@@ -1,8 +1,8 @@
 """The published data sets from their homes: resumed where cut, checked, kept in a cache.
 
-The cache is `$PMET_LENS_CACHE`, or what the operating system keeps caches in. A file lies there
-under its own name only when it is whole and its checksum is right; beside it stands its SHA-256,
-and a file that no longer matches it is fetched again.
+The cache is `$PMET_LENS_CACHE`, or what the operating system keeps caches in. A file gets its name
+there only when it is whole and its checksum is right; beside it stands its SHA-256, and a file that
+no longer matches it is fetched again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 from pmet_lens.data import file_format
 
 _CHUNK = 1 << 20
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 OnBytes = Callable[[int, int], object]
 
 
@@ -67,15 +68,15 @@ def cache() -> Path:
     """The directory downloads are kept in."""
     from platformdirs import user_cache_path
 
-    own = os.environ.get("PMET_LENS_CACHE")
-    return Path(own).expanduser() if own else user_cache_path("pmet_lens")
+    chosen = os.environ.get("PMET_LENS_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("pmet_lens")
 
 
 def fetch(remote: Remote, folder: Path | None = None, on_bytes: OnBytes | None = None) -> Path:
     """The file of `remote`, from `folder` (None: `cache()`) or from its home.
 
-    What an interrupted download left is gone on with. Two processes do not fetch the same file at
-    once. `on_bytes`: called with (bytes so far, all, or 0 where the server does not say).
+    An interrupted download is resumed. Two processes do not fetch the same file at once.
+    `on_bytes`: called with (bytes so far, all, or 0 where the server does not say).
 
     Raises:
         DownloadError: where the home cannot be reached, what came is not what was published, or
@@ -85,11 +86,19 @@ def fetch(remote: Remote, folder: Path | None = None, on_bytes: OnBytes | None =
 
     folder = cache() if folder is None else folder
     path = folder / remote.name
+    note = folder / f"{remote.name}.sha256"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if not _kept(path, remote):
-                _download(remote, path, on_bytes)
+            if path.is_file() and note.is_file():
+                wanted = remote.sha256 or note.read_text(encoding="ascii").strip()
+                if file_format.file_digest(path) == wanted:
+                    return path
+            part = folder / f"{remote.name}.part"
+            digest = _download(remote, part, on_bytes)
+            with file_format.whole(note) as new:
+                new.write_text(digest + "\n", encoding="ascii")
+            part.replace(path)
     except OSError as error:
         raise DownloadError(
             f"{remote.url} could not be kept in {folder}: {error}. Set PMET_LENS_CACHE to a folder "
@@ -98,44 +107,33 @@ def fetch(remote: Remote, folder: Path | None = None, on_bytes: OnBytes | None =
     return path
 
 
-def _kept(path: Path, remote: Remote) -> bool:
-    """Whether the file is there as it came and, where known, as it was published."""
-    note = _note(path)
-    if not (path.is_file() and note.is_file()):
-        return False
-    wanted = remote.sha256 or note.read_text(encoding="ascii").strip()
-    return file_format.file_digest(path) == wanted
-
-
-def _download(remote: Remote, path: Path, on_bytes: OnBytes | None) -> None:
-    part = path.with_name(path.name + ".part")
+def _download(remote: Remote, part: Path, on_bytes: OnBytes | None) -> str:
+    """Write the file to `part` and return its SHA-256, if it is the published one."""
     try:
         _resume(remote.url, part, on_bytes)
     except (OSError, HTTPException) as error:
-        if not part.exists() or _full(error):
+        if not part.exists() or getattr(error, "errno", None) in _DISK_FAULTS:
             raise
         raise DownloadError(
             f"{remote.url} could not be fetched ({error}); {part.stat().st_size:,} bytes of it are "
             "kept, and the next try goes on there."
         ) from error
-    found = file_format.file_digest(part)
-    if remote.sha256 not in (None, found):
+    digest = file_format.file_digest(part)
+    if remote.sha256 not in (None, digest):
         part.unlink()
         raise DownloadError(
-            f"{remote.url} has the SHA-256 {found}, not the published {remote.sha256}: it was "
+            f"{remote.url} has the SHA-256 {digest}, not the published {remote.sha256}: it was "
             "changed, or damaged on its way. If you trust it, fetch it yourself and pass its path."
         )
-    with file_format.whole(_note(path)) as note:
-        note.write_text(found + "\n", encoding="ascii")
-    part.replace(path)
+    return digest
 
 
 def _resume(url: str, part: Path, on_bytes: OnBytes | None) -> None:
     """Append to `part` what is missing of it."""
     done = part.stat().st_size if part.exists() else 0
-    asked = Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    request = Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
-        answer = urlopen(asked, timeout=30)
+        answer = urlopen(request, timeout=30)
     except OSError as error:
         if getattr(error, "code", None) == 416:  # nothing is missing, or what is there is too long
             part.unlink()
@@ -157,12 +155,3 @@ def _resume(url: str, part: Path, on_bytes: OnBytes | None) -> None:
             os.fsync(file.fileno())
     if total and done < total:
         raise HTTPException(f"the connection was cut after {done:,} of {total:,} bytes")
-
-
-def _full(error: BaseException) -> bool:
-    """Whether the disk, not the connection, is why."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-
-
-def _note(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")

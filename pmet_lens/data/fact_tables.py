@@ -1,4 +1,4 @@
-"""Facts of your own, from a CSV or JSON file or a DataFrame: the easiest way in."""
+"""Facts from a CSV or JSON file or a DataFrame: the easiest way in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMNS = (*_NEEDED, "target_true", "relation", "case_id", *_LISTS)
 
 
 def read_facts(source: str | Path | pd.DataFrame, n: int | None = None) -> list[Fact]:
-    """Facts of your own: a table with the columns subject, prompt and target_new.
+    """Your facts, from a table with the columns subject, prompt and target_new.
 
     `source`: a CSV file with a header, a JSON list of objects (or one object per line, `.jsonl`),
     or a DataFrame. The prompt marks the subject with `{}`, or holds it once. Other columns with the
@@ -37,40 +37,39 @@ def read_facts(source: str | Path | pd.DataFrame, n: int | None = None) -> list[
             f"The table of facts {wrong}. It needs subject, prompt and target_new, and may have "
             f"{', '.join(_COLUMNS[3:])}."
         )
-    out = []
+    facts = []
     for i, row in enumerate(table.head(n if n is not None else len(table)).to_dict("records")):
         given = {str(k): v for k, v in row.items() if isinstance(v, list | tuple) or not pd.isna(v)}
         try:
-            out.append(_own(given))
+            facts.append(_fact(given))
         except FactError as error:
             raise DataError(f"Row {i} of the facts (counted from 0): {error}") from error
-    return out
+    return facts
 
 
-def _own(row: dict[str, Any]) -> Fact:
-    """One row of somebody's own table, without its empty cells."""
+def _fact(row: dict[str, Any]) -> Fact:
+    """The fact in one row of a table without its empty cells."""
     for name in _NEEDED:
         if name not in row:
             raise FactError(f"it has no {name}.")
-    more: dict[str, Any] = {k: _parts(row[k]) for k in _LISTS if k in row}
-    plain = [k for k in row if k not in ("case_id", *_LISTS)]
-    more |= {k: str(row[k]).strip() for k in plain}
-    prompt = more.pop("prompt")
-    prompt = prompt if "{}" in prompt else marked(prompt, more["subject"])
-    return Fact(prompt=prompt, case_id=row.get("case_id"), **more)
-
-
-def _parts(cell: Any) -> tuple[str, ...]:
-    """A list, or the parts of a text between "|"."""
-    return tuple(part.strip() for part in (cell.split("|") if isinstance(cell, str) else cell))
+    fields: dict[str, Any] = {"case_id": row.pop("case_id", None)}
+    for name, cell in row.items():
+        if name in _LISTS:
+            parts = cell.split("|") if isinstance(cell, str) else cell
+            fields[name] = tuple(part.strip() for part in parts)
+        else:
+            fields[name] = str(cell).strip()
+    if "{}" not in fields["prompt"]:
+        fields["prompt"] = marked(fields["prompt"], fields["subject"])
+    return Fact(**fields)
 
 
 def _table(path: Path) -> pd.DataFrame:
+    kind = path.suffix.lower()
     try:
         check_size(path)
-        if path.suffix.lower() in (".json", ".jsonl"):
-            lines = path.suffix.lower() == ".jsonl"
-            return pd.read_json(path, lines=lines, dtype=False)  # pyright: ignore[reportArgumentType]
+        if kind in (".json", ".jsonl"):
+            return pd.read_json(path, lines=kind == ".jsonl", dtype=False)  # pyright: ignore[reportArgumentType]
         return pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -72,18 +72,23 @@ class Fact:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Fact:
-        """The inverse of `dataclasses.asdict`, also behind JSON, which turns tuples into lists.
+        """The inverse of `dataclasses.asdict`, also after JSON, which turns tuples into lists.
         Fields that came later than the record (`benchmark`) take their defaults."""
         listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
         pairs = tuple((prompt, answer) for prompt, answer in record["neighbours"])
         return cls(**{**record, **listed, "neighbours": pairs})
 
     def _repr_html_(self) -> str:
-        told: dict[str, object] = {"prompt": self.text, "new answer": self.target_new}
-        told |= {"true answer": self.target_true, "relation": self.relation}
-        told["paraphrases"] = markup.listed(self.paraphrases)
-        told["neighbours"] = markup.listed([f"{p} → {answer}" for p, answer in self.neighbours])
-        return markup.pairs({k: v for k, v in told.items() if v}, f"Fact about {self.subject}")
+        neighbours = [f"{prompt} → {answer}" for prompt, answer in self.neighbours]
+        shown = {
+            "prompt": self.text,
+            "new answer": self.target_new,
+            "true answer": self.target_true,
+            "relation": self.relation,
+            "paraphrases": markup.listed(self.paraphrases),
+            "neighbours": markup.listed(neighbours),
+        }
+        return markup.pairs({k: v for k, v in shown.items() if v}, f"Fact about {self.subject}")
 
     @property
     def text(self) -> str:
@@ -119,10 +124,10 @@ def check_editable(facts: Sequence[Fact]) -> None:
                 f"{first.target_new!r} and {fact.target_new!r}. Keep one of them."
             )
         if fact.relation is not None:
-            others = related.setdefault((fact.subject, fact.relation), [])
-            for other in others:
+            same = related.setdefault((fact.subject, fact.relation), [])
+            for other in same:
                 _check_agree(other, fact)
-            others.append(fact)
+            same.append(fact)
         one = repr(replace(fact, case_id=None))
         if one in seen:
             raise FactError(

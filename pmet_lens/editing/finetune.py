@@ -18,7 +18,7 @@ from pmet_lens.data.facts import Fact, check_editable
 from pmet_lens.editing.edits import Edit, origin
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, Site
 
@@ -198,13 +198,7 @@ def answer_losses(
     model: Model, batch: tokens.Batch, hooks: Sequence[tuple[str, Hook]] = ()
 ) -> Float[Tensor, " row"]:
     """Per row the mean over its target tokens of −log P, in nats (teacher forcing)."""
-    at = batch.scored.nonzero()
-    logits = model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = batch.labels[at[:, 0], at[:, 1]]
-    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    total = torch.zeros(len(batch), dtype=nll.dtype, device=nll.device)
-    return total.index_add(0, at[:, 0], nll) / batch.scored.sum(1)
+    return -likelihood.answers(model, batch, hooks, mean=True)
 
 
 def _at_most(bound: float, dtype: torch.dtype) -> float:

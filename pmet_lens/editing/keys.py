@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact
 from pmet_lens.models import tokens
+from pmet_lens.models.activations import check_finite
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, ModelError, Site, Stream
-from pmet_lens.models.probes import check_finite
 from pmet_lens.models.tokens import Position
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 4096, 65536
@@ -61,7 +61,7 @@ class Reader:
         per_fact = [tokens.prompts_of(f, contexts) for f in facts]
         self._per_fact = len(per_fact[0])
         rows = tokens.encode(model, [p for prompts in per_fact for p in prompts])
-        rows = rows.cut_behind(position)
+        rows = rows.up_to(position)
         limit = TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ELSEWHERE
         longest = rows.mask.sum(1).view(self.n, -1).amax(1).tolist()
         self._parts: list[_Part] = []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing.finetune import behind
 from pmet_lens.editing.mend import FACTS_PER_PASS, MendEditor, gradients
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, Site
 
@@ -136,12 +136,12 @@ def objective(
     at = batch.scored.nonzero()
     hooks = edited(model, updates, torch.arange(n, device=model.device).repeat(2))
     logits = model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
-    log_p, share = logits.float().log_softmax(-1), 1 / batch.scored.sum(1)[at[:, 0]]
+    log_p, share = likelihood.log_probs(logits), 1 / batch.scored.sum(1)[at[:, 0]]
     kept = at[:, 0] >= n
     with torch.no_grad():
         own, first = batch[torch.arange(n, 2 * n)], torch.tensor([n, 0], device=model.device)
-        clean = model.forward(own.ids, own.mask, at=at[kept] - first).float().log_softmax(-1)
-    nll = -log_p.gather(1, batch.labels[at[:, 0], at[:, 1]][:, None])[:, 0]
+        clean = likelihood.log_probs(model.forward(own.ids, own.mask, at=at[kept] - first))
+    nll = -likelihood.of_labels(log_p, batch.labels[at[:, 0], at[:, 1]])
     kl = (clean.exp() * (clean - log_p[kept])).sum(1)
     return (nll * share)[~kept].sum() / n, (kl * share[kept]).sum() / n
 

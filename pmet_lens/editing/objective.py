@@ -19,9 +19,10 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing.method import Method
-from pmet_lens.models import memory, probes, tokens
-from pmet_lens.models.bridge import Hook, Tail
+from pmet_lens.models import activations, likelihood, memory, tokens
+from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, ModelError, Site, Stream
+from pmet_lens.models.tail import Tail
 from pmet_lens.models.tokens import Position
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 1024, 16384
@@ -92,11 +93,6 @@ def tail_of(model: Model, method: Method, layer: int) -> Tail | None:
         return None
 
 
-def _single(value: Tensor) -> Tensor:
-    """At least float32: deltas and losses of a model in half precision are not."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
 class Problem:
     """The facts of one batch. `losses` runs the facts last given to `choose` (at first all)."""
 
@@ -127,7 +123,7 @@ class Problem:
         self._above: Tail | None = None
         if tail is not None and tail.resumes(start, rows.mask):
             past = tail.past(residual, start)
-            rows, column = rows.behind(start)
+            rows, column = rows.after(start)
             column = column[..., None].expand(-1, -1, model.d_model)
             edited = residual.gather(1, column[:, :1])
             if tail.first == layer and (above := model.from_layer(layer + 1)).has_past:
@@ -164,10 +160,10 @@ class Problem:
         """What the chosen facts' prompts say with the deltas (one per fact of the batch) added."""
         logp, kl_now = self._log_probs(deltas)
         n = len(kl_now)
-        picked = logp.gather(1, self._labels[:, None])[:, 0]
-        nll = logp.new_zeros(n).index_add(0, self._fact_of_label, -picked * self._share.to(logp))
+        picked = likelihood.of_labels(logp, self._labels)
+        nll = likelihood.row_sums(-picked * self._share.to(logp), self._fact_of_label, n)
         missed = (logp.detach().argmax(-1) != self._labels).to(logp.dtype)
-        said = logp.new_zeros(n).index_add(0, self._fact_of_label, missed) == 0
+        said = likelihood.row_sums(missed, self._fact_of_label, n) == 0
         # As released: the divergence *of* the changed model *from* the clean one.
         before = self._kl_before[self._active]
         return Losses(nll, (kl_now.exp() * (kl_now - before)).sum(-1), said)
@@ -179,12 +175,12 @@ class Problem:
         if tail is not None and tail.first > self.layer:
             added = torch.stack([deltas[s] for s in self.streams]).sum(0)[self._owner]
             entry = self.model.stream_hook(tail.first, "resid_pre")
-            hooks = [(entry, probes.add_at(added, self._place))]
+            hooks = [(entry, activations.add_at(added, self._place))]
         else:
             hooks = [
                 (
                     self.model.stream_hook(self.layer, s),
-                    probes.add_at(deltas[s][self._owner], self._place),
+                    activations.add_at(deltas[s][self._owner], self._place),
                 )
                 for s in self.streams
             ]
@@ -202,7 +198,7 @@ class Problem:
             logits = tail.forward(
                 self._residual, rows.mask, hooks=hooks, at=self._at, past=self._past
             )
-        logp = _single(logits).log_softmax(-1)
+        logp = likelihood.log_probs(logits)
         n = len(self._labels)
         return logp[:n], logp[n:]
 
@@ -225,9 +221,11 @@ class Problem:
             self.model.forward(rows.ids, rows.mask, hooks=hooks, stop_at_layer=self.layer + 1)
         number = torch.arange(len(rows), device=self.model.device)
         place = rows.at(self.position)
-        clean: dict[Stream, Tensor] = {s: _single(v[number, place]) for s, v in seen.items()}
+        clean: dict[Stream, Tensor] = {
+            s: likelihood.at_least_float32(v[number, place]) for s, v in seen.items()
+        }
         for stream, value in clean.items():
-            probes.check_finite(value, f"{stream} of layer {self.layer}")
+            activations.check_finite(value, f"{stream} of layer {self.layer}")
         behind = self.tail is not None and self.tail.first > self.layer
         output = seen["resid_post"]
         return output if behind else seen["resid_pre"], output, clean

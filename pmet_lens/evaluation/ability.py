@@ -21,7 +21,7 @@ from pmet_lens.data import datasets, world
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing.edits import Edit
 from pmet_lens.evaluation import metrics, scoring
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.model import Model
 
 HELD_OUT = 2
@@ -128,32 +128,22 @@ def _nll(
     """Per text with at least two tokens: the sum of −log P over its tokens but the first, nats,
     and the number of these tokens."""
     read = [model.tokenizer(text)["input_ids"][: model.n_positions] for text in texts]
-    read = sorted((ids for ids in read if len(ids) > 1), key=len)
+    read = [ids for ids in read if len(ids) > 1]
     if not read:
         raise FactError("The texts hold no token to predict; pass texts of two tokens or more.")
     totals = []
-    while read:
-        n = 1
-        while n < len(read) and (n + 1) * len(read[n]) <= batch_tokens:
-            n += 1
-        totals += _sums(model, read[:n])
-        read = read[n:]
+    for chunk in tokens.chunks([len(ids) for ids in read], batch_tokens):
+        totals += _sums(model, [read[i] for i in chunk])
     return np.array([t for t, _ in totals]), np.array([float(n) for _, n in totals])
 
 
 def _sums(model: Model, rows: Sequence[list[int]]) -> list[tuple[float, int]]:
-    width = max(map(len, rows))
-    padded = [ids + [int(model.tokenizer.pad_token_id)] * (width - len(ids)) for ids in rows]
-    ids = torch.tensor(padded, device=model.device)
-    lengths = torch.tensor([len(own) for own in rows], device=model.device)
-    mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
+    ids, mask = tokens.pad(model, rows)
     at = mask[:, 1:].nonzero()  # the tokens but the last, each of which predicts the next
-    logits = model.logits_at(ids, mask, at)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    wanted = ids[at[:, 0], at[:, 1] + 1]
-    nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double()
-    total = torch.zeros(len(rows), dtype=nll.dtype, device=nll.device).index_add(0, at[:, 0], nll)
-    return [(t, len(own) - 1) for t, own in zip(total.tolist(), rows, strict=True)]
+    log_p = likelihood.log_probs(model.logits_at(ids, mask, at))
+    nll = -likelihood.of_labels(log_p, ids[at[:, 0], at[:, 1] + 1]).double()
+    total = likelihood.row_sums(nll, at[:, 0], len(rows))
+    return [(t, len(row) - 1) for t, row in zip(total.tolist(), rows, strict=True)]
 
 
 def _perplexity(total: metrics.Numbers, count: metrics.Numbers) -> tuple[float, float, float, int]:

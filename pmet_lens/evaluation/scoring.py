@@ -24,7 +24,7 @@ from pmet_lens.data import world
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.evaluation import metrics
 from pmet_lens.evaluation.metrics import summarise as summarise
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.generation import check_end, generate_batch
 from pmet_lens.models.generation import generate as generate
 from pmet_lens.models.memory import halving
@@ -96,14 +96,10 @@ def _shared_rows(batch: tokens.Batch, batch_tokens: int) -> Iterator[tuple[list[
         if host < 0 or ids[host][: len(ids[row])] != ids[row]:
             host = row
         readers.setdefault(host, []).append(row)
-    hosts = sorted(readers, key=lambda row: (len(ids[row]), row))
-    while hosts:
-        n = 1
-        while n < len(hosts) and (n + 1) * len(ids[hosts[n]]) <= batch_tokens:
-            n += 1
-        pairs = [(row, own) for own in hosts[:n] for row in readers[own]]
-        yield [row for row, _ in pairs], [own for _, own in pairs]
-        hosts = hosts[n:]
+    hosts = sorted(readers)
+    for chunk in tokens.chunks([len(ids[host]) for host in hosts], batch_tokens):
+        pairs = [(row, hosts[i]) for i in chunk for row in readers[hosts[i]]]
+        yield [row for row, _ in pairs], [host for _, host in pairs]
 
 
 def _score_rows(model: Model, batch: tokens.Batch, pairs: Sequence[tuple[int, int]]) -> list[Score]:
@@ -115,13 +111,11 @@ def _score_rows(model: Model, batch: tokens.Batch, pairs: Sequence[tuple[int, in
     own, place = (labels != -100).nonzero(as_tuple=True)
     at, which = torch.unique(torch.stack([read[own], place], 1), dim=0, return_inverse=True)
     logits = model.logits_at(run.ids, run.mask, at)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wanted = labels[own, place]
-    nll = -logits.log_softmax(-1)[which, wanted].double()
+    nll = -likelihood.log_probs(logits)[which, wanted].double()
     right = (logits.argmax(-1)[which] == wanted).double()
     n = torch.bincount(own, minlength=len(chosen))
-    zero = torch.zeros(len(chosen), dtype=torch.float64, device=on)
-    nll, right = (zero.index_add(0, own, values) / n for values in (nll, right))
+    nll, right = (likelihood.row_sums(v, own, len(chosen)) / n for v in (nll, right))
     return [Score(a, b) for a, b in zip(nll.tolist(), right.tolist(), strict=True)]
 
 

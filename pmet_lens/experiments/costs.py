@@ -185,11 +185,11 @@ class _Count:
             last = above if alone else last
         ran, scored = n * width, int(rows.scored.sum()) + facts
         hooked = last is not None and last.first == self.layer
-        bare = None if last is None else last.bare
+        unwrapped = None if last is None else last.unwrapped
         forward = sum(self.blocks[self.first :]) * ran + self.embedding * scored
         if alone:  # the layer itself, for the edited token
             forward -= self.blocks[self.layer] * (ran - n)
-        if bare is not None and (bare.hooks or not hooked):
+        if unwrapped is not None and (unwrapped.hooks or not hooked):
             forward -= self.last_mlp * (ran - scored)
         self.step += 2 * forward - sum(self.blocks[self.first : self.layer]) * ran
         self.record += sum(self.blocks[: self.layer + 1]) * rows.ids.numel() + forward

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pmet_lens.experiments.grid import Run
-from pmet_lens.models.loading import moved
-from pmet_lens.models.model import Model, Projection, Site, load
+from pmet_lens.models.loading import load, moved
+from pmet_lens.models.model import Model, Projection, Site
 
 
 def pack(model: Model) -> dict[str, Any]:

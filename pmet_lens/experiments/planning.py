@@ -21,7 +21,8 @@ from pmet_lens.experiments import tasks as shards
 from pmet_lens.experiments.costs import Sizes, scaled
 from pmet_lens.experiments.grid import ENGINES, GridError, Run, by_model, check_grid
 from pmet_lens.experiments.workload import Count, Shard
-from pmet_lens.models.model import Model, load
+from pmet_lens.models.loading import load
+from pmet_lens.models.model import Model
 
 UNITS = {
     "contexts": "set", "part": "token", "moments": "site", "targets": "fact", "steps": "fact",

@@ -24,7 +24,8 @@ from pmet_lens.experiments.grid import Run
 from pmet_lens.experiments.store import Folder, FolderError
 from pmet_lens.experiments.tasks import Task
 from pmet_lens.models import tokens
-from pmet_lens.models.model import Model, Site, load
+from pmet_lens.models.loading import load
+from pmet_lens.models.model import Model, Site
 from pmet_lens.moments import moment_files
 from pmet_lens.moments.second_moments import MomentError
 

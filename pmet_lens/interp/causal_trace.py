@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.evaluation import metrics
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.model import Model, Stream
 
 OnCell = Callable[[int, int], object]
@@ -206,13 +206,8 @@ def _probability(
 ) -> Float[Tensor, " row"]:
     """Geometric mean of the answer tokens' probabilities, per row."""
     corrupt = (model.stream_hook(0, "resid_pre"), lambda value: value + rows.noise.to(value))
-    at = rows.batch.scored.nonzero()
     with torch.no_grad():
-        logits = model.forward(rows.batch.ids, rows.batch.mask, hooks=[corrupt, *hooks], at=at)
-    labels = rows.batch.labels[at[:, 0], at[:, 1]]
-    logp = logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
-    total = torch.zeros(len(rows.batch), device=logp.device).index_add(0, at[:, 0], logp)
-    return (total / torch.bincount(at[:, 0], minlength=len(rows.batch))).exp()
+        return likelihood.answers(model, rows.batch, [corrupt, *hooks], mean=True).exp()
 
 
 def _place(rows: _Rows, name: str) -> Bool[Tensor, "row token"]:

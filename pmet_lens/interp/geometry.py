@@ -18,7 +18,7 @@ from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing.locate_and_edit import Edit
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics
-from pmet_lens.models import probes, tokens
+from pmet_lens.models import activations, likelihood, tokens
 from pmet_lens.models.activations import Position, read
 from pmet_lens.models.model import Model, Stream
 
@@ -97,12 +97,8 @@ def _log_p(
 ) -> Float[Tensor, " fact"]:
     """Log-probability of the whole answer (nats), with the deltas added."""
     layer, place = targets.layer, batch.at(targets.position)
-    hooks = [(model.stream_hook(layer, s), probes.add_at(d, place)) for s, d in deltas.items()]
-    at = batch.scored.nonzero()
-    logits = model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
-    labels = batch.labels[at[:, 0], at[:, 1]]
-    picked = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-    return picked.new_zeros(len(batch)).index_add(0, at[:, 0], picked)
+    hooks = [(model.stream_hook(layer, s), activations.add_at(d, place)) for s, d in deltas.items()]
+    return likelihood.answers(model, batch, hooks)
 
 
 def drift(

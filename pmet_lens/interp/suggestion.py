@@ -11,7 +11,7 @@ from torch import Tensor
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing.method import Hparams
 from pmet_lens.interp.causal_trace import causal_trace
-from pmet_lens.models import probes, tokens
+from pmet_lens.models import activations, tokens
 from pmet_lens.models.model import Model, Stream
 
 _ENOUGH = 0.1
@@ -91,6 +91,6 @@ def _written(model: Model, facts: Sequence[Fact], layer: int) -> float:
         (layer, "mlp_out"): batch.subject,
         (layer, "resid_post"): batch.subject,
     }
-    found = probes.read_streams(model, batch.ids, batch.mask, wanted)
+    found = activations.read_streams(model, batch.ids, batch.mask, wanted)
     written, whole = (value.float().norm(dim=-1).mean() for value in found.values())
     return float(written / whole)

@@ -1,5 +1,6 @@
-"""The model, and nothing above it: `model.py` first. Loading, the one bridge to TransformerLens,
-live weights, tokens, reading activations, generation."""
+"""The model: open `model.py` first. The names of its places (`sites.py`), the copy that
+TransformerLens runs (`bridge.py`) and its upper blocks alone (`tail.py`), loading, edits on its
+weights, prompts and their tokens, activations, log-probabilities of answers, generation."""
 
 import lazy_loader
 

@@ -1,8 +1,9 @@
-"""Component activations of many facts: read in batches, only at the positions asked for.
+"""Reading activations, at chosen positions only; nothing stays hooked.
 
-`probe` is the start of every study here. What is kept is `[fact, layer, d_model]` per stream and
-position, in the model's own dtype, and nothing else: the passes run over a bounded number of tokens
-at a time and stop behind the highest layer asked for.
+`probe` is the start of every study here: the streams of many facts, read in batches, kept as
+`[fact, layer, d_model]` per stream and position in the model's dtype. `read_streams` reads one
+batch, `add_at` changes it. A pass stops at the highest layer needed. Positions count from 0 at the
+left; a position on padding is an error, because its value means nothing and looks like any other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, FactError
-from pmet_lens.models import probes, tokens
-from pmet_lens.models.model import Model, ModelError, Stream
+from pmet_lens.models import tokens
+from pmet_lens.models.bridge import Hook
+from pmet_lens.models.model import Model
+from pmet_lens.models.sites import ModelError, Site, Stream, check_name, layer_of
 from pmet_lens.models.tokens import Position
 
 OnFacts = Callable[[int, int], object]
+Place = TypeVar("Place", bound=tuple[int, Stream] | Site)
 FORMAT = "pmet_lens activations 1"
 
 
@@ -89,8 +93,8 @@ class Activations:
     def load(cls, path: str | Path) -> Activations:
         """The inverse of `save`. Raises `ModelError` for a file that is missing or something
         else."""
-        head, found = file_format.read(path, FORMAT, "activations", ModelError)
-        values = {tuple(key.split("@")): value for key, value in found.items()}
+        head, tensors = file_format.read(path, FORMAT, "activations", ModelError)
+        values = {tuple(key.split("@")): value for key, value in tensors.items()}
         facts = tuple(Fact.from_record(f) for f in head["facts"])
         return cls(values, facts, tuple(head["layers"]), head["model"])  # type: ignore[arg-type]
 
@@ -120,10 +124,7 @@ def probe(
     if not facts:
         raise FactError("There are no facts to probe; pass at least one Fact.")
     for position in positions:
-        if position not in get_args(Position):
-            raise ModelError(
-                f"unknown position {position!r}; choose from {', '.join(get_args(Position))}"
-            )
+        check_name("position", position, get_args(Position))
     layers = tuple(range(model.n_layers) if layers is None else layers)
     if not (streams and layers and positions):
         raise ModelError("probe needs at least one stream, one layer and one position")
@@ -156,11 +157,12 @@ def read(
     for chosen, batch in batches(model, prompts, batch_tokens):
         at = torch.stack([batch.at(p) for p in positions], dim=1)
         wanted: dict[tuple[int, Stream], Tensor] = {(n, s): at for n in layers for s in streams}
-        found = probes.read_streams(model, batch.ids, batch.mask, wanted)
-        for (layer, stream), value in found.items():
-            for k, position in enumerate(positions):
-                for at_layer in (i for i, n in enumerate(layers) if n == layer):
-                    values[stream, position][chosen, at_layer] = value[:, k].cpu()
+        streams_read = read_streams(model, batch.ids, batch.mask, wanted)
+        for k, position in enumerate(positions):
+            for i, layer in enumerate(layers):
+                for stream in streams:
+                    value = streams_read[layer, stream][:, k]
+                    values[stream, position][chosen, i] = value.cpu()
         done += len(chosen)
         if on_facts is not None:
             on_facts(done, len(prompts))
@@ -176,3 +178,83 @@ def batches(
     lengths = [len(ids) for ids in model.tokenizer([p.text for p in prompts])["input_ids"]]
     for chunk in tokens.chunks(lengths, batch_tokens):
         yield torch.tensor(chunk), tokens.encode(model, [prompts[j] for j in chunk])
+
+
+def read_streams(
+    model: Model,
+    ids: Int[Tensor, "batch token"],
+    mask: Int[Tensor, "batch token"],
+    wanted: Mapping[Place, Int[Tensor, "batch ..."]],
+) -> dict[Place, Float[Tensor, "batch ... d"]]:
+    """The values of streams and keys, at one position per row (or at several), in one pass.
+
+    `wanted` maps (layer, stream), or a site for the keys that its projection reads, to positions.
+    Raises `ModelError` for a layer or stream that does not exist, or a position outside the row's
+    text.
+    """
+    values: dict[Place, Tensor] = {}
+
+    def keep(place: Place, positions: Tensor) -> tuple[str, Hook]:
+        def hook(value: Tensor) -> None:
+            values[place] = value[_rows_and(positions, value)].to(ids.device)
+
+        _check_positions(positions, mask)
+        if isinstance(place, Site):
+            return model.key_hook(place), hook
+        return model.stream_hook(*place), hook
+
+    hooks = [keep(place, positions) for place, positions in wanted.items()]
+    stop = 1 + max((layer_of(name) or 0 for name, _ in hooks), default=0)
+    with torch.no_grad():
+        model.forward(ids, mask, hooks=hooks, stop_at_layer=stop)
+    return {place: values[place] for place in wanted}
+
+
+def add_at(delta: Float[Tensor, "batch d_model"], positions: Int[Tensor, " batch"]) -> Hook:
+    """A hook for `Model.forward` that adds `delta[row]` at `positions[row]` of each row.
+
+    Differentiable in `delta`; the activation itself is left alone and a changed copy returned.
+    One row of `delta` per row of the batch: where prompts share a delta, index it by prompt
+    before (`delta[fact_of_prompt]`) and autograd sums their gradients.
+
+    Raises `ModelError` for a negative position or one beyond the batch's last token.
+    """
+    first, last = int(positions.min()), int(positions.max())
+
+    def hook(value: Tensor) -> Tensor:
+        if first < 0 or last >= value.shape[1] or len(value) != len(positions):
+            raise ModelError(
+                f"positions {first} to {last} of {len(positions)} rows do not fit a batch of "
+                f"{len(value)} rows and {value.shape[1]} tokens"
+            )
+        where = _rows_and(positions, value)
+        return value.index_put(where, value[where] + delta.to(value))
+
+    return hook
+
+
+def _rows_and(positions: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of `positions[row]` or `positions[row, k]` in `value[row, token]`."""
+    rows = torch.arange(len(positions), device=value.device)
+    return rows.view(-1, *[1] * (positions.ndim - 1)), positions.to(value.device)
+
+
+def _check_positions(positions: Tensor, mask: Tensor) -> None:
+    lengths = mask.sum(dim=1)
+    if len(positions) != len(mask):
+        raise ModelError(f"{len(positions)} positions do not fit a batch of {len(mask)} rows")
+    outside = (positions < 0) | (positions >= lengths.view(-1, *[1] * (positions.ndim - 1)))
+    for row, *k in outside.nonzero().tolist():
+        position = int(positions[(row, *k)])
+        raise ModelError(
+            f"row {row} has {int(lengths[row])} tokens, so there is no position {position}"
+        )
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """Raises `ModelError` where a number a model computed is NaN or infinite."""
+    if not bool(torch.isfinite(value).all()):
+        raise ModelError(
+            f"{what} is not finite at some fact: look for NaN in the model's weights, or load it "
+            "in a dtype with a wider range (bfloat16 or float32 instead of float16)"
+        )

@@ -1,15 +1,15 @@
-"""A second body for a model's weights, and how to run it with hooks that never stay.
+"""A copy of a model that shares its weights, and two ways to run it with hooks that never stay.
 
-TransformerLens wraps a model in place, and a wrapped model can no longer be saved. So what gets
-wrapped is a *twin*: copied modules, the very same parameters and buffers, no extra memory.
-`run` takes a wrapped twin (a bridge); wrapping itself is done in `model.py`.
+TransformerLens wraps a model in place, and a wrapped model can no longer be saved. So a copy is
+wrapped: copied modules, the very same parameters and buffers, no extra memory. `Wrapped` runs such
+a copy through TransformerLens's bridge, `Unwrapped` runs one without it, which is cheaper. Only
+this file imports `transformer_lens`, inside a function because that alone takes seconds.
 """
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pmet_lens.models.loading import ModelError
+from pmet_lens.models.sites import ModelError
 
 Hook = Callable[[Tensor], Tensor | None]
 """Gets an activation; returns its replacement (a changed clone), or None to leave it."""
+Hooks = Sequence[tuple[str, Hook]]
+"""Hook names, each with its function."""
+_HEAD = "unembed.hook_in"
 
 
-def twin(hf: nn.Module) -> nn.Module:
+def copy_sharing_weights(hf: nn.Module) -> nn.Module:
     """A copy of the modules, in eval mode, that holds the same parameters and buffers."""
     tensors = [*hf.parameters(), *hf.buffers()]
     return copy.deepcopy(hf, {id(tensor): tensor for tensor in tensors}).eval()
@@ -33,7 +36,7 @@ def twin(hf: nn.Module) -> nn.Module:
 def drop_blocks(model: Any, path: str, first: int) -> None:
     """Let the block list at `path` begin at block `first`, in the modules and in the config.
 
-    Changes `model` in place: a twin, never a user's model.
+    Changes `model` in place: a copy, never a user's model.
     """
     parent, _, attribute = path.rpartition(".")
     blocks = getattr(model.get_submodule(parent), attribute)
@@ -51,45 +54,6 @@ def drop_blocks(model: Any, path: str, first: int) -> None:
             setattr(model.config, name, getattr(model.config, name)[first:])
 
 
-def run(
-    bridge: Any,
-    ids: Int[Tensor, "batch token"],
-    mask: Int[Tensor, "batch token"],
-    hooks: Sequence[tuple[str, Hook]] = (),
-    *,
-    at: Int[Tensor, "n 2"] | None = None,
-    stop_at_layer: int | None = None,
-    past: Past | None = None,
-    known: Container[str],
-) -> Tensor:
-    """One forward pass; see `Model.forward`. The hooks are gone afterwards, also on errors.
-
-    `known`: the names of the bridge's hooks (it collects them anew whenever it is asked). With
-    `past`, `ids` and `mask` are those of the tokens behind it.
-    """
-    _check_batch(ids, mask)
-    for name, _ in hooks:
-        if name not in known:
-            raise ModelError(f"there is no hook {name!r}; see Model.stream_hook, Model.key_hook")
-    if at is not None:
-        # Here and not before the final norm: GPT-2 reshapes to [batch, token] in between.
-        hooks = [*hooks, ("unembed.hook_in", lambda value: _picked(value, at)[None])]
-    forward_hooks = _as_bridge_hooks(hooks)
-    # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
-    more: dict[str, Any] = {"use_cache": False, "stop_at_layer": stop_at_layer}
-    if past is not None:
-        more.update(past_key_values=past.cache(), use_cache=True)
-        more["position_ids"] = past.positions(mask)
-        mask = torch.cat([past.mask, mask], dim=1)
-    parameters = list(bridge.parameters()) if torch.is_grad_enabled() else []
-    with _frozen(parameters), bridge.hooks(fwd_hooks=forward_hooks):
-        out = bridge(ids, attention_mask=mask, **more)
-    return (out if at is None else out[0]).to(ids.device)
-
-
-_ENTRY = "blocks.0.hook_in"
-
-
 @dataclass(frozen=True)
 class Past:
     """Keys and values of the first tokens of each row, which nothing later can change."""
@@ -97,39 +61,105 @@ class Past:
     layers: tuple[tuple[Tensor, Tensor], ...]
     """Per block the keys and values, `[row, head, token, d_head]`."""
     mask: Int[Tensor, "row token"]
-    """1 for the tokens a row has, 0 behind them."""
+    """1 for the tokens a row has, then 0."""
 
     def of(self, blocks: slice) -> Past:
         """That of some of the blocks."""
         return Past(self.layers[blocks], self.mask)
-
-    def positions(self, mask: Int[Tensor, "row token"]) -> Int[Tensor, "row token"]:
-        """Where the tokens behind it, which `mask` is of, stand in their texts."""
-        behind = torch.arange(mask.shape[1], device=mask.device)
-        return (self.mask.sum(1, keepdim=True) + behind).masked_fill(mask == 0, 0)
 
     def __getitem__(self, rows: Tensor) -> Past:
         """The chosen rows."""
         layers = [(k[rows.to(k.device)], v[rows.to(v.device)]) for k, v in self.layers]
         return Past(tuple(layers), self.mask[rows])
 
-    def cache(self) -> Any:
-        """A fresh cache as transformers wants it; a forward pass lengthens it."""
+    def arguments(self, mask: Int[Tensor, "row token"]) -> dict[str, Any]:
+        """What a forward pass over the tokens after it, which `mask` is of, takes."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache = DynamicCache()  # a fresh one: the pass lengthens it
         for number, (keys, values) in enumerate(self.layers):
             cache.update(keys, values, number)
-        return cache
+        place = self.mask.sum(1, keepdim=True) + torch.arange(mask.shape[1], device=mask.device)
+        return {
+            "past_key_values": cache,
+            "use_cache": True,
+            "position_ids": place.masked_fill(mask == 0, 0),
+            "attention_mask": torch.cat([self.mask, mask], dim=1),
+        }
 
 
-class Bare:
-    """A twin without a wrapper, fed at its first block: cheaper than a bridge.
+class Wrapped:
+    """A copy of a model in TransformerLens's bridge, in eval mode like the copy itself.
+
+    Raises `ModelError` for an architecture that TransformerLens cannot wrap; `name` is what the
+    message calls it.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+        architecture = type(model).__name__
+        config: Any = model.config
+        try:
+            bridge = build_bridge_from_module(model, architecture, hf_config=config)
+        except (ValueError, NotImplementedError) as error:
+            raise ModelError(f"TransformerLens cannot wrap {name!r} ({architecture})") from error
+        self.bridge: Any = bridge.eval()
+        self.name = name
+        # Kept here: the bridge collects them anew whenever it is asked.
+        self.hooks = frozenset(self.bridge.hook_dict)
+        self._parameters = list(self.bridge.parameters())
+
+    def run(
+        self,
+        ids: Int[Tensor, "batch token"],
+        mask: Int[Tensor, "batch token"],
+        hooks: Hooks = (),
+        *,
+        at: Int[Tensor, "n 2"] | None = None,
+        stop_at_layer: int | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """One forward pass; see `Model.forward`. The hooks are gone afterwards, also on errors.
+
+        With `past`, `ids` and `mask` are those of the tokens after it.
+        """
+        arguments = _arguments(ids, mask, past)
+        for name, _ in hooks:
+            if name not in self.hooks:
+                raise ModelError(
+                    f"there is no hook {name!r}; see Model.stream_hook, Model.key_hook"
+                )
+        if at is not None:
+            # Here and not before the final norm: GPT-2 reshapes to [batch, token] in between.
+            hooks = [*hooks, (_HEAD, lambda value: _picked(value, at)[None])]
+        with _frozen(self._parameters), self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks)):
+            out = self.bridge(ids, stop_at_layer=stop_at_layer, **arguments)
+        return (out if at is None else out[0]).to(ids.device)
+
+    def read_past(
+        self,
+        ids: Int[Tensor, "batch token"],
+        mask: Int[Tensor, "batch token"],
+        hooks: Hooks,
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """The keys and values of every block, as `Past.layers`, without gradients."""
+        # Nobody reads the logits.
+        hooks = [*hooks, (_HEAD, lambda value: value[:1, :1])]
+        with torch.no_grad(), self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks)):
+            _, cache = self.bridge(
+                ids, attention_mask=mask, use_cache=True, return_type="logits_and_cache"
+            )
+        return tuple((layer.keys, layer.values) for layer in cache.layers)
+
+
+class Unwrapped:
+    """A copy of a model without a wrapper, fed at its first block: cheaper than a bridge.
 
     `entry`, `head` and `mlp` are the names of the first block, of the unembedding and of the last
     block's MLP in `model`; `hooks` the modules whose output a hook of a bridge sees, by the name of
-    that hook. Where logits are wanted at some tokens only, that MLP runs on these
-    alone: nothing reads what it would write elsewhere.
+    that hook. Where logits are wanted at some tokens only, that MLP runs on these alone: nothing
+    reads what it would write elsewhere.
     """
 
     def __init__(
@@ -147,16 +177,11 @@ class Bare:
         mask: Int[Tensor, "batch token"],
         at: Int[Tensor, "n 2"] | None = None,
         past: Past | None = None,
-        hooks: Sequence[tuple[str, Hook]] = (),
+        hooks: Hooks = (),
     ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
         """As `Tail.forward`; of token ids, where no block was left out."""
         ids = entering if entering.ndim == 2 else torch.zeros_like(mask)
-        _check_batch(ids, mask)
-        more: dict[str, Any] = {"use_cache": False}
-        if past is not None:
-            more = {"past_key_values": past.cache(), "use_cache": True}
-            more["position_ids"] = past.positions(mask)
-            mask = torch.cat([past.mask, mask], dim=1)
+        arguments = _arguments(ids, mask, past)
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
@@ -170,11 +195,11 @@ class Bare:
             where = at.to(out.device).unbind(1)  # type: ignore[union-attr]
             return out.new_zeros(*ids.shape, out.shape[-1]).index_put(where, out[0])
 
-        def outside(hook: Hook) -> Any:
+        def on_output(hook: Hook) -> Any:
             return lambda _, __, out: hook(out)
 
         handles = [self._head.register_forward_pre_hook(pick)]
-        handles += [self.hooks[n].register_forward_hook(outside(hook)) for n, hook in hooks]
+        handles += [self.hooks[n].register_forward_hook(on_output(hook)) for n, hook in hooks]
         if entering.ndim == 3:
             handles.append(self._entry.register_forward_pre_hook(enter, with_kwargs=True))
         if at is not None and self._mlp is not None:
@@ -182,111 +207,25 @@ class Bare:
             handles.append(self._mlp.register_forward_hook(spread))
         try:
             with _frozen(self._parameters):
-                logits = self.model(ids, attention_mask=mask, **more).logits
+                logits = self.model(ids, **arguments).logits
         finally:
             for handle in handles:
                 handle.remove()
         return (logits if at is None else logits[0]).to(mask.device)
 
 
-@dataclass(frozen=True)
-class Tail:
-    """The blocks of a model from `first` on, fed the residual stream that enters them.
-
-    `bridge`: a wrapped twin whose block list starts there; hook names keep the layer numbers of
-    the whole model. `bare`: the same without the wrapper, which runs where hooks lie only at the
-    entry and at the projections of block `first`. `Model.from_layer` makes one and tests it against
-    the whole model.
-    """
-
-    bridge: Any
-    first: int
-    bare: Bare | None = None
-    has_past: bool = False
-    """Whether `past` can be used."""
-    window: int | None = None
-    """How far back the shortest sliding window reaches, in tokens. It counts what is padding
-    between a past and what runs behind it, too: together they must not be longer."""
-    known: frozenset[str] = frozenset()
-    """The names of the hooks of `bridge`."""
-
-    def forward(
-        self,
-        residual: Float[Tensor, "batch token d_model"],
-        attention_mask: Int[Tensor, "batch token"],
-        *,
-        hooks: Sequence[tuple[str, Hook]] = (),
-        at: Int[Tensor, "n 2"] | None = None,
-        past: Past | None = None,
-        stop_at_layer: int | None = None,
-    ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
-        """Logits from the recorded `resid_pre` of block `first`; the rest as `Model.forward`, with
-        the layer numbers of the whole model.
-
-        With `past` (from `Tail.past`) residual, mask, hooks and `at` are those of the tokens
-        behind it.
-        """
-        shifted = [(self._own_name(name), hook) for name, hook in hooks]
-        known = () if self.bare is None else (_ENTRY, *self.bare.hooks)
-        if self.bare is not None and stop_at_layer is None and all(n in known for n, _ in shifted):
-            for name, hook in shifted:
-                changed = hook(residual) if name == _ENTRY else None
-                residual = residual if changed is None else changed
-            inner = [(name, hook) for name, hook in shifted if name != _ENTRY]
-            return self.bare.run(residual, attention_mask, at, past, inner)
-        # The ids only give the batch its shape: what they embed to is replaced.
-        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
-        injected = [(_ENTRY, lambda _: residual), *shifted]
-        stop = None if stop_at_layer is None else stop_at_layer - self.first
-        return run(
-            self.bridge, ids, attention_mask, injected,
-            at=at, past=past, stop_at_layer=stop, known=self.known,
-        )  # fmt: skip
-
-    def past(
-        self,
-        residual: Float[Tensor, "batch token d_model"],
-        length: Int[Tensor, " batch"],
-    ) -> Past:
-        """Keys and values of the first `length` tokens of each row, so that only the tokens behind
-        them need to run again; of at least one row at least one token."""
-        width = int(length.max())
-        residual = residual[:, :width]
-        ids = torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
-        place = torch.arange(width, device=residual.device)
-        # A row without a past runs one token, for attention to have something, which is not kept.
-        mask = (place < length.clamp(min=1)[:, None]).long()
-        hooks = {
-            _ENTRY: lambda _: residual,
-            "unembed.hook_in": lambda value: value[:1, :1],  # nobody reads the logits
-        }
-        with torch.no_grad(), self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks.items())):
-            _, cache = self.bridge(
-                ids, attention_mask=mask, use_cache=True, return_type="logits_and_cache"
-            )
-        mask = (place < length[:, None]).long()
-        return Past(tuple((c.keys, c.values) for c in cache.layers), mask)
-
-    def resumes(self, start: Int[Tensor, " batch"], mask: Int[Tensor, "batch token"]) -> bool:
-        """Whether these rows can run from token `start` on, behind a past."""
-        past, behind = int(start.max()), int((mask.sum(1) - start).max())
-        reaches = self.window is None or past + behind <= self.window
-        return self.has_past and past > 0 and reaches
-
-    def _own_name(self, name: str) -> str:
-        layer = layer_of(name)
-        if layer is None or layer < self.first:
-            raise ModelError(f"hook {name!r} lies below block {self.first}, where this tail starts")
-        return name.replace(f".{layer}.", f".{layer - self.first}.", 1)
+def _arguments(ids: Tensor, mask: Tensor, past: Past | None) -> dict[str, Any]:
+    """What a pass takes beside the ids. Raises `ModelError` for rows not padded on the right."""
+    if ids.shape != mask.shape:
+        raise ModelError(f"ids {list(ids.shape)} and mask {list(mask.shape)} differ in shape")
+    if not bool((mask[:, 0] == 1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+        raise ModelError("pad on the right: every row of the mask must be ones, then zeros")
+    # Ids and mask only: GPT-J embeds token_type_ids, when given, into every position.
+    alone = {"attention_mask": mask, "use_cache": False}
+    return alone if past is None else past.arguments(mask)
 
 
-def layer_of(hook_name: str) -> int | None:
-    """The layer number in a hook name; None for one outside the blocks."""
-    match = re.match(r"blocks\.(\d+)\.", hook_name)
-    return None if match is None else int(match[1])
-
-
-def _as_bridge_hooks(hooks: Iterable[tuple[str, Hook]]) -> list[tuple[str, Any]]:
+def _as_bridge_hooks(hooks: Hooks) -> list[tuple[str, Any]]:
     return [(name, _as_bridge_hook(hook, name)) for name, hook in hooks]
 
 
@@ -340,10 +279,3 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-def _check_batch(ids: Tensor, mask: Tensor) -> None:
-    if ids.shape != mask.shape:
-        raise ModelError(f"ids {list(ids.shape)} and mask {list(mask.shape)} differ in shape")
-    if not bool((mask[:, 0] == 1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
-        raise ModelError("pad on the right: every row of the mask must be ones, then zeros")

@@ -1,4 +1,4 @@
-"""The frame a chat model expects around what it is asked: its tokenizer's own chat template."""
+"""The frame a chat model expects around what it is asked: the chat template of its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmet_lens.models.loading import ModelError
+from pmet_lens.models.sites import ModelError
 
 Messages = Sequence[Mapping[str, str]]
 _HERE = "pmet_lens puts the prompt here"
@@ -14,7 +14,7 @@ _HERE = "pmet_lens puts the prompt here"
 
 @dataclass(frozen=True)
 class Frame:
-    """The text before and behind every prompt; both empty for a model that just continues text."""
+    """The text before and after every prompt; both empty for a model that just continues text."""
 
     head: str = ""
     tail: str = ""
@@ -27,8 +27,8 @@ class Frame:
         return f"{self.head}{text}{self.tail}"
 
     def answered(self, text: str, answer: str) -> str:
-        """`around(text)` and behind it the answer, with a blank in between unless there is one, or
-        a line break (most templates end the assistant's header with one)."""
+        """`around(text)`, then the answer, with a blank in between unless there is one, or a line
+        break (most templates end the assistant's header with one)."""
         asked = self.around(text)
         return f"{asked}{'' if self.tail and asked[-1:].isspace() else ' '}{answer.strip()}"
 
@@ -53,8 +53,8 @@ def frame(tokenizer: Any, template: str | Messages | None) -> Frame:
             "the tokenizer has no chat template, so template=… says nothing: leave it out, or take "
             "the tokenizer of an instruction-tuned model"
         )
-    own = [{**m, "content": m["content"].replace("{}", _HERE)} for m in chat]
-    text = tokenizer.apply_chat_template(own, tokenize=False, add_generation_prompt=True)
+    filled = [{**m, "content": m["content"].replace("{}", _HERE)} for m in chat]
+    text = tokenizer.apply_chat_template(filled, tokenize=False, add_generation_prompt=True)
     if text.count(_HERE) != 1:
         raise ModelError("the tokenizer's chat template changes, drops or repeats the prompt")
     head, _, tail = text.partition(_HERE)

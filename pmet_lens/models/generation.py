@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pmet_lens.data.facts import FactError
-from pmet_lens.models.loading import ModelError
 from pmet_lens.models.model import Model
+from pmet_lens.models.sites import ModelError
+from pmet_lens.models.tokens import chunks, pad
 
 OnPrompts = Callable[[int, int], object]
 
@@ -18,7 +19,7 @@ OnPrompts = Callable[[int, int], object]
 def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed: int = 0) -> str:
     """`prompt` continued to `length` tokens in all, top-k sampled (1: greedy); stops at the
     end-of-text token. Deterministic in `seed`. Of a chat model: the prompt and the assistant's
-    answer, without the chat template around them, which is not counted. Raises as `generate_batch`
+    answer; the chat template around them is left out and not counted. Raises as `generate_batch`
     does."""
     return generate_batch(model, [prompt], [seed], length, top_k)[0]
 
@@ -35,8 +36,8 @@ def generate_batch(
 ) -> list[str]:
     """Every prompt continued as `generate` does it alone, many in one forward pass.
 
-    A text follows from its prompt and its seed (every prompt has a generator of its own), not from
-    what else is in the batch, as far as rounding does not decide between two tokens.
+    A text follows from its prompt and its seed (every prompt has its generator), not from what else
+    is in the batch, as far as rounding does not decide between two tokens.
     `on_prompts`: called with (texts so far, all).
 
     Raises:
@@ -44,83 +45,82 @@ def generate_batch(
         FactError: for a prompt without a token.
     """
     check_end(model)
-    plain = [list(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    read = [_asked(model, prompt) for prompt in prompts]
-    asked = [len(ids) for ids in read]
-    if [] in read:
-        raise FactError(f"The prompt {prompts[read.index([])]!r} has no token to continue.")
+    rows = _prompt_ids(model, prompts)
+    starts = [len(row) for row in rows]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def sample(i: int, logits: Tensor) -> int:
+        values, ids = logits.topk(top_k)
+        return int(ids[torch.multinomial(values.softmax(0), 1, generator=generators[i])])
+
+    # The chat template is not counted.
+    plain = [len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     limits = [
-        min(length + n - len(own), model.n_positions) for n, own in zip(asked, plain, strict=True)
+        min(length + start - n, model.n_positions) for start, n in zip(starts, plain, strict=True)
     ]
-    order = sorted(range(len(read)), key=lambda i: len(read[i]))
-    size = max(1, batch_tokens // max([1, *limits]))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        going = [i for i in chosen if len(read[i]) < limits[i]]
-        while going:
-            best = _next_logits(model, [read[i] for i in going]).topk(top_k)
-            ended = set()
-            for i, values, ids in zip(going, best.values, best.indices, strict=True):
-                pick = torch.multinomial(values.softmax(0), 1, generator=generators[i])
-                if int(ids[pick]) == model.tokenizer.eos_token_id:
-                    ended.add(i)
-                else:
-                    read[i].append(int(ids[pick]))
-            going = [i for i in going if i not in ended and len(read[i]) < limits[i]]
+    done = 0
+    for chunk in chunks(limits, batch_tokens, starts):
+        _extend(model, rows, chunk, limits, sample)
+        done += len(chunk)
         if on_prompts is not None:
-            on_prompts(start + len(chosen), len(order))
-    start = asked if model.frame else [0] * len(read)
-    texts = [
-        model.tokenizer.decode(ids[own:], skip_special_tokens=True)
-        for ids, own in zip(read, start, strict=True)
-    ]
+            on_prompts(done, len(rows))
     if model.frame:
-        return [f"{prompt} {text.strip()}" for prompt, text in zip(prompts, texts, strict=True)]
-    return texts
-
-
-def _asked(model: Model, prompt: str) -> list[int]:
-    """The tokens of a prompt, inside the chat template where there is one (which writes special
-    tokens itself)."""
-    text, special = model.frame.around(prompt), not model.frame
-    return list(model.tokenizer(text, add_special_tokens=special)["input_ids"])
+        texts = _decoded(model, rows, starts)
+        return [f"{prompt} {text}" for prompt, text in zip(prompts, texts, strict=True)]
+    return [model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 def answers(model: Model, prompts: Sequence[str], n_tokens: int = 6) -> list[str]:
-    """What the model says next, greedily: up to `n_tokens` tokens behind each prompt, cut at the
-    end of the sentence or line, without blanks around. Raises `FactError` for a prompt without a
+    """What the model says next, greedily: up to `n_tokens` tokens after each prompt, cut at the end
+    of the sentence or line, without blanks around. Raises `FactError` for a prompt without a
     token."""
-    read = [_asked(model, prompt) for prompt in prompts]
-    if [] in read:
-        raise FactError(f"The prompt {prompts[read.index([])]!r} has no token to continue.")
-    rows = [list(ids) for ids in read]
-    going = list(range(len(rows)))
-    for _ in range(n_tokens):
-        going = [i for i in going if len(rows[i]) < model.n_positions]
-        if not going:
-            break
-        best = _next_logits(model, [rows[i] for i in going]).argmax(-1).tolist()
-        for i, token in zip(going, best, strict=True):
-            rows[i].append(token)
-        going = [i for i in going if rows[i][-1] != model.tokenizer.eos_token_id]
-    said = [
-        model.tokenizer.decode(row[len(ids) :], skip_special_tokens=True).strip()
-        for row, ids in zip(rows, read, strict=True)
+    rows = _prompt_ids(model, prompts)
+    starts = [len(row) for row in rows]
+    limits = [min(n + n_tokens, model.n_positions) for n in starts]
+    _extend(model, rows, range(len(rows)), limits, lambda _, logits: int(logits.argmax()))
+    return [re.split(r"[.!?](?:\s|$)|\n", t)[0].strip() for t in _decoded(model, rows, starts)]
+
+
+def _prompt_ids(model: Model, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of the prompts, inside the chat template where there is one (which writes special
+    tokens itself)."""
+    rows = []
+    for prompt in prompts:
+        text, special = model.frame.around(prompt), not model.frame
+        rows.append(list(model.tokenizer(text, add_special_tokens=special)["input_ids"]))
+        if not rows[-1]:
+            raise FactError(f"The prompt {prompt!r} has no token to continue.")
+    return rows
+
+
+def _extend(
+    model: Model,
+    rows: Sequence[list[int]],
+    chosen: Sequence[int],
+    limits: Sequence[int],
+    choose: Callable[[int, Tensor], int],
+) -> None:
+    """Append tokens to the chosen rows, each until its limit or the end-of-text token.
+
+    `choose(i, logits)`: the next token of row `i`, from its logits, float32 on the CPU.
+    """
+    going = [i for i in chosen if len(rows[i]) < limits[i]]
+    while going:
+        ids, mask = pad(model, [rows[i] for i in going])
+        at = torch.stack([torch.arange(len(going), device=mask.device), mask.sum(1) - 1], dim=1)
+        for i, logits in zip(going, model.logits_at(ids, mask, at).float().cpu(), strict=True):
+            rows[i].append(choose(i, logits))
+        end = model.tokenizer.eos_token_id
+        going = [i for i in going if rows[i][-1] != end and len(rows[i]) < limits[i]]
+
+
+def _decoded(model: Model, rows: Sequence[list[int]], starts: Sequence[int]) -> list[str]:
+    """The text of each row from its start on, without blanks around."""
+    decode = model.tokenizer.decode
+    return [
+        decode(row[start:], skip_special_tokens=True).strip()
+        for row, start in zip(rows, starts, strict=True)
     ]
-    return [re.split(r"[.!?](?:\s|$)|\n", text)[0].strip() for text in said]
-
-
-def _next_logits(model: Model, rows: Sequence[list[int]]) -> Tensor:
-    """Logits behind every row of token ids, `[row, vocab]`, float32 on the CPU."""
-    lengths = torch.tensor([len(ids) for ids in rows])
-    ids = torch.full((len(rows), int(lengths.max())), int(model.tokenizer.pad_token_id))
-    for own, values in zip(ids, rows, strict=True):
-        own[: len(values)] = torch.tensor(values)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    at = torch.stack([torch.arange(len(rows)), lengths - 1], dim=1)
-    on = model.device
-    return model.logits_at(ids.to(on), mask.to(on), at.to(on)).float().cpu()
 
 
 def check_end(model: Model) -> None:

@@ -1,14 +1,12 @@
-"""Where models come from: a bundled name, a directory or a hub id, read with plain transformers.
+"""Where models come from: a bundled name, a directory, a hub id, or a model in memory.
 
-Knows files, checksums and dtypes, nothing about what is inside a model. transformers is imported
-inside functions, because importing it takes long.
+transformers is imported inside functions, because importing it takes long.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,44 +14,85 @@ from typing import Any
 import torch
 from torch import nn
 
+from pmet_lens.data import file_format
+from pmet_lens.models.chat import Messages
+from pmet_lens.models.model import DTYPES, Model
+from pmet_lens.models.sites import ModelError
+
 BUNDLED = ("world", "world-sequential", "world-unmasked")
 _BUNDLED_ROOT = Path(__file__).parents[1] / "bundled"
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 
-class ModelError(ValueError):
-    """A model, layer, stream or batch that cannot be used; the message says what to do."""
-
-
-def read(
-    source: str | Path,
+def load(
+    source: str | Path | nn.Module,
     tokenizer: Any = None,
+    *,
+    device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    device_map: Any = None,
-) -> tuple[nn.Module, Any, str]:
-    """The Hugging Face model, its tokenizer (yours if you pass one) and a short name.
+    device_map: str | Mapping[str, Any] | None = None,
+    name: str | None = None,
+    template: str | Messages | None = None,
+) -> Model:
+    """A `Model` from a bundled name, a directory, a hub id or a model in memory.
 
-    A bundled name wins over a directory of that name: write `./world` for the directory.
-    `dtype` None: float32 for the bundled models (stored in half precision), else the
-    checkpoint's own. A tokenizer read here without a pad token pads with its end-of-text token.
+    `source`: "world", "world-sequential" or "world-unmasked" (bundled, checked against their
+    checksums; the last without an imposed recall site, for study and not for editing); a directory
+    as `save_pretrained` writes it (`./world` where its name is a bundled one); a hub id; or an
+    instantiated Hugging Face causal LM, which stays yours and needs `tokenizer`. A tokenizer read
+    here without a pad token pads with its end-of-text token; one you pass is never changed, but
+    refused.
+    `device`: where to put what is read here; "auto": the accelerator there is, else the CPU; None:
+    the CPU.
+    `device_map`: for a model larger than one accelerator, as `from_pretrained` takes it ("auto",
+    "balanced", or module names to devices). Every delta and solve happens where its weight lies;
+    weights that had to be offloaded to the host or the disk cannot be edited.
+    `dtype`: a torch dtype or its name such as "float64"; None: float32 for the bundled models
+    (stored in half precision), else the checkpoint's own.
+    `name`: what hyper-parameters are looked up by; None: the bundled name, the end of the path or
+    the model type.
+    `template`: for chat models, what the user says, with one `{}` for the prompt ("{}", or
+    "Complete the sentence: {}"), or a list of messages with one; every prompt is then phrased
+    through the tokenizer's chat template, and the answer is the assistant's (`chat.frame`).
 
-    Raises `ModelError` for a directory that does not exist, a bundled file that does not match
-    its checksum, an unknown dtype, or whatever transformers finds no model or tokenizer at.
+    Raises `ModelError`, in words, for whatever cannot be loaded or edited.
     """
+    if not isinstance(source, nn.Module):
+        if device is not None and device_map is not None:
+            raise ModelError("give device or device_map, not both")
+        hf, tokenizer, default = _read(source, tokenizer, dtype, device_map)
+        hf = hf if device is None else moved(hf, device)
+        return Model(hf, tokenizer, name or default, template)
+    if tokenizer is None:
+        raise ModelError("a model in memory needs its tokenizer: load(hf, tokenizer=…)")
+    if (device, dtype, device_map) != (None, None, None):
+        raise ModelError("your model is left as it is: call hf.to(device, dtype) before load")
+    config: Any = source.config
+    path = getattr(config, "_name_or_path", "") or config.model_type
+    return Model(source, tokenizer, name or Path(path).name, template)
+
+
+def _read(
+    source: str | Path, tokenizer: Any, dtype: str | torch.dtype | None, device_map: Any
+) -> tuple[nn.Module, Any, str]:
+    """The Hugging Face model, its tokenizer (yours if you pass one) and a short name."""
     where, default = _locate(source)
-    chosen = as_dtype(dtype) or default
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ModelError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         _check_plain(AutoConfig.from_pretrained(where), where)
         with _quiet(source in BUNDLED):
-            hf = AutoModelForCausalLM.from_pretrained(where, dtype=chosen, device_map=device_map)
-        found = AutoTokenizer.from_pretrained(where) if tokenizer is None else tokenizer
+            hf = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype or default, device_map=device_map
+            )
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            if tokenizer.pad_token is None:
+                # This object is not the user's, and the mask hides what is padded with.
+                tokenizer.pad_token = tokenizer.eos_token
     except ModelError:
         raise
     except (OSError, ValueError) as error:
@@ -62,17 +101,14 @@ def read(
             f"({', '.join(BUNDLED)}), a directory, a hub id that can be reached, or tokenizer=… "
             f"[{next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]}]"
         ) from error
-    if tokenizer is None and found.pad_token is None:
-        # This object is not the user's, and the mask hides what is padded with.
-        found.pad_token = found.eos_token
-    return hf, found, Path(where).name
+    return hf, tokenizer, Path(where).name
 
 
 def _check_plain(config: Any, where: str) -> None:
     """Refuse a quantised checkpoint before it is read: that may need packages that are not here."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        kind = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    how = getattr(config, "quantization_config", None)
+    if how is not None:
+        kind = how.get("quant_method") if isinstance(how, dict) else how.quant_method
         raise ModelError(
             f"the weights of {where!r} are quantised ({kind}), so nothing can be written into "
             "them: load the checkpoint it was made from"
@@ -94,22 +130,14 @@ def _quiet(quiet: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def name_of(hf: nn.Module) -> str:
-    """The end of the path an instantiated model was read from, or its model type."""
-    config: Any = hf.config
-    return Path(getattr(config, "_name_or_path", "") or config.model_type).name
-
-
 def moved(hf: nn.Module, device: str | torch.device) -> nn.Module:
     """The model on `device`; "auto": the accelerator there is, else the CPU.
 
     Raises `ModelError` for a device that this machine, or this build of torch, does not have.
     """
     if device == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
-        device = found or "cpu"
+        here = torch.accelerator.is_available()
+        device = (torch.accelerator.current_accelerator() if here else None) or "cpu"
     try:
         return hf.to(device)
     # torch.OutOfMemoryError is a RuntimeError too, and its message says it best.
@@ -117,17 +145,8 @@ def moved(hf: nn.Module, device: str | torch.device) -> nn.Module:
         raise ModelError(f"the model cannot be put on device {str(device)!r}: {error}") from error
 
 
-def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """`dtype` as torch knows it; raises `ModelError` for a name that is not a float type."""
-    if not isinstance(dtype, str):
-        return dtype
-    if dtype not in DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
 def _locate(source: str | Path) -> tuple[str, torch.dtype | str]:
-    """What to hand to `from_pretrained`, and the dtype where the caller names none."""
+    """What `from_pretrained` takes, and the dtype where the caller names none."""
     if source in BUNDLED:
         directory = _BUNDLED_ROOT / str(source)
         _check_manifest(directory)
@@ -141,12 +160,14 @@ def _locate(source: str | Path) -> tuple[str, torch.dtype | str]:
 
 def _check_manifest(directory: Path) -> None:
     """Compare the files of a bundled model with the checksums in its `manifest.json`."""
-    manifest = directory / "manifest.json"
-    if not manifest.is_file():
-        raise ModelError(f"{manifest} of the bundled model is missing: reinstall pmet_lens")
-    for file, sha256 in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
-        path = directory / file
+
+    def existing(name: str) -> Path:
+        path = directory / name
         if not path.is_file():
             raise ModelError(f"{path} of the bundled model is missing: reinstall pmet_lens")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        return path
+
+    manifest = json.loads(existing("manifest.json").read_text(encoding="utf-8"))
+    for name, sha256 in manifest["files"].items():
+        if file_format.file_digest(path := existing(name)) != sha256:
             raise ModelError(f"{path} does not match its checksum: reinstall pmet_lens")

@@ -31,7 +31,8 @@ def halving(
     try:
         return [run(items)]
     except RuntimeError as error:
-        if not _is_full(error):
+        full = any(words in str(error).lower() for words in _FULL)
+        if not (full or isinstance(error, torch.OutOfMemoryError)):
             raise
         if len(items) == 1:
             raise OutOfMemory(
@@ -52,8 +53,3 @@ def free(device: torch.device) -> int | None:
     """Free bytes of an accelerator; None where nobody can tell, and for a CPU."""
     ask = getattr(getattr(torch, device.type, None), "mem_get_info", None)
     return None if ask is None else int(ask(device)[0])
-
-
-def _is_full(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _FULL)

@@ -6,13 +6,15 @@ by tokenising pieces, so that accents, repeated subjects and merges at the seams
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.models.model import Model
@@ -66,47 +68,33 @@ class Batch:
 
     def __getitem__(self, rows: Tensor) -> Batch:
         """The chosen rows (indices or boolean mask), columns that hold only padding cut off."""
-        width = max(1, int(self.mask[rows].sum(1).max())) if len(self.mask[rows]) else 1
-        return Batch(
-            self.ids[rows, :width],
-            self.mask[rows, :width],
-            self.subject[rows],
-            self.first[rows],
-            self.last[rows],
-            self.labels[rows, :width],
-        )
+        mask = self.mask[rows]
+        width = max(1, int(mask.sum(1).max())) if len(mask) else 1
+        places = self.subject[rows], self.first[rows], self.last[rows]
+        return Batch(self.ids[rows, :width], mask[:, :width], *places, self.labels[rows, :width])
 
-    def behind(self, start: Int[Tensor, " row"]) -> tuple[Batch, Int[Tensor, "row token"]]:
-        """The tokens from `start` on as a batch of their own, and the column in this batch that
-        each of its places came from."""
+    def after(self, start: Int[Tensor, " row"]) -> tuple[Batch, Int[Tensor, "row token"]]:
+        """The tokens from `start` on as a batch, and the column in this batch that each of its
+        places came from."""
         rest = self.mask.sum(1) - start
         column = start[:, None] + torch.arange(int(rest.max()), device=start.device)
         inside = (column - start[:, None]) < rest[:, None]
         column = column.clamp(max=self.ids.shape[1] - 1)
         labels = self.labels.gather(1, column).masked_fill(~inside, -100)
-        cut = Batch(
-            self.ids.gather(1, column),
-            inside.long(),
-            self.subject - start,
-            self.first - start,
-            self.last - start,
-            labels,
-        )
-        return cut, column
+        places = self.subject - start, self.first - start, self.last - start
+        return Batch(self.ids.gather(1, column), inside.long(), *places, labels), column
 
-    def cut_behind(self, position: Position) -> Batch:
-        """The tokens up to `position`, which nothing behind it can change; without labels."""
+    def up_to(self, position: Position) -> Batch:
+        """The tokens up to `position`, which nothing later can change; without labels."""
         place = self.at(position)
         mask = self.mask * (torch.arange(self.ids.shape[1], device=place.device) <= place[:, None])
-        labels = torch.full_like(self.labels, -100)
-        cut = Batch(self.ids, mask, self.subject, self.first, self.last, labels)
+        cut = replace(self, mask=mask, labels=torch.full_like(self.labels, -100))
         return cut[torch.arange(len(self), device=place.device)]
 
     def at(self, position: Position) -> Int[Tensor, " row"]:
         """Where `position` lies in each row."""
-        return {"last_subject": self.subject, "first_subject": self.first, "last": self.last}[
-            position
-        ]
+        places = {"last_subject": self.subject, "first_subject": self.first, "last": self.last}
+        return places[position]
 
     @property
     def scored(self) -> Bool[Tensor, "row token"]:
@@ -115,7 +103,7 @@ class Batch:
 
 
 def with_context(context: str, template: str) -> str:
-    """The template behind a context such as "I am. {}"."""
+    """The template after a context such as "I am. {}"."""
     return context.replace("{}", template, 1)
 
 
@@ -124,15 +112,30 @@ def chunks(
 ) -> list[list[int]]:
     """The numbers of the rows that share a batch: sorted by length (those of one length by `then`),
     as many as `budget` tokens allow with the padding to the longest (one at least)."""
-    found: list[list[int]] = []
+    batches: list[list[int]] = []
     second = lengths if then is None else then
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], second[i], i)):
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], second[i])):
         # Sorted: the newest is the longest, so all are padded to it.
-        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
-            found[-1].append(i)
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
+            batches[-1].append(i)
         else:
-            found.append([i])
-    return found
+            batches.append([i])
+    return batches
+
+
+def pad(
+    model: Model, rows: Sequence[Sequence[int]]
+) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row token"]]:
+    """Token ids padded on the right to the longest row, and the mask (1 where there is a token), on
+    the model's device."""
+    ids = _stack(model, rows, int(model.tokenizer.pad_token_id))
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
+def _stack(model: Model, rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "row token"]:
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill).to(model.device)
 
 
 def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
@@ -150,7 +153,7 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
     # A chat template writes the special tokens itself.
     encoded = model.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not frame)
     limit = model.n_positions
-    rows: list[tuple[list[int], tuple[int, int], int, list[int]]] = []
+    rows, labels, places = [], [], []
     for prompt, text, ids, offsets in zip(
         prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
@@ -169,8 +172,12 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
             raise FactError(f"The prompt {prompt.text!r} has no token before its answer.")
         subject = _subject_tokens(model, prompt, ids, offsets, first)
         target = ids[first:]
-        rows.append((ids[:-1] if target else ids, subject, first - 1, target))
-    return _pad(model, rows)
+        rows.append(ids[:-1] if target else ids)
+        labels.append([-100] * (first - 1) + (target or [-100]))
+        places.append((*subject, first - 1))
+    ids, mask = pad(model, rows)
+    subject_first, subject_last, last = torch.tensor(places, device=model.device).T
+    return Batch(ids, mask, subject_last, subject_first, last, _stack(model, labels, -100))
 
 
 def _subject_tokens(
@@ -193,22 +200,6 @@ def _subject_tokens(
     return inside[0], inside[-1]
 
 
-def _pad(model: Model, rows: Sequence[tuple[list[int], tuple[int, int], int, list[int]]]) -> Batch:
-    width = max(len(ids) for ids, *_ in rows)
-    ids = torch.full((len(rows), width), int(model.tokenizer.pad_token_id))
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    labels = torch.full((len(rows), width), -100)
-    for i, (tokens, _, last, target) in enumerate(rows):
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-        labels[i, last : last + len(target)] = torch.tensor(target, dtype=torch.long)
-    first, subject = torch.tensor([row[1] for row in rows]).T
-    last = torch.tensor([row[2] for row in rows])
-    on = model.device
-    places = (subject.to(on), first.to(on), last.to(on))
-    return Batch(ids.to(on), mask.to(on), *places, labels.to(on))
-
-
 def shown(model: Model, fact: Fact) -> tuple[Batch, list[str]]:
     """The prompt of one fact as a batch of one row without a target, and the text of its tokens."""
     batch = encode(model, [Prompt(fact.prompt, fact.subject)])
@@ -216,7 +207,7 @@ def shown(model: Model, fact: Fact) -> tuple[Batch, list[str]]:
 
 
 def prompts_of(fact: Fact, contexts: Sequence[str], target: str | None = None) -> list[Prompt]:
-    """The fact's prompt plain and behind each context prefix; the plain one always comes first."""
+    """The fact's prompt plain, then after each context prefix."""
     prefixed = [c for c in contexts if c != PLAIN]
     return [Prompt(with_context(c, fact.prompt), fact.subject, target) for c in (PLAIN, *prefixed)]
 
@@ -234,12 +225,9 @@ def sample_contexts(model: Model, seed: int = 0, length: int = 10, top_k: int = 
         while ids.shape[1] < length:
             with torch.no_grad():
                 logits = model.forward(ids, torch.ones_like(ids))[0, -1].float().cpu()
-            best = logits.topk(min(top_k, logits.shape[0]))
+            best = logits.topk(min(top_k, len(logits)))
             pick = torch.multinomial(best.values.softmax(0), 1, generator=generator)
-            token = best.indices[pick].to(model.device)
-            ids = torch.cat([ids, token[None]], dim=1)
+            ids = torch.cat([ids, best.indices[pick].to(ids)[None]], dim=1)
         text = model.tokenizer.decode(ids[0], skip_special_tokens=True)
-        for brace in "{}":
-            text = text.replace(brace, " ")
-        contexts.append(" ".join(text.split()) + ". {}")
+        contexts.append(" ".join(re.sub("[{}]", " ", text).split()) + ". {}")
     return contexts

@@ -1,4 +1,4 @@
-"""Edits that are on a model right now, and the way back to its original bits."""
+"""The edits that are applied to a model, and the way back to its original bits."""
 
 from __future__ import annotations
 
@@ -33,23 +33,21 @@ class LiveEdits:
         return len(self._applied)
 
     def __contains__(self, edit: object) -> bool:
-        return any(known is edit for known, _ in self._applied)
+        return any(applied is edit for applied in self)
 
     def __iter__(self) -> Iterator[object]:
         """The edits that are on the model, in the order they were applied."""
-        return iter([known for known, _ in self._applied])
+        return iter([edit for edit, _ in self._applied])
 
     def original(self, site: Any) -> Tensor:
         """The weight without the edits that are on it now."""
-        kept = self._original.get(site)
-        return self._weight(site) if kept is None else kept
+        return self._original[site] if site in self._original else self._weight(site)
 
     def add(self, edit: object, deltas: Mapping[Any, Tensor]) -> None:
         """Add the deltas to the weights.
 
-        Raises:
-            EditError: if the edit is on the model already or does not fit its shapes; nothing has
-                changed then.
+        Raises `EditError`, with nothing changed, if the edit is on the model already, does not fit
+        its shapes, or somebody else changed a weight meanwhile.
         """
         if edit in self:
             raise EditError("This edit is applied to the model already; revert it first.")
@@ -69,14 +67,13 @@ class LiveEdits:
     def remove(self, edit: object) -> None:
         """Take one edit back.
 
-        Raises:
-            EditError: if it is not on the model, or if somebody else changed a weight meanwhile.
+        Raises `EditError` if it is not on the model, or somebody else changed a weight meanwhile.
         """
         if edit not in self:
             raise EditError("This edit is not applied to this model, so it cannot be reverted.")
-        deltas = next(d for known, d in self._applied if known is edit)
+        deltas = self._applied[self._place(edit)][1]
         self._check_untouched(deltas)
-        self._applied = [(known, d) for known, d in self._applied if known is not edit]
+        del self._applied[self._place(edit)]
         self._write(deltas)
         for site in deltas:
             if not any(site in d for _, d in self._applied):
@@ -84,12 +81,12 @@ class LiveEdits:
 
     @contextmanager
     def without(self, edit: object) -> Iterator[None]:
-        """A block in which one edit is off, whether or not it was on; behind it the weights are the
-        bits they were, because it stands where it stood among the others."""
-        place = next((i for i, (known, _) in enumerate(self._applied) if known is edit), None)
-        if place is None:
+        """A block in which one edit is off, whether or not it was on; afterwards the weights are
+        the bits they were, because the edit is put back at its place among the others."""
+        if edit not in self:
             yield
             return
+        place = self._place(edit)
         deltas = self._applied[place][1]
         self.remove(edit)
         try:
@@ -101,11 +98,14 @@ class LiveEdits:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """A block in which every edit is off; behind it the weights are the bits they were."""
+        """A block in which every edit is off; afterwards the weights are the bits they were."""
         with ExitStack() as stack:
             for edit in list(self):
                 stack.enter_context(self.without(edit))
             yield
+
+    def _place(self, edit: object) -> int:
+        return next(i for i, applied in enumerate(self) if applied is edit)
 
     def _value(self, site: Any) -> Tensor:
         value = self._original[site].clone()
@@ -129,8 +129,8 @@ class LiveEdits:
 
 @contextmanager
 def restored(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Let the block write into `weights`; they are the old bits behind it, also on errors."""
-    before = [w.clone() for w in weights]
+    """Let the block write into `weights`; afterwards they are the old bits, also on errors."""
+    before = [weight.clone() for weight in weights]
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pmet_lens.editing import solvers
 from pmet_lens.editing.hparams import known_hparams
+from pmet_lens.models import tokens
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, Projection, Site
 
@@ -171,7 +172,8 @@ class Summing:
         shards = self._shards(texts)
         while not self._precise() and (shard := next(shards, None)) is not None:
             (chosen, rows), before = shard, self.count
-            for ids, mask in _padded(self.model, rows, self.batch_tokens):
+            for chunk in tokens.chunks([len(row) for row in rows], self.batch_tokens):
+                ids, mask = tokens.pad(self.model, [rows[i] for i in chunk])
                 self._add(ids, mask, stop)
                 self.count += int(mask.sum())
                 if on_tokens is not None:
@@ -309,17 +311,3 @@ class _Sum:
         self.total.copy_(tensors["total"])
         self._all.copy_(tensors["all"])
         self.count, self.shards, self.squares = int(numbers[0]), int(numbers[1]), numbers[2]
-
-
-def _padded(
-    model: Model, window: list[list[int]], batch_tokens: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    window = sorted(window, key=len)
-    while window:
-        rows: list[list[int]] = []
-        while window and (len(rows) + 1) * len(window[0]) <= max(batch_tokens, len(window[0])):
-            rows.append(window.pop(0))
-        width = len(rows[-1])
-        ids = torch.tensor([r + [model.tokenizer.pad_token_id] * (width - len(r)) for r in rows])
-        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
-        yield ids.to(model.device), mask.to(model.device)

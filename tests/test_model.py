@@ -18,7 +18,8 @@ from tiny import (
     tiny_tokenizer,
 )
 
-from pmet_lens.models import model as adapter
+from pmet_lens.models import loading
+from pmet_lens.models import model as model_file
 from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
@@ -93,7 +94,7 @@ def test_parallel_is_not_read_off_the_family():
     hf.config.use_parallel_residual = False
     for block in hf.gpt_neox.layers:
         block.use_parallel_residual = False
-    assert not adapter.load(hf, tiny_tokenizer()).parallel_blocks
+    assert not loading.load(hf, tiny_tokenizer()).parallel_blocks
 
 
 def test_only_the_asked_logits_are_computed(model):
@@ -145,7 +146,7 @@ def test_the_users_model_is_left_as_it_was(model):
     state = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
     modules = [type(module) for module in hf.modules()]
     config = hf.config.to_dict()
-    ours = adapter.load(hf, tiny_tokenizer())
+    ours = loading.load(hf, tiny_tokenizer())
     ids, mask = tiny_batch()
     delta = torch.zeros(32, requires_grad=True)
     hooks = [(ours.stream_hook(1, "mlp_out"), lambda value: value + delta)]
@@ -162,9 +163,9 @@ def test_the_users_model_is_left_as_it_was(model):
     assert not any(module._forward_hooks for module in hf.modules())
 
 
-def test_a_twin_with_weights_of_its_own_is_refused(monkeypatch):
+def test_a_copy_with_weights_of_its_own_is_refused(monkeypatch):
     """Planted fault: a plain deep copy, whose edits the user's model would never see."""
-    monkeypatch.setattr(adapter, "twin", copy.deepcopy)
+    monkeypatch.setattr(model_file, "copy_sharing_weights", copy.deepcopy)
     with refused("does not share the weight"):
         tiny_model("gpt2")
 
@@ -215,7 +216,7 @@ def test_gradient_of_a_delta_is_that_of_plain_hooks(model):
 
 
 def test_names():
-    assert adapter.load(tiny_hf("gptj"), tiny_tokenizer()).name == "gptj"
+    assert loading.load(tiny_hf("gptj"), tiny_tokenizer()).name == "gptj"
     assert tiny_model("neox").name == "neox"
 
 
@@ -247,26 +248,26 @@ def test_layers_streams_and_projections_are_checked(gpt2):
 
 def test_what_cannot_be_edited_is_refused():
     with refused("needs its tokenizer"):
-        adapter.load(tiny_hf("gpt2"))
+        loading.load(tiny_hf("gpt2"))
     with refused("pad_token = tokenizer.eos_token"):
-        adapter.load(tiny_hf("gpt2"), tiny_tokenizer(pad=False))
+        loading.load(tiny_hf("gpt2"), tiny_tokenizer(pad=False))
     with refused(r"hf\.to"):
-        adapter.load(tiny_hf("gpt2"), tiny_tokenizer(), dtype="float64")
+        loading.load(tiny_hf("gpt2"), tiny_tokenizer(), dtype="float64")
     with refused("mixture of experts"):
-        adapter.load(tiny_hf("mixtral"), tiny_tokenizer())
+        loading.load(tiny_hf("mixtral"), tiny_tokenizer())
     quantised = tiny_hf("llama")
     down = quantised.model.layers[1].mlp.down_proj
     down.weight = torch.nn.Parameter(down.weight.detach().to(torch.int8), requires_grad=False)
     with refused("quantised"):
-        adapter.load(quantised, tiny_tokenizer())
+        loading.load(quantised, tiny_tokenizer())
 
 
-def test_importing_the_adapter_is_light():
+def test_importing_the_model_is_light():
     import subprocess
     import sys
 
     code = (
-        "import sys, pmet_lens.adapter, pmet_lens.probes; "
+        "import sys, pmet_lens.models.loading, pmet_lens.models.activations; "
         "sys.exit(bool({'transformers', 'transformer_lens'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,6 @@ from tiny import (
 )
 
 from pmet_lens.models import loading
-from pmet_lens.models import model as adapter
 
 torch.set_num_threads(1)
 
@@ -32,8 +31,8 @@ def directory(tmp_path):
 
 
 def test_a_directory_loads_in_the_dtype_asked_for(directory):
-    assert adapter.load(directory).dtype == torch.float32
-    model = adapter.load(str(directory), dtype="float64", device="cpu")
+    assert loading.load(directory).dtype == torch.float32
+    model = loading.load(str(directory), dtype="float64", device="cpu")
     assert (model.dtype, model.name, model.device.type) == (torch.float64, "small", "cpu")
     ids, mask = tiny_batch()
     plain = tiny_hf("gpt2")(input_ids=ids, attention_mask=mask).logits.double()
@@ -43,10 +42,10 @@ def test_a_directory_loads_in_the_dtype_asked_for(directory):
 
 def test_a_tokenizer_read_here_gets_a_pad_token_and_yours_does_not(directory):
     tiny_tokenizer(pad=False).save_pretrained(directory)
-    assert adapter.load(directory).tokenizer.pad_token == "<|endoftext|>"
+    assert loading.load(directory).tokenizer.pad_token == "<|endoftext|>"
     yours = tiny_tokenizer(pad=False)
     with refused("tokenizer.pad_token = tokenizer.eos_token"):
-        adapter.load(directory, yours)
+        loading.load(directory, yours)
     assert yours.pad_token is None
 
 
@@ -56,55 +55,55 @@ def test_bundled_files_are_checked(directory, monkeypatch):
     half = tiny_hf("gpt2").half()
     half.save_pretrained(directory)
     with refused("manifest.json"):
-        adapter.load("world")
+        loading.load("world")
     digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
     (directory / "manifest.json").write_text(json.dumps({"files": digests}))
-    model = adapter.load("world")
+    model = loading.load("world")
     assert (model.name, model.dtype) == ("world", torch.float32)
     with (directory / "config.json").open("a", encoding="utf-8") as file:
         file.write("\n")
     with refused("config.json does not match"):
-        adapter.load("world")
+        loading.load("world")
     (directory / "config.json").unlink()
     with refused("config.json .*is missing"):
-        adapter.load("world")
+        loading.load("world")
 
 
 def test_sources_that_do_not_exist_are_refused(tmp_path, directory):
     with refused("no directory"):
-        adapter.load(tmp_path / "nowhere")
+        loading.load(tmp_path / "nowhere")
     with refused("no directory"):
-        adapter.load("./nowhere")
+        loading.load("./nowhere")
     with refused("float16, bfloat16"):
-        adapter.load(directory, dtype="float31")
+        loading.load(directory, dtype="float31")
     with refused("cannot be read as a model"):
-        adapter.load(str(tmp_path))
+        loading.load(str(tmp_path))
 
 
 def test_devices_are_taken_by_name_and_those_that_are_not_here_refused(directory):
     with torch.no_grad():
-        here = adapter.load(directory, device="auto")
-        spread = adapter.load(directory, device_map="auto", dtype="bfloat16")
+        here = loading.load(directory, device="auto")
+        spread = loading.load(directory, device_map="auto", dtype="bfloat16")
         ids, mask = (t.to(here.device) for t in tiny_batch())
         assert torch.isfinite(here.forward(ids, mask)[mask.bool()]).all()
     assert spread.dtype == torch.bfloat16
     with refused("cannot be put on device 'nonsense'"):
-        adapter.load(directory, device="nonsense")
+        loading.load(directory, device="nonsense")
     with refused("not both"):
-        adapter.load(directory, device="cpu", device_map="auto")
+        loading.load(directory, device="cpu", device_map="auto")
     with refused("left as it is"):
-        adapter.load(tiny_hf("gpt2"), tiny_tokenizer(), device_map="auto")
+        loading.load(tiny_hf("gpt2"), tiny_tokenizer(), device_map="auto")
 
 
 def test_weights_that_are_not_in_memory_are_refused(directory):
     hf = tiny_hf("gpt2")
     hf.transformer.h[2].to("meta")
     with refused(r"'transformer\.h\.2\..*' .* is not in memory"):
-        adapter.load(hf, tiny_tokenizer())
+        loading.load(hf, tiny_tokenizer())
     parts = ("wte", "wpe", "h.0", "h.1", "h.2", "ln_f")
     somewhere = {**{f"transformer.{part}": "cpu" for part in parts}, "lm_head": "cpu"}
     with refused("offload|is not in memory"):
-        adapter.load(directory, device_map={**somewhere, "transformer.h.3": "disk"})
+        loading.load(directory, device_map={**somewhere, "transformer.h.3": "disk"})
 
 
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8"])
@@ -114,4 +113,4 @@ def test_a_quantised_checkpoint_is_refused_before_it_is_read(directory, method):
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "model.safetensors").unlink()
     with refused(rf"quantised \({method}\)"):
-        adapter.load(directory)
+        loading.load(directory)

@@ -1,4 +1,4 @@
-"""A twin runs like its model, alone or from a block on, and no hook outlives its pass."""
+"""A copy runs like its model, alone or from a block on, and no hook outlives its pass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tiny import (
     tiny_tokenizer,
 )
 
-from pmet_lens.models import bridge
-from pmet_lens.models import model as adapter
+from pmet_lens.models import bridge, loading
+from pmet_lens.models import tail as tail_file
 from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
@@ -38,9 +38,9 @@ def n_hooks(model: Model) -> int:
     return sum(len(p.fwd_hooks) + len(p._forward_hooks) for p in points)
 
 
-def test_dropout_is_off_in_the_twin_only():
+def test_dropout_is_off_in_the_copy_only():
     hf = tiny_hf("gpt2").train()
-    model = adapter.load(hf, tiny_tokenizer())
+    model = loading.load(hf, tiny_tokenizer())
     ids, mask = tiny_batch()
     with torch.no_grad():
         assert torch.equal(model.forward(ids, mask), model.forward(ids, mask))
@@ -82,9 +82,9 @@ def test_tail_gives_the_logits_of_the_whole_model(family, dtype, tolerance):
 
 def test_tail_has_the_live_weights_and_only_its_own_layers(gpt2):
     tail = gpt2.from_layer(2)
-    block = tail.bridge.blocks[0]
+    block = tail.wrapped.bridge.blocks[0]
     assert block.mlp.out.original_component.weight is gpt2.parameter(Site(2, "mlp"))
-    assert len(tail.bridge.blocks) == N_LAYERS - 2
+    assert len(tail.wrapped.bridge.blocks) == N_LAYERS - 2
     residual = torch.zeros(1, 3, 32)
     with refused("below block 2"):
         hooks = [(gpt2.stream_hook(1, "mlp_out"), lambda v: v)]
@@ -96,7 +96,7 @@ def test_tail_has_the_live_weights_and_only_its_own_layers(gpt2):
 def test_a_tail_that_differs_from_the_whole_model_is_refused(monkeypatch):
     """Planted fault: the block list begins one block too early."""
     gpt2 = tiny_model("gpt2")
-    monkeypatch.setattr(adapter, "drop_blocks", lambda m, p, n: bridge.drop_blocks(m, p, n - 1))
+    monkeypatch.setattr(tail_file, "drop_blocks", lambda m, p, n: bridge.drop_blocks(m, p, n - 1))
     with refused("run the whole model"):
         gpt2.from_layer(2)
 

@@ -1,0 +1,49 @@
+"""Log-probabilities of answers under teacher forcing, in nats, at least in float32."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pmet_lens.models.bridge import Hooks
+from pmet_lens.models.model import Model
+from pmet_lens.models.tokens import Batch
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """`value` in float32 where its dtype is narrower."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def log_probs(logits: Float[Tensor, "token vocab"]) -> Float[Tensor, "token vocab"]:
+    """log P of every token of the vocabulary."""
+    return at_least_float32(logits).log_softmax(-1)
+
+
+def of_labels(
+    log_p: Float[Tensor, "token vocab"], labels: Int[Tensor, " token"]
+) -> Float[Tensor, " token"]:
+    """log P of one label per row of `log_p`."""
+    return log_p.gather(1, labels[:, None])[:, 0]
+
+
+def row_sums(
+    values: Float[Tensor, " token"], row: Int[Tensor, " token"], n_rows: int
+) -> Float[Tensor, " row"]:
+    """The sum of `values` over the tokens of each row."""
+    return values.new_zeros(n_rows).index_add(0, row, values)
+
+
+def answers(
+    model: Model, batch: Batch, hooks: Hooks = (), *, mean: bool = False
+) -> Float[Tensor, " row"]:
+    """log P of each row's answer, summed over its tokens, or their `mean`.
+
+    Differentiable in what `hooks` bring in.
+    """
+    at = batch.scored.nonzero()
+    logits = model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
+    log_p = of_labels(log_probs(logits), batch.labels[at[:, 0], at[:, 1]])
+    total = row_sums(log_p, at[:, 0], len(batch))
+    return total / batch.scored.sum(1) if mean else total
