@@ -18,9 +18,8 @@ from pmet_lens.data.facts import Fact, check_editable
 from pmet_lens.editing import keys
 from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.edits import Edit, Editor, merged, origin
-from pmet_lens.editing.hparams import hparams_for
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import PMET, named
+from pmet_lens.editing.methods import PMET, hparams_for, named
 from pmet_lens.editing.solvers import Dense, Factor, On, SecondMoment
 from pmet_lens.editing.targets import OnStep, Targets
 from pmet_lens.models import tokens

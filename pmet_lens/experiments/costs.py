@@ -16,9 +16,8 @@ import torch
 from pmet_lens.data.facts import Fact, check_editable
 from pmet_lens.editing import keys, objective, solvers
 from pmet_lens.editing.edits import Editor
-from pmet_lens.editing.hparams import hparams_for
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import named
+from pmet_lens.editing.methods import hparams_for, named
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Projection, Site
 
