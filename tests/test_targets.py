@@ -10,7 +10,8 @@ from tiny import tiny_model
 
 import pmet_lens as pl
 from pmet_lens.editing.method import SettingsError
-from pmet_lens.editing.targets import Targets, objective, optimise
+from pmet_lens.editing.objective import loss_terms
+from pmet_lens.editing.targets import Targets, optimise
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model
 
@@ -176,7 +177,7 @@ def test_objective_by_hand():
     hp = pl.Hparams(layers=(1,), kl_weight=3.0, weight_decay=0.5)
     deltas = {"mlp_out": torch.tensor([[3.0, 4.0]]), "attn_out": torch.tensor([[0.0, 2.0]])}
     norms = {"mlp_out": torch.tensor([10.0]), "attn_out": torch.tensor([4.0])}
-    loss = objective(
+    loss = loss_terms(
         torch.tensor([7.0]), torch.tensor([0.2]), deltas, norms, torch.tensor([0.1]), hp
     )
     decay = 5 / 100 + 2 / 16
