@@ -25,9 +25,7 @@ from torch import Tensor
 Keys = Float[Tensor, "fact d_in"]
 Residuals = Float[Tensor, "fact d_model"]
 Square = Float[Tensor, "d_in d_in"]
-Left = Float[Tensor, "d_in fact"]
-Right = Float[Tensor, "fact d_model"]
-Delta = Float[Tensor, "d_in d_model"]
+Thin = tuple[Float[Tensor, "d_in fact"], Float[Tensor, "fact d_model"]]
 
 _MORE_TEXT = (
     "Take the second moment over more tokens than its size (ten times as many is a good start), "
@@ -43,8 +41,9 @@ class SolveError(ValueError):
 class Factor(Protocol):
     """A second moment made ready for solving."""
 
-    def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def factors(self, keys: Keys, residuals: Residuals) -> Thin:
         """The weight change for these facts as thin float64 factors: Δ = left @ right."""
+        ...
 
 
 @runtime_checkable
@@ -53,10 +52,12 @@ class SecondMoment(Protocol):
 
     def matrix(self, device: torch.device | None = None) -> Square:
         """C itself, on `device` (None: where it is)."""
+        ...
 
     def cholesky(self, device: torch.device | None = None) -> Square:
         """Its lower Cholesky factor, float64, likewise; computed on that device, and kept, so that
         only the first edit pays for it."""
+        ...
 
 
 @runtime_checkable
@@ -68,6 +69,7 @@ class Solver(Protocol):
     ) -> Factor:
         """Prepare `moment`; `weight` is λ. `earlier` are keys of facts edited before, whose answers
         are to survive: KₚᵀKₚ joins λC (sequential editing)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,19 +103,19 @@ class RidgeFactor:
             )
         self.moment, self.weight = moment, weight
 
-    def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def factors(self, keys: Keys, residuals: Residuals) -> Thin:
         """The weight change, by the form with fewer operations."""
-        cost = operations(*keys.shape)
-        dual = cost["dual"] < cost["primal"]
-        return self.dual(keys, residuals) if dual else self.primal(keys, residuals)
+        cost = operations(len(keys), keys.shape[1])
+        solve = self.dual if cost["dual"] < cost["primal"] else self.primal
+        return solve(keys, residuals)
 
-    def primal(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def primal(self, keys: Keys, residuals: Residuals) -> Thin:
         """(λC + KᵀK)⁻¹ Kᵀ, R."""
         keys, residuals = keys.double(), residuals.double()
         system = self.weight * self.moment.matrix(keys.device).double() + keys.T @ keys
         return torch.cholesky_solve(keys.T, cholesky(system, "λC + KᵀK")), residuals
 
-    def dual(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def dual(self, keys: Keys, residuals: Residuals) -> Thin:
         """C⁻¹Kᵀ, (λI + K C⁻¹ Kᵀ)⁻¹ R."""
         factor = self.moment.cholesky(keys.device)
         return _dual(factor, keys, residuals, self.weight, "λI + K C⁻¹ Kᵀ", _MORE_TEXT)
@@ -140,7 +142,7 @@ class ExactFactor:
 
     cholesky: Square
 
-    def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def factors(self, keys: Keys, residuals: Residuals) -> Thin:
         """The smallest change, measured by C, with `keys @ delta == residuals`."""
         if keys.shape[0] > keys.shape[1]:
             raise SolveError(
@@ -148,8 +150,7 @@ class ExactFactor:
                 "use Ridge() or fewer facts."
             )
         cure = "Two facts have the same key, or one that follows from others: use Ridge()."
-        factor = self.cholesky.to(keys.device)
-        return _dual(factor, keys, residuals, 0.0, "K C⁻¹ Kᵀ", cure)
+        return _dual(self.cholesky.to(keys.device), keys, residuals, 0.0, "K C⁻¹ Kᵀ", cure)
 
 
 @dataclass(frozen=True)
@@ -190,21 +191,15 @@ class NullSpaceFactor:
     basis: Float[Tensor, "d_in free"]
     ridge: RidgeFactor
 
-    def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def factors(self, keys: Keys, residuals: Residuals) -> Thin:
         """Ridge in the coordinates of the basis, mapped back."""
         left, right = self.ridge.factors(keys.double() @ self.basis, residuals)
         return self.basis @ left, right
 
 
-def delta(factor: Factor, keys: Keys, residuals: Residuals) -> Delta:
-    """The weight change itself, float64."""
-    left, right = factor.factors(keys, residuals)
-    return left @ right
-
-
 def _dual(
     factor: Square, keys: Keys, residuals: Residuals, weight: float, what: str, cure: str
-) -> tuple[Left, Right]:
+) -> Thin:
     """C⁻¹Kᵀ, (λI + K C⁻¹ Kᵀ)⁻¹ R with `weight` λ, from the lower Cholesky `factor` of C."""
     keys, residuals = keys.double(), residuals.double()
     # Two triangular solves: `cholesky_solve` copies the factor in every call, and for a few facts

@@ -67,9 +67,9 @@ class Targets:
         """The targets of some of the facts, in this order, so that one optimisation serves many
         edits."""
         chosen = list(range(len(self))[facts]) if isinstance(facts, slice) else list(facts)
-        new_number = {old: new for new, old in enumerate(chosen)}
         rows = self.history[self.history["fact"].isin(chosen)]
-        rows = rows.assign(fact=rows["fact"].map(new_number).astype("int64"))
+        new_number = {old: new for new, old in enumerate(chosen)}
+        rows = rows.assign(fact=[new_number[i] for i in rows["fact"]])
         return Targets(
             {s: v[chosen] for s, v in self.values.items()},
             {s: v[chosen] for s, v in self.clean.items()},
@@ -234,4 +234,4 @@ def _history(steps: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         frames.append(pd.DataFrame(host | {"step": step["step"], "stopped": reason.astype(object)}))
     history = pd.concat(frames, ignore_index=True)
     head = ["fact", "step", "nll", "kl", "decay", "loss", "said", "stopped"]
-    return history[[*head, *history.columns.drop(head)]]
+    return history.reindex(columns=[*head, *history.columns.drop(head)])
