@@ -90,21 +90,10 @@ def named(name: str) -> Method | Editor:
 
 
 _GPTJ_PMET = Hparams(layers=(3, 4, 5, 6, 7, 8))
-_GPTJ_MEMIT = Hparams(
-    layers=(3, 4, 5, 6, 7, 8),
-    n_steps=25,
-    lr=0.5,
-    clamp=0.75,
-    kl_weight=0.0625,
-    second_moment_weight=15000.0,
-    easing=1.0,
+_GPTJ_MEMIT = replace(
+    _GPTJ_PMET, n_steps=25, lr=0.5, kl_weight=0.0625, second_moment_weight=15000.0, easing=1.0
 )
-_NEOX_PMET = Hparams(
-    layers=(6, 7, 8, 9, 10), lr=0.5, clamp=0.8, kl_weight=0.8, second_moment_weight=15000.0
-)
-_NEOX_MEMIT = replace(
-    _GPTJ_MEMIT, layers=(6, 7, 8, 9, 10), n_steps=20, clamp=0.3, second_moment_weight=20000.0
-)
+_GPTJ_ROME = Hparams(layers=(5,), n_steps=20, lr=0.5, clamp=4.0, kl_weight=0.0625, easing=1.0)
 _LLAMA_PMET = Hparams(layers=(4, 5, 6, 7, 8), n_steps=20, lr=0.5, clamp=1.0, kl_weight=0.0625)
 _XL_PMET = Hparams(
     layers=(13, 14, 15, 16, 17),
@@ -114,13 +103,6 @@ _XL_PMET = Hparams(
     kl_weight=0.0625,
     second_moment_weight=10000.0,
 )
-_XL_MEMIT = replace(
-    _XL_PMET, lr=0.8, weight_decay=0.1, clamp=0.75, second_moment_weight=20000.0, easing=1.0
-)
-_GPTJ_ROME = Hparams(
-    layers=(5,), n_steps=20, lr=0.5, weight_decay=0.5, clamp=4.0, kl_weight=0.0625, easing=1.0
-)
-_XL_ROME = replace(_GPTJ_ROME, layers=(17,))
 
 # Chosen on records that no results table uses (figures/sweep.py, table in
 # figures/results/sweep.csv). λ: the plateau of S there; it is far below the published values
@@ -128,10 +110,7 @@ _XL_ROME = replace(_GPTJ_ROME, layers=(17,))
 # norms and the number of edits (100 instead of 10,000) are smaller here. The clamp is the published
 # one, but relative to the layer output, because the MLPs of these models write little.
 _WORLD_PMET = Hparams(
-    layers=(1, 2, 3),
-    weight_decay=0.02,
-    reference_norm="resid_post",
-    second_moment_weight=10.0,
+    layers=(1, 2, 3), weight_decay=0.02, reference_norm="resid_post", second_moment_weight=10.0
 )
 _WORLD_MEMIT = replace(_GPTJ_MEMIT, layers=(1, 2, 3), second_moment_weight=30.0, null_space_l2=0.1)
 # One layer takes everything, so the bound is wider. ROME's layer and AlphaEdit's l2 are the best of
@@ -144,17 +123,16 @@ _WORLD_ROME = Hparams(
     reference_norm="resid_post",
     easing=1.0,
 )
-# Positions are embedded here, so the first layer's keys tell names apart, and it can be critical.
-_SEQUENTIAL_PMET = replace(
-    _WORLD_PMET, layers=(0, 1, 2, 3), n_steps=40, lr=0.1, second_moment_weight=30.0
-)
-_SEQUENTIAL_MEMIT = replace(_WORLD_MEMIT, layers=(0, 1, 2, 3))
 
 HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
     "world": {"PMET": _WORLD_PMET, "MEMIT": _WORLD_MEMIT, "ROME": _WORLD_ROME},
+    # Positions are embedded here, so the first layer's keys tell names apart, and it can be
+    # critical.
     "world-sequential": {
-        "PMET": _SEQUENTIAL_PMET,
-        "MEMIT": _SEQUENTIAL_MEMIT,
+        "PMET": replace(
+            _WORLD_PMET, layers=(0, 1, 2, 3), n_steps=40, lr=0.1, second_moment_weight=30.0
+        ),
+        "MEMIT": replace(_WORLD_MEMIT, layers=(0, 1, 2, 3)),
         "ROME": _WORLD_ROME,
     },
     # Released hparams/PMET/EleutherAI_gpt-j-6B.json; MEMIT paper, appendix B.4.
@@ -169,13 +147,35 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
         "MEMIT": _GPTJ_MEMIT,
     },
     # Released hparams/PMET/EleutherAI_gpt-neox-20b.json; MEMIT paper, appendix B.4.
-    "gpt-neox-20b": {"PMET": _NEOX_PMET, "MEMIT": _NEOX_MEMIT},
+    "gpt-neox-20b": {
+        "PMET": Hparams(
+            layers=(6, 7, 8, 9, 10), lr=0.5, clamp=0.8, kl_weight=0.8, second_moment_weight=15000.0
+        ),
+        "MEMIT": replace(
+            _GPTJ_MEMIT,
+            layers=(6, 7, 8, 9, 10),
+            n_steps=20,
+            clamp=0.3,
+            second_moment_weight=20000.0,
+        ),
+    },
     # The first author's later repositories; CounterFact and zsRE.
     "llama-2-7b-hf": {"PMET": _LLAMA_PMET},
     "llama-2-7b-hf/zsre": {"PMET": replace(_LLAMA_PMET, clamp=0.8, kl_weight=0.1)},
     # hparams/PMET/gpt2-xl.json of the first author's repository BLUE; MEMIT's released
     # hparams/MEMIT/gpt2-xl.json; ROME's released hparams/ROME/gpt2-xl.json.
-    "gpt2-xl": {"PMET": _XL_PMET, "MEMIT": _XL_MEMIT, "ROME": _XL_ROME},
+    "gpt2-xl": {
+        "PMET": _XL_PMET,
+        "MEMIT": replace(
+            _XL_PMET,
+            lr=0.8,
+            weight_decay=0.1,
+            clamp=0.75,
+            second_moment_weight=20000.0,
+            easing=1.0,
+        ),
+        "ROME": replace(_GPTJ_ROME, layers=(17,)),
+    },
 }
 """Model name (lower case) -> kind -> settings. "ROME" serves the methods that store facts exactly
 in one layer, "PMET" those that optimise component outputs, "MEMIT" those that optimise the layer
