@@ -75,6 +75,19 @@ def test_starting_at_the_last_critical_layer_changes_nothing(model):
     assert off(other, whole) > 1e-2
 
 
+def test_some_facts_come_in_the_order_asked_for(whole):
+    some = whole[[2, 0]]
+    for stream, value in some.values.items():
+        assert torch.equal(value, whole.values[stream][[2, 0]])
+        assert torch.equal(some.delta(stream), whole.delta(stream)[[2, 0]])
+    for new, old in enumerate((2, 0)):
+        rows = some.history.query("fact == @new").drop(columns="fact")
+        wanted = whole.history.query("fact == @old").drop(columns="fact")
+        assert rows.reset_index(drop=True).equals(wanted.reset_index(drop=True))
+    assert list(some.history["fact"]) == sorted(some.history["fact"])
+    assert whole[1:3].history.equals(whole[[1, 2]].history)
+
+
 def test_layers_below_the_last_critical_one_do_not_matter(gpt2, whole):
     assert off(run(gpt2, hparams=replace(HP, layers=(2,))), whole) == 0
 

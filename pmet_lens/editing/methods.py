@@ -183,7 +183,7 @@ output."""
 
 
 def kind_of(method: Method) -> str:
-    """Under which name the settings of a method stand in `HPARAMS`."""
+    """The kind of settings in `HPARAMS` that a method takes."""
     if isinstance(method.solver, Exact):
         return "ROME"
     return "MEMIT" if method.delta_at == ("resid_post",) else "PMET"
