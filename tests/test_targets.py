@@ -81,8 +81,8 @@ def test_some_facts_come_in_the_order_asked_for(whole):
         assert torch.equal(value, whole.values[stream][[2, 0]])
         assert torch.equal(some.delta(stream), whole.delta(stream)[[2, 0]])
     for new, old in enumerate((2, 0)):
-        rows = some.history.query("fact == @new").drop(columns="fact")
-        wanted = whole.history.query("fact == @old").drop(columns="fact")
+        rows = some.history[some.history["fact"] == new]
+        wanted = whole.history[whole.history["fact"] == old].assign(fact=new)
         assert rows.reset_index(drop=True).equals(wanted.reset_index(drop=True))
     assert list(some.history["fact"]) == sorted(some.history["fact"])
     assert whole[1:3].history.equals(whole[[1, 2]].history)

@@ -166,7 +166,7 @@ class Hparams:
             )
 
     def strengthen(self, solver: Solver) -> Solver:
-        """The solver with what it leaves open taken from here."""
+        """The solver; what it leaves open (None, as AlphaEdit may) is taken from here."""
         if not isinstance(solver, NullSpace):
             return solver
         return NullSpace(
