@@ -17,10 +17,9 @@ from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, FactError, check_editable
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.finetune import FineTune
-from pmet_lens.editing.hparams import hparams_named, kind_of
 from pmet_lens.editing.mend import Mend, MendHparams
 from pmet_lens.editing.method import Method
-from pmet_lens.editing.methods import ABLATIONS, METHODS, PMET, named
+from pmet_lens.editing.methods import ABLATIONS, METHODS, PMET, kind_of, known_hparams, named
 from pmet_lens.editing.plain import GridError as GridError
 from pmet_lens.editing.plain import from_plain, hash_of, to_plain
 from pmet_lens.models.loading import DTYPES
@@ -185,7 +184,7 @@ def _strengths(method: Any, model: str, hparams: Any) -> Any:
     if hparams is not None:
         return hparams
     if isinstance(method, Method):
-        return hparams_named(model, kind_of(method))
+        return known_hparams(model, kind_of(method))
     return MendHparams() if isinstance(method, Mend) else None
 
 
