@@ -8,11 +8,12 @@ from itertools import chain
 from typing import Any
 
 from pmet_lens.editing.method import Method
-from pmet_lens.experiments import costs, tasks
-from pmet_lens.experiments.costs import Estimate, Sizes
+from pmet_lens.experiments import tasks
 from pmet_lens.experiments.grid import Run
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Site
+from pmet_lens.plans import costs
+from pmet_lens.plans.costs import Estimate, Sizes
 
 SAMPLE = 64
 """Facts of a run whose tokens are counted; the others have the same mean."""

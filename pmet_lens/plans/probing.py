@@ -20,13 +20,15 @@ from pmet_lens.editing.locate_and_edit import edit
 from pmet_lens.editing.method import Method
 from pmet_lens.editing.plain import hash_of, to_plain
 from pmet_lens.evaluation import ability, scoring
-from pmet_lens.experiments import costs, target_files
+from pmet_lens.experiments import target_files
 from pmet_lens.experiments.grid import Run
 from pmet_lens.experiments.tasks import Task, sites_of
+from pmet_lens.experiments.worker import Worker
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Site
 from pmet_lens.moments import moment_files
 from pmet_lens.moments.second_moments import Moment, second_moments
+from pmet_lens.plans import costs
 
 FACTS, OTHERS, TOKENS, TEXTS = 12, 100, 4096, 20
 """How much of everything is made."""
@@ -70,9 +72,9 @@ class Probe:
         return self._once(key, timed)
 
     def _wait(self) -> None:
-        own: Any = getattr(torch, self.model.device.type, None)
-        if hasattr(own, "synchronize"):
-            own.synchronize()
+        backend: Any = getattr(torch, self.model.device.type, None)
+        if hasattr(backend, "synchronize"):
+            backend.synchronize()
 
     def _contexts(self, run: Run, task: Task) -> float:
         return self._timed("contexts", lambda: tokens.sample_contexts(self.model, run.seed))
@@ -209,3 +211,9 @@ class Probe:
     def _some(self, run: Run) -> Sequence[Fact]:
         """Facts from everywhere in the list."""
         return run.facts[:: max(1, len(run.facts) // FACTS)][:FACTS]
+
+
+def seconds_of(worker: Worker, tasks: Sequence[Task]) -> list[float]:
+    """What each of these shards would take a worker of Ray, by making a little of every kind."""
+    probe = Probe(worker.model)
+    return [probe.seconds(task, worker.runs[task.run]) for task in tasks]
