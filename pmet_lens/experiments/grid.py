@@ -284,10 +284,8 @@ def load_grid(path: str | Path) -> list[Run]:
 
 
 def _read(row: Mapping[str, Any], lists: Mapping[str, tuple[Fact, ...]]) -> Run:
-    fields_of_run = {
-        key: value for key, value in row.items() if key not in ("facts", "others", "cut")
-    }
+    values = {k: v for k, v in row.items() if k not in ("facts", "others", "cut")}
     for key in ("method", "hparams", "metrics"):
-        fields_of_run[key] = from_plain(fields_of_run[key])
+        values[key] = from_plain(values[key])
     facts, others = lists[row["facts"]], lists[row["others"]] if row["others"] else ()
-    return Run(facts=facts, others=others, cut=Cut(**row["cut"]), **fields_of_run)
+    return Run(facts=facts, others=others, cut=Cut(**row["cut"]), **values)

@@ -36,10 +36,8 @@ def measure(
             return measure(model, facts, None, others, generate=generate)
     rows = scoring.evaluate(model, facts)
     if generate and any(f.generation for f in facts[:generate]):
-        generated = scoring.evaluate(model, facts[:generate], generate=True)
-        rows = pd.concat(
-            [rows, generated.loc[generated["kind"] == "generation"]], ignore_index=True
-        )
+        texts = scoring.evaluate(model, facts[:generate], generate=True)
+        rows = pd.concat([rows, texts.loc[texts["kind"] == "generation"]], ignore_index=True)
     table = scoring.summarise(rows)
     if others:
         right = 100 * scoring.recall(model, others)["correct"].to_numpy()

@@ -178,9 +178,10 @@ def rows_of(run: Run, folder: str | Path) -> pd.DataFrame:
     results = Folder(Path(folder))
     file = result_file(run.digest)
     if not results.intact(file):
+        state = "damaged" if results.present(file) else "not there"
         raise GridError(
-            f"{results.path(file)} is {'damaged' if results.present(file) else 'not there'}: run the "
-            "grid with pl.run, which makes what is missing."
+            f"{results.path(file)} is {state}: run the grid with pl.run, which makes what is "
+            "missing."
         )
     return results.read_table(file)
 

@@ -137,7 +137,7 @@ def plan(
         for (name, dtype, template), group in by_model(runs).items():
             clock = probing.Clock()
             if stand_in is None:
-                here = where if ray is None else {}  # the workers have their own devices
+                here = where if ray is None else {}  # the workers have other devices
                 model = load(name, dtype=dtype, template=template, **here)
                 sizes = costs.sizes_of(model)
             else:

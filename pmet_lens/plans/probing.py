@@ -80,8 +80,8 @@ class Probe:
         return self._timed("contexts", lambda: tokens.sample_contexts(self.model, run.seed))
 
     def _part(self, run: Run, task: Task) -> float:
-        own = run.n_tokens // run.cut.parts(run.n_tokens)
-        n, sites = min(own, TOKENS), [Site.parse(s) for s in task.sites]
+        wanted = run.n_tokens // run.cut.parts(run.n_tokens)
+        n, sites = min(wanted, TOKENS), [Site.parse(s) for s in task.sites]
         layers = sorted({site.layer for site in sites})
         texts = list(itertools.islice(datasets.texts(run.texts), TOKENS))
 
@@ -90,17 +90,17 @@ class Probe:
             second_moments(self.model, texts, layers, projections=projections, n_tokens=n)
 
         self._once("warm", read)
-        return self._timed(("part", task.sites, n), read) * own / n
+        return self._timed(("part", task.sites, n), read) * wanted / n
 
     def _moments(self, run: Run, task: Task) -> float:
         site = Site.parse(task.sites[0])
         d = self.model.d_in(site)
-        own = {site: Moment(torch.eye(d, dtype=torch.float64), 1)}
+        moments = {site: Moment(torch.eye(d, dtype=torch.float64), 1)}
 
         def there_and_back() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "m.safetensors"
-                moment_files.save_moments(own, path)
+                moment_files.save_moments(moments, path)
                 moment_files.load_moments(path)
 
         return self._timed(("moments", d), there_and_back) * (len(task.needs) + 1) / 2
@@ -119,10 +119,10 @@ class Probe:
             some, prefixes = self._some(run), self._prefixes()
             targeting.optimise(self.model, some[:1], method, run.hparams, prefixes)  # warm
             clock = Clock()
-            found = targeting.optimise(self.model, some, method, run.hparams, prefixes)
+            optimised = targeting.optimise(self.model, some, method, run.hparams, prefixes)
             self._wait()
             self._known[("seconds", *key)] = clock.seconds()
-            return found
+            return optimised
 
         return self._once(key, make)
 
@@ -135,8 +135,8 @@ class Probe:
     def _steps(self, run: Run, task: Task) -> float:
         first, again = self._solved(run, self._some(run)[:1])
         per_fact = self._known[("seconds", *self._key(run))] / len(self._some(run))
-        own = (task.stop - task.start) * (again + per_fact)
-        return own + (max(first - again, 0.0) if task.start == task.first else 0.0)
+        steps = (task.stop - task.start) * (again + per_fact)
+        return steps + (max(first - again, 0.0) if task.start == task.first else 0.0)
 
     def _edit(self, run: Run, task: Task) -> float:
         some, n, method = self._some(run), task.stop - task.start, run.method
@@ -160,12 +160,12 @@ class Probe:
         """Seconds of the edit of these facts, which have targets: the first time, and again, when
         its moments are factorised."""
         method: Any = run.method
-        found, prefixes = self._optimised(run)[: len(some)], self._prefixes()
+        known, prefixes = self._optimised(run)[: len(some)], self._prefixes()
         moments = {Site.parse(s): self._regular(Site.parse(s)) for s in sites_of(run)}
         kept: dict[Site, Any] = {}
 
         def work() -> None:
-            edit(self.model, some, moments, method, run.hparams, prefixes, found, factorised=kept)
+            edit(self.model, some, moments, method, run.hparams, prefixes, known, factorised=kept)
 
         key = ("edit", hash_of([to_plain(method), to_plain(run.hparams)]), len(some))
         return self._timed((*key, 1), work), self._timed((*key, 2), work)
