@@ -21,7 +21,7 @@ from common import HERE, OUT, provenance
 
 import pmet_lens as pl
 from pmet_lens import data, experiments
-from pmet_lens.experiments import Sizes, clock
+from pmet_lens.plans import Sizes, clock
 
 PEAK, SHARE = 312e12, 0.3
 """bfloat16 FLOP/s of an A100 by its data sheet, and the share of it assumed to be reached."""

@@ -47,16 +47,12 @@ from .evaluation.metrics import summarise as summarise
 from .evaluation.scoring import ask as ask
 from .evaluation.scoring import evaluate as evaluate
 from .evaluation.scoring import recall as recall
-from .experiments.costs import Estimate as Estimate
-from .experiments.costs import estimate as estimate
 from .experiments.engine import run as run
 from .experiments.grid import Cut as Cut
 from .experiments.grid import GridError as GridError
 from .experiments.grid import Run as Run
 from .experiments.grid import load_grid as load_grid
 from .experiments.grid import save_grid as save_grid
-from .experiments.planning import Plan as Plan
-from .experiments.planning import plan as plan
 from .experiments.store import rows_of as rows_of
 from .experiments.trials import Bench as Bench
 from .experiments.trials import Trial as Trial
@@ -102,5 +98,9 @@ from .moments.published import import_moments as import_moments
 from .moments.second_moments import Moment as Moment
 from .moments.second_moments import MomentError as MomentError
 from .moments.second_moments import second_moments as second_moments
+from .plans.costs import Estimate as Estimate
+from .plans.costs import estimate as estimate
+from .plans.planning import Plan as Plan
+from .plans.planning import plan as plan
 
 __version__: str

@@ -14,7 +14,7 @@ import pytest
 
 ROOMS = (
     *("data", "models", "evaluation", "editing", "moments", "interp"),
-    *("experiments", "plotting", "explorer"),
+    *("experiments", "plans", "plotting", "explorer"),
 )
 """The folders from the bottom to the top: each imports only from those before it."""
 ROOF = {"cli", "__init__"}

@@ -8,7 +8,7 @@ import transformers
 
 import pmet_lens as pl
 from pmet_lens.evaluation.ability import others_of
-from pmet_lens.experiments.measure import measure
+from pmet_lens.experiments import measure
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("world", "world-sequential")

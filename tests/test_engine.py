@@ -20,7 +20,8 @@ from grids import CUT, FACTS, HP, OTHERS, saved_model, tiny_grid, tiny_run
 
 import pmet_lens as pl
 from pmet_lens.evaluation import metrics as metrics_of
-from pmet_lens.experiments import engine, measure, progress, target_files, tasks, worker
+from pmet_lens.experiments import engine, progress, target_files, tasks, worker
+from pmet_lens.experiments import measure as measured
 from pmet_lens.experiments.grid import GridError
 from pmet_lens.experiments.store import Folder, FolderError
 
@@ -106,7 +107,7 @@ def test_a_run_is_what_one_would_do_by_hand(model, tmp_path):
     pl.save_moments(moments, tmp_path / "m.safetensors")
     moments = pl.open_moments(tmp_path / "m.safetensors")
     edit = pl.edit(own, FACTS, moments, pl.MEMIT, HP, pl.sample_contexts(own))
-    wanted = measure.measure(own, FACTS, edit, OTHERS)
+    wanted = measured(own, FACTS, edit, OTHERS)
     columns = ["mean", "ci_low", "ci_high", "n"]
     same(found[columns], wanted[columns])
     (path,) = (tmp_path / "edits").glob("*.safetensors")
@@ -306,7 +307,7 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import torch, pmet_lens as pl
-from pmet_lens import worker
+from pmet_lens.experiments import worker
 from grids import tiny_grid
 torch.set_num_threads(1)
 do = worker.Worker.do

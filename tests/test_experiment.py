@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pmet_lens as pl
-from pmet_lens.experiments import measure
+from pmet_lens.experiments import measurements
 
 FACTS = pl.counterfact(n=6)
 
@@ -24,7 +24,7 @@ def moments(world):
 
 def run(model, moments, hparams, **options):
     how = {"batch_size": 3, "contexts": ["{}"], **options}
-    return measure.sequential(model, FACTS, moments, pl.MEMIT, hparams, **how)
+    return measurements.sequential(model, FACTS, moments, pl.MEMIT, hparams, **how)
 
 
 def test_a_healthy_sequence_keeps_facts_and_text(world, moments):

@@ -14,9 +14,9 @@ from grids import HP, OTHERS, saved_model, tiny_grid, tiny_run
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens.experiments import costs, planning, workload
 from pmet_lens.experiments import tasks as shards
 from pmet_lens.experiments.grid import GridError
+from pmet_lens.plans import costs, planning, workload
 
 torch.set_num_threads(1)
 

@@ -22,10 +22,10 @@ from grids import CUT, FACTS, HP, saved_model, tiny_grid, tiny_run
 
 import pmet_lens as pl
 from pmet_lens.data import file_format
-from pmet_lens.experiments import parcels, ray_engine, scheduler, store, worker
+from pmet_lens.experiments import ray_engine, scheduler, shared_weights, store, worker
 from pmet_lens.experiments import tasks as shards
 from pmet_lens.experiments.grid import GridError
-from pmet_lens.experiments.worker import Outcome, Told
+from pmet_lens.experiments.worker import Outcome, WorkerInfo
 
 torch.set_num_threads(1)
 needs_ray = pytest.mark.skipif(
@@ -143,7 +143,7 @@ def test_a_plan_is_what_the_workers_say_at_the_same_time(ray, grid, tmp_path):
 @needs_ray
 def test_workers_with_other_packages_are_refused(ray, grid, tmp_path, monkeypatch):
     own = {**store.versions(), "torch": "1.0"}
-    monkeypatch.setattr(ray_engine.results, "versions", lambda: own)
+    monkeypatch.setattr(ray_engine.store, "versions", lambda: own)
     with pytest.raises(GridError, match=r"A worker has torch .* \(here 1\.0\).*same versions"):
         pl.run(grid, tmp_path, engine="ray", workers=1, progress=False)
 
@@ -203,7 +203,7 @@ def test_too_few_and_too_many_workers_are_refused(workers, device_map, words):
 
 
 def test_other_versions_are_named():
-    told = Told("w", {"torch": "2.0", "numpy": "2.1"}, {})
+    told = WorkerInfo("w", {"torch": "2.0", "numpy": "2.1"}, {})
     ray_engine.check_versions(told, {"torch": "2.0", "numpy": "2.1"})
     with pytest.raises(GridError, match=r"A worker has numpy 2\.1 \(here none\)\. Results of"):
         ray_engine.check_versions(told, {"torch": "2.0"})
@@ -218,7 +218,7 @@ def test_a_worker_that_cannot_read_its_model_says_why(tmp_path):
 
 
 def test_chunks_are_as_long_as_suits(grid):
-    pool = ray_engine.Actors(None, lambda: None, ["one", "two"], Told("", {}, {}))
+    pool = ray_engine.Actors(None, lambda: None, ["one", "two"], WorkerInfo("", {}, {}))
     task = shards.Task("targets", "f", grid[0].digest)
     assert pool.size(task, 100) == 1  # nobody knows how long one takes
     pool._seconds["targets"] = [0.1, 0.3]
@@ -235,7 +235,7 @@ def test_chunks_are_as_long_as_suits(grid):
 @pytest.fixture
 def parcel(model):
     """The weights as Ray hands them on: arrays that cannot be written to."""
-    found = parcels.pack(pl.load(model, dtype="float64"))
+    found = shared_weights.pack(pl.load(model, dtype="float64"))
     for name, array in found["arrays"].items():
         found["arrays"][name] = array.copy()
         found["arrays"][name].flags.writeable = False
@@ -245,7 +245,7 @@ def parcel(model):
 def test_a_model_from_a_parcel_is_the_same_and_shares_its_memory(model, parcel):
     run = tiny_run(model)
     before = {name: array.copy() for name, array in parcel["arrays"].items()}
-    own = parcels.unpack(parcel, {run.digest: run}, None)
+    own = shared_weights.unpack(parcel, {run.digest: run}, None)
     first = pl.load(model, dtype="float64")
     assert worker.identity(own) == worker.identity(first)
     places = {p.data_ptr() for p in own.hf.parameters()}
@@ -268,7 +268,7 @@ class Dying:
     def __init__(self, worker: worker.Worker, file: str, lives: int) -> None:
         self.worker, self.file, self.lives, self.chunks = worker, file, lives, deque()
 
-    def told(self) -> Told:
+    def info(self) -> WorkerInfo:
         return self.worker.describe()
 
     def free(self) -> int:

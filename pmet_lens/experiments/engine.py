@@ -21,12 +21,12 @@ import pandas as pd
 
 from pmet_lens.data import file_format
 from pmet_lens.experiments import ray_engine, store
-from pmet_lens.experiments import tasks as shards
 from pmet_lens.experiments.grid import ENGINES, GridError, Run, by_model, check_grid, share_of
 from pmet_lens.experiments.progress import Progress
 from pmet_lens.experiments.scheduler import Pool, Schedule, Serial
 from pmet_lens.experiments.store import Folder
-from pmet_lens.experiments.worker import Outcome, Told, Worker
+from pmet_lens.experiments.tasks import OWN, Task, tasks_of
+from pmet_lens.experiments.worker import Outcome, Worker, WorkerInfo
 from pmet_lens.models import loading
 from pmet_lens.models.loading import ModelError
 
@@ -81,10 +81,10 @@ def run(
     mine = share_of(whole, shard)
     if engine == "ray":
         ray_engine.check_installed()
-    own = Folder(Path(folder))
-    own.begin()
+    store_folder = Folder(Path(folder))
+    store_folder.begin()
     bars = Progress(mine, progress)
-    session = _Session(own, bars, engine, keep_edits, on_run)
+    session = _Session(store_folder, bars, engine, keep_edits, on_run)
     try:
         with ExitStack() as stack:
             cluster = None
@@ -97,7 +97,7 @@ def run(
                     cluster = stack.enter_context(ray_engine.cluster(address))
                 options = {"device": device, "device_map": device_map}
                 try:
-                    with _pool(own, todo, workers, cluster, options) as pool:
+                    with _pool(store_folder, todo, workers, cluster, options) as pool:
                         session.make(group, todo, pool)
                 except ModelError as error:
                     session.leave_out(todo, error)
@@ -140,7 +140,7 @@ class _Session:
     ) -> None:
         self.folder, self.bars, self.engine = folder, bars, engine
         self.keep_edits, self.on_run = keep_edits, on_run
-        self.found: dict[str, pd.DataFrame] = {}
+        self.tables: dict[str, pd.DataFrame] = {}
         self.failed: dict[str, str] = {}
         """Digest of a run → why it could not be finished."""
         self._sources: dict[str, str] = {}
@@ -163,11 +163,11 @@ class _Session:
 
     def make(self, grid: Sequence[Run], todo: Sequence[Run], pool: Pool) -> None:
         """Make the results of runs of one model; `grid`: all of that model."""
-        told, began = pool.told(), datetime.now(timezone.utc)
+        info, began = pool.info(), datetime.now(timezone.utc)
         for run in grid:
             if self.folder.finished(run):
-                self._check_weights(run, told)
-        every = shards.tasks_of(grid, told.weights)
+                self._check_weights(run, info)
+        every = tasks_of(grid, info.weights)
         tasks = {run.digest: every[run.digest] for run in todo}
         schedule = Schedule(tasks, self.folder)
         self.bars.begin(Counter(schedule.all[file].run for file in schedule.waiting))
@@ -180,9 +180,9 @@ class _Session:
             spent = {k: round(v, 3) for k, v in seconds[digest].items()}
             spent["wall"] = round(time.perf_counter() - clock, 3)
             ran = {"engine": self.engine, "began": began.isoformat(timespec="seconds")}
-            self._finish(run, tasks[digest], told, {**ran, "seconds": spent})
+            self._finish(run, tasks[digest], info, {**ran, "seconds": spent})
 
-        def on_task(task: shards.Task, outcome: Outcome) -> None:
+        def on_task(task: Task, outcome: Outcome) -> None:
             spent = seconds[task.run]
             spent[task.kind] = spent.get(task.kind, 0.0) + outcome.seconds
             self.bars.task(task)
@@ -208,19 +208,19 @@ class _Session:
         """The rows of all runs; raises `GridError` for those that failed, or warns of them."""
         if self.failed:
             failed = [run for run in runs if run.digest in self.failed]
-            told = "; ".join(f"{run.name}: {self.failed[run.digest]}" for run in failed)
+            reasons = "; ".join(f"{run.name}: {self.failed[run.digest]}" for run in failed)
             text = (
-                f"{len(failed)} of {len(runs)} runs could not be finished. {told} All others "
+                f"{len(failed)} of {len(runs)} runs could not be finished. {reasons} All others "
                 f"are in {self.folder.root}; what is right is not made again."
             )
             if strict:
                 raise GridError(text)
             warnings.warn(text, stacklevel=3)
-        found = [self.found[run.digest] for run in runs if run.digest in self.found]
-        return pd.concat(found or [pd.DataFrame(columns=store.COLUMNS)], ignore_index=True)
+        tables = [self.tables[run.digest] for run in runs if run.digest in self.tables]
+        return pd.concat(tables or [pd.DataFrame(columns=store.COLUMNS)], ignore_index=True)
 
     def _finish(
-        self, run: Run, tasks: Sequence[shards.Task], told: Told, ran: Mapping[str, Any]
+        self, run: Run, tasks: Sequence[Task], info: WorkerInfo, ran: Mapping[str, Any]
     ) -> None:
         """Put the shards of a run together, unless another driver has."""
         file = store.result_file(run.digest)
@@ -236,11 +236,11 @@ class _Session:
                             table = self.folder.read_table(task.file)
                             parts.setdefault(task.kind, []).append(table)
                     whole = {k: pd.concat(v, ignore_index=True) for k, v in parts.items()}
-                    made = {"weights": told.weights, "source": self._source(run.model)}
-                    made |= {"versions": dict(told.versions), "hardware": dict(told.hardware)}
+                    made = {"weights": info.weights, "source": self._source(run.model)}
+                    made |= {"versions": dict(info.versions), "hardware": dict(info.hardware)}
                     store.write_result(self.folder, run, whole, {**made, **ran})
         for task in tasks:
-            if task.kind in shards.OWN and not (task.kind == "edit" and self.keep_edits):
+            if task.kind in OWN and not (task.kind == "edit" and self.keep_edits):
                 self.folder.remove(task.file)
         self._remove_empty(tasks)
         self._take(run)
@@ -251,13 +251,13 @@ class _Session:
         now = self._source(run.model)
         if now and manifest["source"] and now != manifest["source"]:
             raise self._other(run)
-        rows = self.found[run.digest] = store.summary_of(manifest, run)
+        rows = self.tables[run.digest] = store.summary_of(manifest, run)
         self.bars.finished(run.digest, rows)
         if self.on_run is not None:
             self.on_run(run, rows)
 
-    def _check_weights(self, run: Run, told: Told) -> None:
-        if store.read_manifest(self.folder, run)["weights"] != told.weights:
+    def _check_weights(self, run: Run, info: WorkerInfo) -> None:
+        if store.read_manifest(self.folder, run)["weights"] != info.weights:
             raise self._other(run)
 
     def _other(self, run: Run) -> GridError:
@@ -276,12 +276,12 @@ class _Session:
             self._sources[model] = _files_digest(path) if path.is_dir() else ""
         return self._sources[model]
 
-    def _remove_empty(self, tasks: Sequence[shards.Task]) -> None:
-        for folder in {self.folder.path(t.file).parent for t in tasks if t.kind in shards.OWN}:
+    def _remove_empty(self, tasks: Sequence[Task]) -> None:
+        for folder in {self.folder.path(t.file).parent for t in tasks if t.kind in OWN}:
             if folder.is_dir() and not any(folder.iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _tidy(self, every: Mapping[str, Sequence[shards.Task]], grid: Sequence[Run]) -> None:
+    def _tidy(self, every: Mapping[str, Sequence[Task]], grid: Sequence[Run]) -> None:
         """Remove the parts of second moments that were put together."""
         tasks = [task for run in grid for task in every[run.digest]]
         for task in tasks:
@@ -296,6 +296,3 @@ def _files_digest(folder: Path) -> str:
     names = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
     paths = sorted(path for name in names for path in folder.glob(name))
     return file_format.file_digest(*paths)[:16]
-
-
-__all__ = ["run"]

@@ -46,7 +46,7 @@ class Cut:
     """Tokens per shard of second moments, of which there are at most 16: a shard is as large as
     the moments themselves while it lasts."""
     steps: int = 10
-    """Facts per shard of an edit that is made in steps (ROME): it is gone on with behind these."""
+    """Facts per shard of an edit that is made in steps (ROME): it is resumed after these."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -190,8 +190,8 @@ def _strengths(method: Any, model: str, hparams: Any) -> Any:
 
 def _name(method: Any) -> str:
     known = {**ABLATIONS, **METHODS}
-    found = next((name for name, value in known.items() if value == method), None)
-    return "unedited" if method is None else found or type(method).__name__
+    match = next((name for name, value in known.items() if value == method), None)
+    return "unedited" if method is None else match or type(method).__name__
 
 
 def facts_digest(facts: Sequence[Fact]) -> str:
@@ -283,8 +283,8 @@ def load_grid(path: str | Path) -> list[Run]:
 
 
 def _read(row: Mapping[str, Any], lists: Mapping[str, tuple[Fact, ...]]) -> Run:
-    own = {key: value for key, value in row.items() if key not in ("facts", "others", "cut")}
+    values = {k: v for k, v in row.items() if k not in ("facts", "others", "cut")}
     for key in ("method", "hparams", "metrics"):
-        own[key] = from_plain(own[key])
+        values[key] = from_plain(values[key])
     facts, others = lists[row["facts"]], lists[row["others"]] if row["others"] else ()
-    return Run(facts=facts, others=others, cut=Cut(**row["cut"]), **own)
+    return Run(facts=facts, others=others, cut=Cut(**row["cut"]), **values)

@@ -12,7 +12,7 @@ from pmet_lens.experiments.grid import Run
 from pmet_lens.experiments.tasks import Task
 
 MOST_BARS = 8
-"""Runs with a bar of their own at a time; the bar of the grid counts the others."""
+"""Runs that have a bar at a time; the bar of the grid counts the others."""
 
 
 class Progress:
@@ -74,9 +74,9 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per run, one column per metric."""
     order = list(dict.fromkeys(rows["metric"]))
     keys = ["run", "model", "edits", "digest"]  # two runs may have one name
-    found = rows.pivot_table(index=keys, columns="metric", values="mean", sort=False)
-    found = found[order].round(1).reset_index().rename_axis(columns=None)
-    return found.drop(columns="digest")
+    table = rows.pivot_table(index=keys, columns="metric", values="mean", sort=False)
+    table = table[order].round(1).reset_index().rename_axis(columns=None)
+    return table.drop(columns="digest")
 
 
 def _table() -> Callable[[pd.DataFrame], object]:

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmet_lens.experiments import parcels, probing, store
+from pmet_lens.experiments import shared_weights, store
 from pmet_lens.experiments.grid import GridError, Run
 from pmet_lens.experiments.tasks import Task
-from pmet_lens.experiments.worker import Outcome, Told, Worker
+from pmet_lens.experiments.worker import Outcome, Worker, WorkerInfo
 from pmet_lens.models.loading import ModelError
 
 CHUNK_SECONDS = 5.0
@@ -83,7 +83,7 @@ def _no_answer(address: str | None, why: str) -> str:
         return f"Ray could not be started on this machine: {why}"
     return (
         f"No Ray cluster answers at {address!r} ({why.strip().splitlines()[0] if why else ''}). "
-        "Start one with `ray start --head` on its first machine and name the address it tells; "
+        "Start one with `ray start --head` on its first machine and name the address it prints; "
         "without address= the workers run on this machine."
     )
 
@@ -112,23 +112,23 @@ def actors(
     everything = ray.put(dict(runs))
     made: list[Any] = []
 
-    def start(parcel: Any = None) -> Any:
+    def start(weights: Any = None) -> Any:
         threads = max(1, math.floor(share["num_cpus"]))
-        made.append(remote.remote(everything, where, how, threads, parcel))
+        made.append(remote.remote(everything, where, how, threads, weights))
         return made[-1]
 
     try:
         first = start()
-        told = _answer(ray, [first])[0]
-        check_versions(told, store.versions())
-        parcel = None
+        info = _answer(ray, [first])[0]
+        check_versions(info, store.versions())
+        weights = None
         if options["device_map"] is None and n > 1:
-            parcel = first.parcel.remote()  # to every node once; what it holds is never pickled
-        others = [start(parcel) for _ in range(n - 1)]
+            weights = first.packed.remote()  # to every node once; what it holds is never pickled
+        others = [start(weights) for _ in range(n - 1)]
         for other in _answer(ray, others):
             check_versions(other, store.versions())
-            _check_weights(other, told)
-        yield Actors(ray, lambda: start(parcel), [first, *others], told)
+            _check_weights(other, info)
+        yield Actors(ray, lambda: start(weights), [first, *others], info)
     finally:
         for one in made:
             ray.kill(one)
@@ -147,23 +147,23 @@ def shares(
     gpus, cpus = have.get("GPU", 0.0), have.get("CPU", 1.0)
     gpus = 0.0 if options["device"] == "cpu" else gpus
     n = workers or int(gpus) or max(1, int(cpus) // 2)
-    own = gpus / n
+    gpu = gpus / n
     if options["device_map"] is not None and gpus:
-        own = float(int(own))
-        if own < 1:
+        gpu = float(int(gpu))
+        if gpu < 1:
             raise GridError(
                 f"{n} workers with a device_map need {n} GPUs at least, and the cluster has "
                 f"{int(gpus)}: take fewer workers."
             )
-    own = float(min(own, 1.0)) if options["device_map"] is None else own
+    gpu = float(min(gpu, 1.0)) if options["device_map"] is None else gpu
     cpu = cpus / n
-    return n, {"num_gpus": own, "num_cpus": float(int(cpu)) if cpu >= 1 else cpu}
+    return n, {"num_gpus": gpu, "num_cpus": float(int(cpu)) if cpu >= 1 else cpu}
 
 
-def _answer(ray: Any, started: Sequence[Any]) -> list[Told]:
-    """What workers say of themselves, as soon as they have read their model."""
+def _answer(ray: Any, started: Sequence[Any]) -> list[WorkerInfo]:
+    """What workers report of themselves, as soon as they have read their model."""
     try:
-        said = ray.get([one.describe.remote() for one in started], timeout=START_SECONDS)
+        answers = ray.get([one.describe.remote() for one in started], timeout=START_SECONDS)
     except ray.exceptions.GetTimeoutError as error:
         raise GridError(
             f"The workers did not start within {START_SECONDS:.0f} seconds: the cluster may be "
@@ -171,18 +171,18 @@ def _answer(ray: Any, started: Sequence[Any]) -> list[Told]:
         ) from error
     except ray.exceptions.RayError as error:
         raise GridError(f"A worker could not be started: {error}") from error
-    for one in said:
+    for one in answers:
         if isinstance(one, str):
             raise ModelError(f"A worker could not read its model: {one}")
-    return said
+    return answers
 
 
-def check_versions(told: Told, own: Mapping[str, str]) -> None:
+def check_versions(info: WorkerInfo, here: Mapping[str, str]) -> None:
     """Raises `GridError` where a worker has other packages than the driver."""
     other = [
-        f"{name} {version or 'none'} (here {own.get(name) or 'none'})"
-        for name, version in told.versions.items()
-        if version != own.get(name)
+        f"{name} {version or 'none'} (here {here.get(name) or 'none'})"
+        for name, version in info.versions.items()
+        if version != here.get(name)
     ]
     if other:
         raise GridError(
@@ -191,8 +191,8 @@ def check_versions(told: Told, own: Mapping[str, str]) -> None:
         )
 
 
-def _check_weights(told: Told, first: Told) -> None:
-    if told.weights != first.weights:
+def _check_weights(info: WorkerInfo, first: WorkerInfo) -> None:
+    if info.weights != first.weights:
         raise GridError(
             "Two workers read different weights or tokenizers under the same name. Give a "
             "directory that all machines share, or the same revision everywhere."
@@ -208,7 +208,7 @@ class RemoteWorker:
         where: Mapping[str, str],
         how: Mapping[str, Any],
         threads: int,
-        parcel: Any,
+        weights: Any,
     ) -> None:
         import torch
 
@@ -217,30 +217,29 @@ class RemoteWorker:
             os.chdir(where["home"])  # names of models and texts may be relative
         self.error, self.worker = "", None
         try:
-            model = None if parcel is None else parcels.unpack(parcel, runs, how["device"])
+            model = None if weights is None else shared_weights.unpack(weights, runs, how["device"])
             self.worker = Worker(where["folder"], runs, model=model, **how)
         except (OSError, ValueError) as error:
             self.error = str(error)
 
-    def describe(self) -> Told | str:
-        """What it says of itself, or why it cannot work."""
+    def describe(self) -> WorkerInfo | str:
+        """What it reports of itself, or why it cannot work."""
         return self.error if self.worker is None else self.worker.describe()
 
-    def parcel(self) -> Any:
+    def packed(self) -> Any:
         """The weights of its model, for other workers."""
         assert self.worker is not None
-        return parcels.pack(self.worker.model)
+        return shared_weights.pack(self.worker.model)
 
     def do(self, chunk: Sequence[Task]) -> list[Outcome]:
         """Make shards, one after the other."""
         assert self.worker is not None
         return [self.worker.do(task) for task in chunk]
 
-    def probe(self, tasks: Sequence[Task]) -> list[float]:
-        """Seconds that each of these shards would take here, by making a little of every kind."""
+    def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
+        """What `question(worker, *arguments)` gives here."""
         assert self.worker is not None
-        probe, runs = probing.Probe(self.worker.model), self.worker.runs
-        return [probe.seconds(task, runs[task.run]) for task in tasks]
+        return question(self.worker, *arguments)
 
     def pid(self) -> int:
         """Its process."""
@@ -250,19 +249,20 @@ class RemoteWorker:
 class Actors:
     """A `scheduler.Pool` of actors; one that died is replaced."""
 
-    def __init__(self, ray: Any, start: Callable[[], Any], all: Sequence[Any], told: Told) -> None:
-        self._ray, self._start, self._told = ray, start, told
+    def __init__(
+        self, ray: Any, start: Callable[[], Any], all: Sequence[Any], info: WorkerInfo
+    ) -> None:
+        self._ray, self._start, self._info = ray, start, info
         self.idle, self.n = list(all), len(all)
         self.running: dict[Any, tuple[Any, Sequence[Task]]] = {}
         self._seconds: dict[str, list[float]] = {}
 
-    def told(self) -> Told:
-        return self._told
+    def info(self) -> WorkerInfo:
+        return self._info
 
-    def probed(self, tasks: Sequence[Task]) -> list[list[float]]:
-        """What every worker says these shards would take, asked at the same time, so that they
-        are in each other's way as they will be."""
-        return self._ray.get([one.probe.remote(list(tasks)) for one in self.idle])
+    def ask_all(self, question: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `question(worker, *arguments)` gives on every worker, asked at the same time."""
+        return self._ray.get([one.ask.remote(question, *arguments) for one in self.idle])
 
     def free(self) -> int:
         return len(self.idle)

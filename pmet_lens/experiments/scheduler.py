@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 from pmet_lens.experiments.grid import GridError
 from pmet_lens.experiments.store import Folder, FolderError
 from pmet_lens.experiments.tasks import OWN, Task
-from pmet_lens.experiments.worker import Outcome, Told, Worker
+from pmet_lens.experiments.worker import Outcome, Worker, WorkerInfo
 
 LIVES = 3
 """How many workers may die while they work on one shard."""
@@ -27,8 +27,8 @@ OnTask = Callable[[Task, Outcome], object]
 class Pool(Protocol):
     """Workers, all with the same model."""
 
-    def told(self) -> Told:
-        """What every worker says of itself."""
+    def info(self) -> WorkerInfo:
+        """What every worker reports of itself."""
         ...
 
     def free(self) -> int:
@@ -54,7 +54,7 @@ class Serial:
     def __init__(self, worker: Worker) -> None:
         self.worker, self._chunk = worker, deque[Task]()
 
-    def told(self) -> Told:
+    def info(self) -> WorkerInfo:
         return self.worker.describe()
 
     def free(self) -> int:
@@ -82,16 +82,16 @@ class Schedule:
         """`tasks`: digest of a run → its shards (`shards.tasks_of`)."""
         self.folder = folder
         self.all: dict[str, Task] = {}
-        for task in (task for own in tasks.values() for task in own):
+        for task in (task for ts in tasks.values() for task in ts):
             self.all.setdefault(task.file, task)
-        self.of = {digest: {t.file for t in own} for digest, own in tasks.items()}
+        self.of = {digest: {t.file for t in ts} for digest, ts in tasks.items()}
         self.there: set[str] = set()
         self.failed: dict[str, str] = {}
         """Digest of a run → why it cannot be finished."""
         self.deaths: Counter[str] = Counter()
         """File → how many workers died while they made it, or others of its chunk."""
         wanted = dict.fromkeys(
-            file for own in tasks.values() for t in own if t.kind in OWN for file in self._open(t)
+            file for ts in tasks.values() for t in ts if t.kind in OWN for file in self._open(t)
         )
         order = {file: i for i, file in enumerate(self.all)}
         self.waiting = deque(sorted(wanted, key=order.__getitem__))
@@ -122,7 +122,7 @@ class Schedule:
         return False
 
     def run(self, pool: Pool, on_task: OnTask) -> None:
-        """Work until nothing is left. `on_task(task, outcome)` is called behind every task.
+        """Work until nothing is left. `on_task(task, outcome)` is called after every task.
 
         Raises:
             FolderError: where no file can be written any more.
@@ -143,7 +143,7 @@ class Schedule:
             for task, outcome in pool.collect():
                 running.discard(task.file)
                 if outcome is None:
-                    self._mourn(task)
+                    self._record_death(task)
                 elif outcome.state == "busy":
                     busy[task.file] = time.monotonic() + POLL
                 elif outcome.state == "stop":
@@ -178,7 +178,7 @@ class Schedule:
         self.waiting = deque(file for file in self.waiting if file not in taken)
         return chunk
 
-    def _mourn(self, task: Task) -> None:
+    def _record_death(self, task: Task) -> None:
         self.deaths[task.file] += 1
         if (deaths := self.deaths[task.file]) >= LIVES:
             raise GridError(
@@ -204,5 +204,5 @@ class Schedule:
 
     def complete(self, digest: str) -> bool:
         """Whether everything is there that was measured of a run."""
-        own = (self.all[file] for file in self.of[digest])
-        return all(t.file in self.there for t in own if t.kind in OWN and t.kind != "edit")
+        ts = (self.all[file] for file in self.of[digest])
+        return all(t.file in self.there for t in ts if t.kind in OWN and t.kind != "edit")

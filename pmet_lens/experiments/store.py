@@ -101,16 +101,16 @@ class Folder:
         finally:
             lock.release()
 
-    def write_table(self, file: str, table: pd.DataFrame, told: Mapping[str, Any]) -> None:
-        """A table as `file` (parquet), and `told` with its hash beside it (JSON), which comes last:
-        with it the table is there, without it not."""
+    def write_table(self, file: str, table: pd.DataFrame, record: Mapping[str, Any]) -> None:
+        """A table as `file` (parquet), and `record` with its hash beside it (JSON). That comes
+        last: with it the table is there, without it not."""
         path = self.path(file)
         with self.writing(path):
             with file_format.whole(path) as part:
                 _uniform(table).to_parquet(part, index=False)
-            told = {**told, "rows": len(table), "sha256": file_format.file_digest(path)}
+            record = {**record, "rows": len(table), "sha256": file_format.file_digest(path)}
             with file_format.whole(path.with_suffix(".json")) as part:
-                part.write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
+                part.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
 
     def read_table(self, file: str) -> pd.DataFrame:
         """A table that is `intact`."""
@@ -128,8 +128,8 @@ class Folder:
             return False
         try:
             if path.suffix == ".parquet":
-                told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-                return told["sha256"] == file_format.file_digest(path)
+                record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+                return record["sha256"] == file_format.file_digest(path)
             if path.suffix == ".json":
                 text = json.loads(path.read_text(encoding="utf-8"))
                 return text["sha256"] == hash_of(text["contexts"])
@@ -175,14 +175,15 @@ def rows_of(run: Run, folder: str | Path) -> pd.DataFrame:
     Raises:
         GridError: where the result is not there, or is damaged.
     """
-    own = Folder(Path(folder))
+    results = Folder(Path(folder))
     file = result_file(run.digest)
-    if not own.intact(file):
+    if not results.intact(file):
+        state = "damaged" if results.present(file) else "not there"
         raise GridError(
-            f"{own.path(file)} is {'damaged' if own.present(file) else 'not there'}: run the grid "
-            "with pl.run, which makes what is missing."
+            f"{results.path(file)} is {state}: run the grid with pl.run, which makes what is "
+            "missing."
         )
-    return own.read_table(file)
+    return results.read_table(file)
 
 
 def summarise_parts(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -191,7 +192,7 @@ def summarise_parts(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     asked = [parts[kind] for kind in ("answers", "generation") if kind in parts]
     tables = [metrics.summarise(pd.concat(asked, ignore_index=True))] if asked else []
     if "others" in parts:
-        # In groups every fact is asked behind each of the edits.
+        # In groups every fact is asked after each of the edits.
         right = (
             100 * parts["others"].pivot_table(index="fact", values="correct")["correct"].to_numpy()
         )
@@ -204,15 +205,15 @@ def summarise_parts(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def write_result(
-    folder: Folder, run: Run, parts: Mapping[str, pd.DataFrame], told: Mapping[str, Any]
+    folder: Folder, run: Run, parts: Mapping[str, pd.DataFrame], made: Mapping[str, Any]
 ) -> None:
-    """Rows and manifest of one run. `told`: what the manifest says beside run and summary."""
+    """Rows and manifest of one run. `made`: what the manifest says beside run and summary."""
     summary = summarise_parts(parts).reset_index()
     summary = summary.astype(object).where(summary.notna(), None)
     rows = [parts[k] for k in ("answers", "generation") if k in parts]
     rows += [parts["others"].assign(kind="other")] if "others" in parts else []
     table = pd.concat(rows, ignore_index=True) if rows else parts["ability"]
-    manifest = {"format": FORMAT, "name": run.name, "run": run.record(), **told}
+    manifest = {"format": FORMAT, "name": run.name, "run": run.record(), **made}
     manifest["summary"] = summary.to_dict(orient="list")
     folder.write_table(result_file(run.digest), table, manifest)
 
@@ -226,20 +227,21 @@ def hardware(device: Any) -> dict[str, Any]:
     """What the numbers were computed on."""
     import torch
 
-    own: Any = getattr(torch, device.type, None)
-    name = own.get_device_name(device) if hasattr(own, "get_device_name") else platform.machine()
+    backend: Any = getattr(torch, device.type, None)
+    named = hasattr(backend, "get_device_name")
+    name = backend.get_device_name(device) if named else platform.machine()
     cores = os.cpu_count() or 1
     return {"device": name, "cores": cores, "threads": torch.get_num_threads()}
 
 
 def _uniform(table: pd.DataFrame) -> pd.DataFrame:
     """Columns of one type each, as parquet wants them: records may be numbered and named."""
-    own = {}
+    texts = {}
     for name, column in table.items():
         kinds = {type(v) for v in column if not (v is None or _is_nan(v))}
         if column.dtype == object and len(kinds) > 1:
-            own[name] = [v if v is None else str(v) for v in column]
-    return table.assign(**own)
+            texts[name] = [v if v is None else str(v) for v in column]
+    return table.assign(**texts)
 
 
 def _is_nan(value: Any) -> bool:

@@ -26,15 +26,15 @@ _UNREAD = {"second_moment_weight": 1.0, "null_space_threshold": 1.0, "null_space
 """Strengths the optimisation does not read: targets that differ in nothing else are the same."""
 
 
-def save(found: Targets, path: str | Path) -> None:
+def save(optimised: Targets, path: str | Path) -> None:
     """Write targets and their history as safetensors. The file appears whole or not at all."""
-    tensors = {f"values.{s}": v for s, v in found.values.items()}
-    tensors |= {f"clean.{s}": v for s, v in found.clean.items()}
-    for name, column in found.history.items():
+    tensors = {f"values.{s}": v for s, v in optimised.values.items()}
+    tensors |= {f"clean.{s}": v for s, v in optimised.clean.items()}
+    for name, column in optimised.history.items():
         numbers = column.map(STOPPED.index) if name == "stopped" else column
         tensors[f"history.{name}"] = torch.from_numpy(numbers.to_numpy().copy())
-    head = {"format": FORMAT, "layer": found.layer, "position": found.position}
-    head["columns"] = list(found.history.columns)
+    head = {"format": FORMAT, "layer": optimised.layer, "position": optimised.position}
+    head["columns"] = list(optimised.history.columns)
     file_format.write(path, tensors, head, "targets", edit_files.EditError)
 
 
@@ -70,8 +70,8 @@ def key(
     read = strengths(hparams)
     text = [f"{f.text} {f.target_new}" for f in facts]
     asked = [(f.subject, f.prompt, f.target_new) for f in facts]
-    behind = [c for c in contexts if c != tokens.PLAIN]
-    made = [method.delta_at, method.position, asdict(read), asked, behind]
+    prefixes = [c for c in contexts if c != tokens.PLAIN]
+    made = [method.delta_at, method.position, asdict(read), asked, prefixes]
     made.append(model.tokenizer(text)["input_ids"])
     made += [asdict(model.frame)] if model.frame else []
     whole = json.dumps([*made, weights(model)])

@@ -48,10 +48,10 @@ def tasks_of(grid: Sequence[Run], weights: str) -> dict[str, list[Task]]:
     passes: dict[str, list[str]] = {}
     for run in grid:
         for site in sites_of(run):
-            own = passes.setdefault(_moments_key(run, weights), [])
-            own += [] if site in own else [site]
-    for own in passes.values():
-        own.sort(key=Site.parse)
+            sites = passes.setdefault(_moments_key(run, weights), [])
+            sites += [] if site in sites else [site]
+    for sites in passes.values():
+        sites.sort(key=Site.parse)
     return {run.digest: list(_tasks(run, weights, passes)) for run in grid}
 
 
@@ -91,10 +91,10 @@ def _tasks(run: Run, weights: str, passes: Mapping[str, Sequence[str]]) -> Itera
     for first, end in edit_ranges(run):
         edit: tuple[str, ...] = ()
         if run.method is not None:
-            own = _made_from(run, weights, first, end)
-            yield from _steps(run, weights, own, common) if run.stepwise else ()
+            parts = _made_from(run, weights, first, end)
+            yield from _steps(run, weights, parts, common) if run.stepwise else ()
             edit = (edit_file(run, weights, first),)
-            needs = (*common, *(file for file, *_ in own))
+            needs = (*common, *(file for file, *_ in parts))
             yield Task("edit", edit[0], run.digest, first, end, needs, first=first)
         yield from _measured(run, weights, first, end, edit)
 
@@ -103,25 +103,25 @@ def _before_edit(run: Run, weights: str, passes: Mapping[str, Sequence[str]]) ->
     """What the edits of a run and of others are made from."""
     contexts = contexts_file(run, weights)
     yield Task("contexts", contexts, run.digest)
-    key, own = _moments_key(run, weights), moment_files(run, weights)
+    key, moments = _moments_key(run, weights), moment_files(run, weights)
     sites = tuple(passes[key])
     parts = []
     for k in range(run.cut.parts(run.n_tokens)):
         parts.append(f"moments/{key}/part-{hash_of(sites)}-{k:02}.safetensors")
         yield Task("part", parts[-1], run.digest, k, k + 1, sites=sites)
-    for site, file in own.items():
+    for site, file in moments.items():
         yield Task("moments", file, run.digest, needs=tuple(parts), sites=(site,))
     for file, start, stop in [] if run.stepwise else _target_files(run, weights):
         yield Task("targets", file, run.digest, start, stop, (contexts,))
 
 
 def _steps(
-    run: Run, weights: str, own: Sequence[tuple[str, int, int]], common: tuple[str, ...]
+    run: Run, weights: str, shards: Sequence[tuple[str, int, int]], common: tuple[str, ...]
 ) -> Iterator[Task]:
     """Each shard is made on the model with the edits of those before it."""
     before: tuple[str, ...] = ()
-    for file, start, stop in own:
-        yield Task("steps", file, run.digest, start, stop, (*common, *before), first=own[0][1])
+    for file, start, stop in shards:
+        yield Task("steps", file, run.digest, start, stop, (*common, *before), first=shards[0][1])
         before = (file,)
 
 
@@ -130,11 +130,11 @@ def _measured(
 ) -> Iterator[Task]:
     """What is asked with one edit on the model."""
     folder = f"answers/{run.digest}-{weights[:8]}"
-    told = end if run.generate is None else min(end, run.generate)
+    generated = end if run.generate is None else min(end, run.generate)
     ranges = {
         "answers": (first, end, run.cut.answers),
         "collateral": (0, len(run.others), run.cut.others),
-        "generation": (first, told, run.cut.answers),
+        "generation": (first, generated, run.cut.answers),
         "ability": (0, 1, 1),
     }
     for metric in run.metrics:

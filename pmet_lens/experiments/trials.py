@@ -42,7 +42,7 @@ class Trial:
     change: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the model's `Hparams` that differ, with their values."""
     prefixes: bool = True
-    """Whether prompts also stand behind context prefixes."""
+    """Whether prompts also come after context prefixes."""
 
 
 def ablations(hparams: Hparams) -> dict[str, Trial]:
@@ -99,14 +99,14 @@ class Bench:
         )
 
     def hparams(self, trial: Trial) -> Any:
-        """The strengths of a trial; None for a gradient method that knows its own."""
-        own = self.settings(trial.method)
-        if own is None and trial.change:
+        """The strengths of a trial; None for a gradient method, which knows its settings."""
+        known_here = self.settings(trial.method)
+        if known_here is None and trial.change:
             raise SettingsError(
-                f"{trial.method} has settings of its own: give Bench hparams= to change "
+                f"{trial.method} knows its settings itself: give Bench hparams= to change "
                 f"{', '.join(trial.change)}."
             )
-        return own if own is None else replace(own, **trial.change)
+        return None if known_here is None else replace(known_here, **trial.change)
 
     def targets(
         self, trial: Trial, facts: Sequence[Fact], on_facts: OnDone | None = None
@@ -167,7 +167,7 @@ class Bench:
 
 
 def known(model: Model, method: Method | Editor) -> Hparams | None:
-    """The settings `pl.HPARAMS` has; None for gradient methods, which know their own."""
+    """The settings `pl.HPARAMS` has; None for gradient methods, which know theirs."""
     return hparams_for(model, method) if isinstance(method, Method) else None
 
 
@@ -215,7 +215,7 @@ def _measured(
 ) -> tuple[pd.DataFrame, metrics.Numbers]:
     """The rows of `evaluate` with the trial's edit, and per other fact 100 where it is right."""
     at_once = getattr(trial.method, "at_once", None)
-    stepwise = at_once is not None and at_once < len(facts)  # then every step has its own targets
+    stepwise = at_once is not None and at_once < len(facts)  # then every step has its targets
     made = bench.edit(trial, facts, None if stepwise else bench.targets(trial, facts))
     with made.applied(bench.model):
         rows = scoring.evaluate(bench.model, facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from pmet_lens.data import datasets, file_format
+from pmet_lens.data.facts import Fact
 from pmet_lens.editing import targets
 from pmet_lens.editing.edits import Edit, merged
 from pmet_lens.editing.locate_and_edit import edit
@@ -45,8 +46,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a worker says of itself."""
+class WorkerInfo:
+    """What a worker reports of itself."""
 
     weights: str
     """A hash of all weights, of the tokens, and of what stands around a prompt."""
@@ -79,9 +80,9 @@ class Worker:
         self._on: tuple[tuple[str, ...], Edit] | None = None
         """The files of the edits that are on the model, and their sum."""
 
-    def describe(self) -> Told:
+    def describe(self) -> WorkerInfo:
         """What has to be the same for all workers, and what the manifest says."""
-        return Told(self.weights, store.versions(), store.hardware(self.model.device))
+        return WorkerInfo(self.weights, store.versions(), store.hardware(self.model.device))
 
     def do(self, task: Task) -> Outcome:
         """Make a shard, unless it is there, or another process is at it."""
@@ -118,8 +119,8 @@ class Worker:
 
     def _contexts(self, run: Run, _: Task, path: Path) -> None:
         self.leave()
-        found = tokens.sample_contexts(self.model, run.seed)
-        text = json.dumps({"contexts": found, "sha256": hash_of(found)}, ensure_ascii=False)
+        contexts = tokens.sample_contexts(self.model, run.seed)
+        text = json.dumps({"contexts": contexts, "sha256": hash_of(contexts)}, ensure_ascii=False)
         with self.folder.writing(path), file_format.whole(path) as part:
             part.write_text(text, encoding="utf-8")
 
@@ -128,7 +129,7 @@ class Worker:
         self.leave()
         n = run.cut.parts(run.n_tokens)
         sites = [Site.parse(site) for site in task.sites]
-        own = run.n_tokens // n + (task.start < run.n_tokens % n)
+        n_tokens = run.n_tokens // n + (task.start < run.n_tokens % n)
         for again in (True, False):
             texts = itertools.islice(datasets.texts(run.texts), task.start, None, n)
             try:
@@ -139,7 +140,7 @@ class Worker:
                     sorted({site.layer for site in sites}),
                     every=MOMENTS_KEPT_EVERY,
                     projections=sorted({site.projection for site in sites}),
-                    n_tokens=own,
+                    n_tokens=n_tokens,
                 )
                 break
             except MomentError:
@@ -158,8 +159,8 @@ class Worker:
         (site,) = map(Site.parse, task.sites)
         total = None
         for file in task.needs:
-            found = moment_files.load_moments(self.folder.path(file), [site])[site]
-            total = found if total is None else total + found
+            part = moment_files.load_moments(self.folder.path(file), [site])[site]
+            total = part if total is None else total + part
         if total is not None:
             with self.folder.writing(path):
                 moment_files.save_moments({site: total}, path, self.model.name)
@@ -168,9 +169,9 @@ class Worker:
         self.leave()
         facts = run.facts[task.start : task.stop]
         method: Any = run.method
-        found = targets.optimise(self.model, facts, method, run.hparams, self._prefixes(run))
+        optimised = targets.optimise(self.model, facts, method, run.hparams, self._prefixes(run))
         with self.folder.writing(path):
-            target_files.save(found, path)
+            target_files.save(optimised, path)
 
     def _steps(self, run: Run, task: Task, path: Path) -> None:
         """A part of an edit in steps, on the model as edited so far."""
@@ -182,12 +183,12 @@ class Worker:
             self._save(self._made(self._before(run, task.first, task.stop)), path)
             return
         self.leave()
-        found = None
+        known = None
         if isinstance(run.method, Method):
-            found = targets.joined([*self._found(run, task.start, task.stop)])
-        self._save(self._edited(run, task, found), path)
+            known = targets.joined([*self._read_targets(run, task.start, task.stop)])
+        self._save(self._edited(run, task, known), path)
 
-    def _edited(self, run: Run, task: Task, found: targets.Targets | None) -> Edit:
+    def _edited(self, run: Run, task: Task, known: targets.Targets | None) -> Edit:
         """The edit of the facts of this task on the model as it is."""
         method, contexts = run.method, None
         files = tasks.moment_files(run, self.weights)
@@ -199,7 +200,7 @@ class Worker:
         if files:
             contexts = self._prefixes(run)
         facts = run.facts[task.start : task.stop]
-        return edit(self.model, facts, moments, method, run.hparams, contexts, found)
+        return edit(self.model, facts, moments, method, run.hparams, contexts, known)
 
     def _save(self, made: Edit, path: Path) -> None:
         with self.folder.writing(path):
@@ -210,28 +211,36 @@ class Worker:
         ranges = tasks.step_ranges(run, first, stop)
         return tuple(tasks.step_file(run, self.weights, first, end) for _, end in ranges)
 
-    def _found(self, run: Run, first: int, end: int) -> Iterator[targets.Targets]:
+    def _read_targets(self, run: Run, first: int, end: int) -> Iterator[targets.Targets]:
         """The targets of these facts, shard by shard."""
         for start, stop in tasks.target_ranges(run):
             if start < end and stop > first:
                 file = tasks.target_file(run, self.weights, start, stop)
-                own = target_files.load(self.folder.path(file))
-                yield own[max(first - start, 0) : min(end, stop) - start]
+                shard = target_files.load(self.folder.path(file))
+                yield shard[max(first - start, 0) : min(end, stop) - start]
 
     def _answers(self, run: Run, task: Task, _: Path) -> None:
-        self._put(task.needs)
-        rows = scoring.evaluate(self.model, run.facts[task.start : task.stop])
-        self._write(task, rows.assign(fact=rows["fact"] + task.start))
+        self._ask(task, run.facts, scoring.evaluate)
 
     def _generation(self, run: Run, task: Task, _: Path) -> None:
-        self._put(task.needs)
-        rows = scoring.evaluate(self.model, run.facts[task.start : task.stop], generate=True)
-        rows = rows.loc[rows["kind"] == "generation"]
-        self._write(task, rows.assign(fact=rows["fact"] + task.start))
+        def generated(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
+            rows = scoring.evaluate(model, facts, generate=True)
+            return rows.loc[rows["kind"] == "generation"]
+
+        self._ask(task, run.facts, generated)
 
     def _others(self, run: Run, task: Task, _: Path) -> None:
+        self._ask(task, run.others, scoring.recall)
+
+    def _ask(
+        self,
+        task: Task,
+        facts: Sequence[Fact],
+        score: Callable[[Model, Sequence[Fact]], pd.DataFrame],
+    ) -> None:
+        """Score the facts of a task with its edit on the model."""
         self._put(task.needs)
-        rows = scoring.recall(self.model, run.others[task.start : task.stop])
+        rows = score(self.model, facts[task.start : task.stop])
         self._write(task, rows.assign(fact=rows["fact"] + task.start))
 
     def _ability(self, run: Run, task: Task, _: Path) -> None:
@@ -263,11 +272,11 @@ class Worker:
     def _read(self, file: str) -> Edit:
         """An edit, its factors where their product is computed fast."""
         made = Edit.load(self.folder.path(file))
-        own = {
+        factors = {
             s: tuple(f.to(self.model.weight(s).device) for f in both)
             for s, both in made.factors.items()
         }
-        return replace(made, factors=own)
+        return replace(made, factors=factors)
 
     def _prefixes(self, run: Run) -> list[str]:
         path = self.folder.path(tasks.contexts_file(run, self.weights))

@@ -14,7 +14,7 @@ from conftest import keep, number
 
 import pmet_lens as pl
 from pmet_lens.editing import targets
-from pmet_lens.experiments import costs
+from pmet_lens.plans import costs
 
 shares: list[dict[str, str]] = []
 

@@ -24,7 +24,7 @@ from conftest import RESULTS, markdown, number, wait, where
 import pmet_lens as pl
 from pmet_lens.editing import targets
 from pmet_lens.editing.solvers import Dense, Ridge
-from pmet_lens.experiments import costs
+from pmet_lens.plans import costs
 
 ROUNDS = 5
 

@@ -8,11 +8,12 @@ from itertools import chain
 from typing import Any
 
 from pmet_lens.editing.method import Method
-from pmet_lens.experiments import costs, tasks
-from pmet_lens.experiments.costs import Estimate, Sizes
+from pmet_lens.experiments import tasks
 from pmet_lens.experiments.grid import Run
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Site
+from pmet_lens.plans import costs
+from pmet_lens.plans.costs import Estimate, Sizes
 
 SAMPLE = 64
 """Facts of a run whose tokens are counted; the others have the same mean."""
@@ -61,15 +62,15 @@ class Count:
     def estimate(self, run: Run) -> Estimate:
         """Of the edit of a run."""
         if run.digest not in self._estimates:
-            found = costs.estimate(
+            estimate = costs.estimate(
                 self.model, run.facts[:SAMPLE], run.method or "", run.hparams, CONTEXTS,
                 n_facts=run.edits, sizes=self.sizes,
             )  # fmt: skip
-            self._estimates[run.digest] = found
+            self._estimates[run.digest] = estimate
             sites = len(tasks.sites_of(run))
             moments = 8 * sites * self._largest(run) ** 2
-            most = max(found.activations, found.moment, moments)
-            self.memory = max(self.memory, self.sizes.weights + most + found.host)
+            most = max(estimate.activations, estimate.moment, moments)
+            self.memory = max(self.memory, self.sizes.weights + most + estimate.host)
         return self._estimates[run.digest]
 
     def _largest(self, run: Run) -> int:
@@ -80,10 +81,10 @@ class Count:
 
     def _part(self, run: Run, task: tasks.Task) -> _Work:
         sites = [Site.parse(s) for s in task.sites]
-        own = float(run.n_tokens // run.cut.parts(run.n_tokens))
+        n = float(run.n_tokens // run.cut.parts(run.n_tokens))
         products = sum(self.sizes.d_in[s.projection] ** 2 for s in sites)
         below = 2 * sum(self.sizes.blocks[: 1 + max(s.layer for s in sites)])
-        return own, own * (below + products), own * products, 0, 8 * products
+        return n, n * (below + products), n * products, 0, 8 * products
 
     def _moments(self, run: Run, task: tasks.Task) -> _Work:
         d = self.sizes.d_in[Site.parse(task.sites[0]).projection]
@@ -91,31 +92,33 @@ class Count:
         return 1, sums, sums, 2 * 8 * d**2, 0  # and its factor
 
     def _targets(self, run: Run, task: tasks.Task) -> _Work:
-        found, n = self.estimate(run), task.stop - task.start
+        estimate, n = self.estimate(run), task.stop - task.start
         method: Any = run.method
         values = 2 * len(method.delta_at) * self.sizes.d_model * self.model.dtype.itemsize
         history = 8 * 11 * run.hparams.n_steps
-        return n, found.targets * n / found.facts, 0, n * (values + history), 0
+        return n, estimate.targets * n / estimate.facts, 0, n * (values + history), 0
 
     def _steps(self, run: Run, task: tasks.Task) -> _Work:
-        n, found = task.stop - task.start, self.estimate(run)
-        own, exact, size = self._solved(run, n, factorised=task.start == task.first)
-        return n, own + found.targets * n / found.facts, exact, size, 0
+        n, estimate = task.stop - task.start, self.estimate(run)
+        solved, exact, size = self._solved(run, n, factorised=task.start == task.first)
+        return n, solved + estimate.targets * n / estimate.facts, exact, size, 0
 
     def _edit(self, run: Run, task: tasks.Task) -> _Work:
         n = task.stop - task.start
         if not isinstance(run.method, Method):
             return n, float("nan"), 0, 0, 8 * self.sizes.d_model * 2 * max(self.sizes.d_in.values())
-        own, exact, size = self._solved(run, n, factorised=True)
-        return (n, 0, 0, 0, size) if run.stepwise else (n, own, exact, 0, size)
+        solved, exact, size = self._solved(run, n, factorised=True)
+        return (n, 0, 0, 0, size) if run.stepwise else (n, solved, exact, 0, size)
 
     def _solved(self, run: Run, n: int, factorised: bool) -> tuple[float, float, int]:
         """Operations of the keys and solves of `n` facts, those in float64, bytes of the edit."""
-        found = self.estimate(run)
+        estimate = self.estimate(run)
         size = [self.sizes.d_in[Site.parse(s).projection] for s in tasks.sites_of(run)]
-        exact = found.solve * n / found.facts + (sum(d**3 / 3 for d in size) if factorised else 0)
+        exact = estimate.solve * n / estimate.facts + (
+            sum(d**3 / 3 for d in size) if factorised else 0
+        )
         kept = 8 * n * sum(d + self.sizes.d_model for d in size)
-        return found.keys * n / found.facts + exact, exact, kept
+        return estimate.keys * n / estimate.facts + exact, exact, kept
 
     def _answers(self, run: Run, task: tasks.Task) -> _Work:
         n = task.stop - task.start
@@ -144,8 +147,8 @@ class Count:
         if key not in self._forward:
             texts = [{f.text} for f in facts]
             if what == "answers":
-                for own, f in zip(texts, facts, strict=True):
-                    own.update(f.paraphrases, (p for p, _ in f.neighbours))
+                for prompts, f in zip(texts, facts, strict=True):
+                    prompts.update(f.paraphrases, (p for p, _ in f.neighbours))
             every = list(chain.from_iterable(texts))
             read = sum(map(len, self.model.tokenizer(every)["input_ids"])) + len(every)
             self._forward[key] = read * self._pass / len(facts)

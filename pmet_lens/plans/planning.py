@@ -1,4 +1,4 @@
-"""What a grid would cost, told before it runs: memory, operations, bytes on disk, and time.
+"""What a grid would cost, before it runs: memory, operations, bytes on disk, and time.
 
 Operations and bytes are counted, shard by shard, what runs share once. Time comes from a short
 probe on the machine that asks, or from rates that somebody gives; how the shards are dealt out to
@@ -16,13 +16,14 @@ from typing import Any
 
 import pandas as pd
 
-from pmet_lens.experiments import costs, probing, ray_engine
-from pmet_lens.experiments import tasks as shards
-from pmet_lens.experiments.costs import Sizes, scaled
+from pmet_lens.experiments import ray_engine
 from pmet_lens.experiments.grid import ENGINES, GridError, Run, by_model, check_grid
-from pmet_lens.experiments.workload import Count, Shard
+from pmet_lens.experiments.tasks import tasks_of
 from pmet_lens.models.loading import load
 from pmet_lens.models.model import Model
+from pmet_lens.plans import costs, probing
+from pmet_lens.plans.costs import Sizes, scaled
+from pmet_lens.plans.workload import Count, Shard
 
 UNITS = {
     "contexts": "set", "part": "token", "moments": "site", "targets": "fact", "steps": "fact",
@@ -68,8 +69,8 @@ class Plan:
         for row in self.table.to_dict("records"):
             counted = "" if pd.isna(row["operations"]) else scaled(float(row["operations"]))
             size, units = scaled(int(row["bytes"])), f"{row['units']:,.0f} {row['unit']}"
-            told = [row["kind"], row["shards"], units, counted, size, clock(row["seconds"])]
-            rows.append([str(cell).strip() for cell in told])
+            cells = [row["kind"], row["shards"], units, counted, size, clock(row["seconds"])]
+            rows.append([str(cell).strip() for cell in cells])
         head = ["shards of", "number", "work", "operations", "on disk", "one worker"]
         lines = [head, *rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -136,36 +137,36 @@ def plan(
         for (name, dtype, template), group in by_model(runs).items():
             clock = probing.Clock()
             if stand_in is None:
-                here = where if ray is None else {}  # the workers have their own devices
+                here = where if ray is None else {}  # the workers have other devices
                 model = load(name, dtype=dtype, template=template, **here)
                 sizes = costs.sizes_of(model)
             else:
                 model, sizes = stand_in
             read = clock.seconds()
-            count, own = Count(model, sizes), list[Shard]()
-            for tasks in shards.tasks_of(group, f"plan of {name} {dtype}").values():
-                own += [count.shard(task, group) for task in tasks]
+            count, shards = Count(model, sizes), list[Shard]()
+            for tasks in tasks_of(group, f"plan of {name} {dtype}").values():
+                shards += [count.shard(task, group) for task in tasks]
             memory = max(memory, count.memory)
             if rates is not None:
-                seconds = [rates(s.task.kind, s.operations, s.exact) for s in own]
+                seconds = [rates(s.task.kind, s.operations, s.exact) for s in shards]
             elif ray is None:
                 probe = probing.Probe(model)
-                seconds = [probe.seconds(s.task, s.run) for s in own]
+                seconds = [probe.seconds(s.task, s.run) for s in shards]
             else:
-                seconds, read, workers = _asked(ray, own, group, workers, where)
-            for shard, took in zip(own, seconds, strict=True):
+                seconds, read, workers = _asked(ray, shards, group, workers, where)
+            for shard, took in zip(shards, seconds, strict=True):
                 shard.seconds = took
             start += read
-            counted += own
+            counted += shards
         clock = probing.Clock()
     start += clock.seconds()  # to take Ray down again
     distinct = {shard.task.file: shard for shard in counted}.values()
-    return _told(list(distinct), runs, workers or 1, memory, start)
+    return _plan(list(distinct), runs, workers or 1, memory, start)
 
 
 def _asked(
     ray: Any,
-    own: Sequence[Shard],
+    shards: Sequence[Shard],
     group: Sequence[Run],
     workers: int | None,
     where: Mapping[str, Any],
@@ -178,34 +179,34 @@ def _asked(
         ray_engine.actors(ray, folder, runs, workers, where) as pool,
     ):
         begun = clock.seconds()
-        found = pool.probed([shard.task for shard in own])
-    return [sum(times) / len(times) for times in zip(*found, strict=True)], begun, pool.n
+        measured = pool.ask_all(probing.seconds_of, [shard.task for shard in shards])
+    return [sum(times) / len(times) for times in zip(*measured, strict=True)], begun, pool.n
 
 
-def _told(
-    found: Sequence[Shard], runs: Sequence[Run], workers: int, memory: int, start: float
+def _plan(
+    shards: Sequence[Shard], runs: Sequence[Run], workers: int, memory: int, start: float
 ) -> Plan:
     rows: dict[str, list[Any]] = {}
-    for shard in found:
-        own = rows.setdefault(shard.task.kind, [0, 0.0, 0.0, 0, 0.0])
-        own[0] += 1
+    for shard in shards:
+        sums = rows.setdefault(shard.task.kind, [0, 0.0, 0.0, 0, 0.0])
+        sums[0] += 1
         numbers = (shard.units, shard.operations, shard.kept, shard.seconds)
         for i, value in enumerate(numbers, start=1):
-            own[i] += value
+            sums[i] += value
     columns = ["shards", "units", "operations", "bytes", "seconds"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     table = table.rename_axis("kind").reset_index()
     table.insert(3, "unit", table["kind"].map(UNITS))
-    kept = sum(shard.kept for shard in found)
+    kept = sum(shard.kept for shard in shards)
     return Plan(
         table=table,
         runs=len(runs),
         memory=memory,
         disk=kept,
-        disk_most=kept + sum(shard.passing for shard in found),
+        disk_most=kept + sum(shard.passing for shard in shards),
         workers=workers,
         start=start,
-        tasks={s.task.file: (s.seconds, s.task.needs) for s in found},
+        tasks={s.task.file: (s.seconds, s.task.needs) for s in shards},
     )
 
 

@@ -1,7 +1,7 @@
-"""What an edit would cost, told before it runs, by counting.
+"""What an edit would cost, before it runs, by counting.
 
 Products with weight matrices count, 2 operations per parameter and token, in the batches the edit
-would make, padding included. Attention's own products do not: in large models they are small.
+would make, padding included. The products within attention do not: in large models they are small.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Estimate:
     def __str__(self) -> str:
         ratio = f"   (the plain one: {self.whole_step / self.step:.1f} times that)"
         more = {"step": ratio, "targets": "   (at most)", "activations": "   (about)"}
-        told = ("step", "targets", "keys", "solve", "total")
+        counted = ("step", "targets", "keys", "solve", "total")
         kept = ("weights", "activations", "moment", "peak", "host")
-        lines = (f"{n:<12}{scaled(getattr(self, n))}{more.get(n, '')}" for n in (*told, *kept))
+        lines = (f"{n:<12}{scaled(getattr(self, n))}{more.get(n, '')}" for n in (*counted, *kept))
         return "\n".join([f"{'facts':<12}{self.facts:>8,}", *lines])
 
 
@@ -79,7 +79,7 @@ class Sizes:
     blocks: tuple[int, ...]
     """Parameters in the matrices of every block."""
     last_mlp: int
-    """Of these, those of the last MLP; 0: it is no module of its own."""
+    """Of these, those of the last MLP; 0: it is no separate module."""
     embedding: int
     """Entries of the token embeddings."""
     d_model: int
@@ -216,15 +216,15 @@ class _Count:
 
 
 def _matrices(model: Model) -> tuple[list[int], int]:
-    """Parameters in the matrices of every block, and of the last MLP (0: no module of its own)."""
+    """Parameters in the matrices of every block, and of the last MLP (0: no separate module)."""
     sizes = {name: p.numel() for name, p in model.hf.named_parameters() if p.ndim == 2}
-    found, mlp = [0] * model.n_layers, 0
+    blocks, mlp = [0] * model.n_layers, 0
     for layer in range(model.n_layers):
         before, number, rest = model.parameter_name(Site(layer, "mlp")).partition(f".{layer}.")
-        own = {name: n for name, n in sizes.items() if name.startswith(before + number)}
-        found[layer], part = sum(own.values()), f"{before}{number}{rest.split('.')[0]}."
-        mlp = sum(n for name, n in own.items() if name.startswith(part) and rest.count(".") > 1)
-    return found, mlp
+        inside = {name: n for name, n in sizes.items() if name.startswith(before + number)}
+        blocks[layer], part = sum(inside.values()), f"{before}{number}{rest.split('.')[0]}."
+        mlp = sum(n for name, n in inside.items() if name.startswith(part) and rest.count(".") > 1)
+    return blocks, mlp
 
 
 def scaled(value: float | int) -> str:

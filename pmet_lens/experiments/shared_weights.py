@@ -1,8 +1,8 @@
 """A model's weights on their way to other processes: arrays that one node holds once.
 
-A parcel is plain arrays and a configuration. Ray keeps the arrays in the shared memory of a node,
-where every worker sees them without a copy; what an edit writes to is copied, and nothing else is
-where the model stays on the CPU.
+They travel as plain arrays and a configuration. Ray keeps the arrays in the shared memory of a
+node, where every worker sees them without a copy; what an edit writes to is copied, and nothing
+else is where the model stays on the CPU.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def pack(model: Model) -> dict[str, Any]:
     }
 
 
-def unpack(parcel: Mapping[str, Any], runs: Mapping[str, Run], device: str | None) -> Model:
-    """The model of `runs` from a parcel. On the CPU it shares memory with it, but for the weights
-    of its sites, which an edit writes to."""
-    run, shapes = next(iter(runs.values())), parcel["shapes"]
-    state = {name: _tensor(array, *shapes[name]) for name, array in parcel["arrays"].items()}
-    dtype = getattr(torch, parcel["dtype"])
-    hf = parcel["kind"].from_pretrained(
-        None, config=parcel["config"], state_dict=state, dtype=dtype
+def unpack(packed: Mapping[str, Any], runs: Mapping[str, Run], device: str | None) -> Model:
+    """The model of `runs` from what `pack` gave. On the CPU they share memory, but for the weights
+    of the sites, which an edit writes to."""
+    run, shapes = next(iter(runs.values())), packed["shapes"]
+    state = {name: _tensor(array, *shapes[name]) for name, array in packed["arrays"].items()}
+    dtype = getattr(torch, packed["dtype"])
+    hf = packed["kind"].from_pretrained(
+        None, config=packed["config"], state_dict=state, dtype=dtype
     )
     hf = hf if device is None else moved(hf, device)
-    model = load(hf, parcel["tokenizer"], name=Path(run.model).name, template=run.template)
+    model = load(hf, packed["tokenizer"], name=Path(run.model).name, template=run.template)
     for site in (Site(n, p) for n in range(model.n_layers) for p in get_args(Projection)):
         weight = model.parameter(site)
         weight.data = weight.data.clone()  # the shared bits cannot be written to

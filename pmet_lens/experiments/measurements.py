@@ -30,14 +30,14 @@ def measure(
     """`summarise` of the facts with `edit` applied (None: the model as it is), and, where `others`
     are given, the row "collateral": the share of those facts, none of them edited, that is still
     answered right (per cent, higher is better). GE and RS are those of the first `generate` facts.
-    The model is left as it was found."""
+    The model is left as it was."""
     if edit is not None:
         with edit.applied(model):
             return measure(model, facts, None, others, generate=generate)
     rows = scoring.evaluate(model, facts)
     if generate and any(f.generation for f in facts[:generate]):
-        told = scoring.evaluate(model, facts[:generate], generate=True)
-        rows = pd.concat([rows, told.loc[told["kind"] == "generation"]], ignore_index=True)
+        texts = scoring.evaluate(model, facts[:generate], generate=True)
+        rows = pd.concat([rows, texts.loc[texts["kind"] == "generation"]], ignore_index=True)
     table = scoring.summarise(rows)
     if others:
         right = 100 * scoring.recall(model, others)["correct"].to_numpy()
@@ -102,7 +102,7 @@ def sequential(
     (Frobenius, no interval). `edits` 0 is the model before. collapsed: from the first batch on
     after which perplexity is more than `collapse` times what it was before, or not finite.
 
-    `protect`: see `edit_sequentially`. The model is left as it was found.
+    `protect`: see `edit_sequentially`. The model is left as it was.
     """
     sites = [Site(layer, projection) for layer in hparams.layers for projection in method.write]
     norms = {site: model.weight(site).norm() for site in sites}

@@ -20,13 +20,15 @@ from pmet_lens.editing.locate_and_edit import edit
 from pmet_lens.editing.method import Method
 from pmet_lens.editing.plain import hash_of, to_plain
 from pmet_lens.evaluation import ability, scoring
-from pmet_lens.experiments import costs, target_files
+from pmet_lens.experiments import target_files
 from pmet_lens.experiments.grid import Run
 from pmet_lens.experiments.tasks import Task, sites_of
+from pmet_lens.experiments.worker import Worker
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Site
 from pmet_lens.moments import moment_files
 from pmet_lens.moments.second_moments import Moment, second_moments
+from pmet_lens.plans import costs
 
 FACTS, OTHERS, TOKENS, TEXTS = 12, 100, 4096, 20
 """How much of everything is made."""
@@ -70,16 +72,16 @@ class Probe:
         return self._once(key, timed)
 
     def _wait(self) -> None:
-        own: Any = getattr(torch, self.model.device.type, None)
-        if hasattr(own, "synchronize"):
-            own.synchronize()
+        backend: Any = getattr(torch, self.model.device.type, None)
+        if hasattr(backend, "synchronize"):
+            backend.synchronize()
 
     def _contexts(self, run: Run, task: Task) -> float:
         return self._timed("contexts", lambda: tokens.sample_contexts(self.model, run.seed))
 
     def _part(self, run: Run, task: Task) -> float:
-        own = run.n_tokens // run.cut.parts(run.n_tokens)
-        n, sites = min(own, TOKENS), [Site.parse(s) for s in task.sites]
+        wanted = run.n_tokens // run.cut.parts(run.n_tokens)
+        n, sites = min(wanted, TOKENS), [Site.parse(s) for s in task.sites]
         layers = sorted({site.layer for site in sites})
         texts = list(itertools.islice(datasets.texts(run.texts), TOKENS))
 
@@ -88,17 +90,17 @@ class Probe:
             second_moments(self.model, texts, layers, projections=projections, n_tokens=n)
 
         self._once("warm", read)
-        return self._timed(("part", task.sites, n), read) * own / n
+        return self._timed(("part", task.sites, n), read) * wanted / n
 
     def _moments(self, run: Run, task: Task) -> float:
         site = Site.parse(task.sites[0])
         d = self.model.d_in(site)
-        own = {site: Moment(torch.eye(d, dtype=torch.float64), 1)}
+        moments = {site: Moment(torch.eye(d, dtype=torch.float64), 1)}
 
         def there_and_back() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "m.safetensors"
-                moment_files.save_moments(own, path)
+                moment_files.save_moments(moments, path)
                 moment_files.load_moments(path)
 
         return self._timed(("moments", d), there_and_back) * (len(task.needs) + 1) / 2
@@ -117,10 +119,10 @@ class Probe:
             some, prefixes = self._some(run), self._prefixes()
             targeting.optimise(self.model, some[:1], method, run.hparams, prefixes)  # warm
             clock = Clock()
-            found = targeting.optimise(self.model, some, method, run.hparams, prefixes)
+            optimised = targeting.optimise(self.model, some, method, run.hparams, prefixes)
             self._wait()
             self._known[("seconds", *key)] = clock.seconds()
-            return found
+            return optimised
 
         return self._once(key, make)
 
@@ -133,8 +135,8 @@ class Probe:
     def _steps(self, run: Run, task: Task) -> float:
         first, again = self._solved(run, self._some(run)[:1])
         per_fact = self._known[("seconds", *self._key(run))] / len(self._some(run))
-        own = (task.stop - task.start) * (again + per_fact)
-        return own + (max(first - again, 0.0) if task.start == task.first else 0.0)
+        steps = (task.stop - task.start) * (again + per_fact)
+        return steps + (max(first - again, 0.0) if task.start == task.first else 0.0)
 
     def _edit(self, run: Run, task: Task) -> float:
         some, n, method = self._some(run), task.stop - task.start, run.method
@@ -158,12 +160,12 @@ class Probe:
         """Seconds of the edit of these facts, which have targets: the first time, and again, when
         its moments are factorised."""
         method: Any = run.method
-        found, prefixes = self._optimised(run)[: len(some)], self._prefixes()
+        known, prefixes = self._optimised(run)[: len(some)], self._prefixes()
         moments = {Site.parse(s): self._regular(Site.parse(s)) for s in sites_of(run)}
         kept: dict[Site, Any] = {}
 
         def work() -> None:
-            edit(self.model, some, moments, method, run.hparams, prefixes, found, factorised=kept)
+            edit(self.model, some, moments, method, run.hparams, prefixes, known, factorised=kept)
 
         key = ("edit", hash_of([to_plain(method), to_plain(run.hparams)]), len(some))
         return self._timed((*key, 1), work), self._timed((*key, 2), work)
@@ -209,3 +211,9 @@ class Probe:
     def _some(self, run: Run) -> Sequence[Fact]:
         """Facts from everywhere in the list."""
         return run.facts[:: max(1, len(run.facts) // FACTS)][:FACTS]
+
+
+def seconds_of(worker: Worker, tasks: Sequence[Task]) -> list[float]:
+    """What each of these shards would take a worker of Ray, by making a little of every kind."""
+    probe = Probe(worker.model)
+    return [probe.seconds(task, worker.runs[task.run]) for task in tasks]
