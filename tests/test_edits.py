@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from tiny import tiny_hf, tiny_model, tiny_tokenizer
 
 import pmet_lens as pl
+from pmet_lens.data import file_format
 from pmet_lens.editing import lora
 from pmet_lens.models.model import Model, Site
 
@@ -143,6 +144,14 @@ def test_sums_of_other_sites_and_methods(model, pair, tmp_path):
     assert torch.equal(again.deltas[SITES[1]], high.deltas[SITES[1]])
 
 
+def test_a_sum_of_other_strengths_goes_through_a_file(model, pair, tmp_path):
+    both = pair[0] + edit_of(model, FACTS[1:], lr=0.4)
+    both.save(tmp_path / "sum.safetensors")
+    again = pl.Edit.load(tmp_path / "sum.safetensors", model)
+    assert again.method == pl.PMET
+    assert [hparams["lr"] for hparams in again.hparams.values["of"]] == [0.5, 0.4]
+
+
 def test_edits_of_different_weights_are_not_added(model, pair):
     with pair[0].applied(model):
         on_top = edit_of(model, FACTS[1:])
@@ -191,6 +200,26 @@ def test_versions_are_in_the_file(pair, tmp_path):
         head = json.loads(file.metadata()["pmet_lens"])
     assert head["versions"]["torch"] == torch.__version__
     assert head["parameters"]["1.mlp"] == "transformer.h.1.mlp.c_proj.weight"
+
+
+@pytest.mark.parametrize("method", [pl.PMET, pl.ALPHAEDIT])
+def test_a_file_of_the_first_format_is_read(model, pair, tmp_path, method):
+    """It named a solver by "name", other methods too, and this package's by nothing."""
+    path = tmp_path / "edit.safetensors"
+    replace(pair[0], method=method).save(path)
+    head, tensors = file_format.read(path, None, "an edit", pl.EditError)
+    solver = {"name": type(method.solver).__name__, **vars(method.solver)}
+    head |= {"format": "pmet_lens edit 1", "hparams": asdict(HP)}
+    file_format.write(
+        path, tensors, head | {"method": asdict(method) | {"solver": solver}}, "", pl.EditError
+    )
+    again = pl.Edit.load(path, model)
+    assert (again.method, again.hparams, again.facts) == (method, HP, pair[0].facts)
+    head |= {"method": {"name": "FineTune", "constrained": False}, "hparams": {"layer": 1}}
+    file_format.write(path, tensors, head, "", pl.EditError)
+    again = pl.Edit.load(path, model)
+    assert (again.method.name, again.method.values) == ("FineTune", {"constrained": False})
+    assert again.hparams.values == {"layer": 1}
 
 
 # -- adapters -------------------------------------------------------------------------------------

@@ -13,19 +13,16 @@ from torch import Tensor
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing import solvers
 from pmet_lens.editing.method import Hparams, Method
+from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
 from pmet_lens.models.chat import Frame
 from pmet_lens.models.model import Site
 from pmet_lens.models.weights import EditError as EditError
 
-FORMAT = "pmet_lens edit 1"
-_SOLVERS = {cls.__name__: cls for cls in (solvers.Ridge, solvers.Exact, solvers.NullSpace)}
-
-
-def fingerprint(weight: Tensor) -> str:
-    """SHA-256 of a weight's bits, rows first."""
-    return file_format.digest(weight)
+FORMATS = ("pmet_lens edit 1", "pmet_lens edit 2")
+"""Those that are read; the last is written."""
+VALUES = (Method, Hparams, Ridge, Exact, NullSpace)
+"""The classes that a file may name; the values of others are read as `Recorded`."""
 
 
 def save(parts: Mapping[str, Any], path: str | Path) -> None:
@@ -36,10 +33,10 @@ def save(parts: Mapping[str, Any], path: str | Path) -> None:
         tensors[f"{site}.left"] = left.cpu().contiguous()
         tensors[f"{site}.right"] = right.cpu().contiguous()
     head = {
-        "format": FORMAT,
+        "format": FORMATS[-1],
         "facts": [asdict(f) for f in parts["facts"]],
-        "method": _method_record(parts["method"]),
-        "hparams": asdict(parts["hparams"]),
+        "method": _record(parts["method"]),
+        "hparams": _record(parts["hparams"]),
         "contexts": parts["contexts"],
         "base": {str(site): digest for site, digest in parts["base"].items()},
         "parameters": {str(site): name for site, name in parts["parameters"].items()},
@@ -78,32 +75,29 @@ def both(first: Any, second: Any) -> Any:
 
 
 def _record(value: Any) -> dict[str, Any]:
-    return asdict(value) if isinstance(value, Hparams) else _method_record(value)
+    if isinstance(value, Recorded):
+        return {"is": value.name, **value.values}
+    return file_format.to_plain(value)
 
 
-def _method_record(method: Any) -> dict[str, Any]:
-    if isinstance(method, Recorded):
-        return {"name": method.name, **method.values}
-    if not isinstance(method, Method):
-        return {"name": type(method).__name__, **asdict(method)}
-    return {
-        **asdict(method),
-        "solver": {"name": type(method.solver).__name__, **vars(method.solver)},
-    }
+def _value(record: Mapping[str, Any]) -> Any:
+    """The inverse of `_record`, but for methods from files above this one."""
+    if record["is"] in {cls.__name__ for cls in VALUES}:
+        return file_format.from_plain(record, VALUES, EditError)
+    return Recorded(record["is"], {key: v for key, v in record.items() if key != "is"})
 
 
-def _methods(head: dict[str, Any]) -> dict[str, Any]:
-    """The fields `method` and `hparams` of an edit."""
-    method, hparams = dict(head["method"]), dict(head["hparams"])
+def _as_now(method: dict[str, Any], hparams: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The records of a file of the first format, which named only what was no `Method`."""
+    values = hparams.get("values", hparams)
     if "name" in method:
         name = method.pop("name")
-        values = hparams.get("values", hparams)
-        return {"method": Recorded(name, method), "hparams": Recorded(name, values)}
-    solver = dict(method["solver"])
-    method["solver"] = _SOLVERS[solver.pop("name")](**solver)
-    method.update({k: tuple(method[k]) for k in ("delta_at", "write")})
-    hparams["layers"] = tuple(hparams["layers"])
-    return {"method": Method(**method), "hparams": Hparams(**hparams)}
+        return {"is": name, **method}, {"is": name, **values}
+    solver = {"is": method["solver"].pop("name"), **method["solver"]}
+    return {**method, "is": "Method", "solver": solver}, {
+        "is": hparams.get("name", "Hparams"),
+        **values,
+    }
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -112,14 +106,18 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         EditError: for a file that is missing, damaged, or not an edit.
     """
-    head, tensors = file_format.read(path, FORMAT, "an edit", EditError)
+    head, tensors = file_format.read(path, FORMATS, "an edit", EditError)
+    method, hparams = head["method"], head["hparams"]
+    if head["format"] == FORMATS[0]:
+        method, hparams = _as_now(method, hparams)
     return {
         "factors": {
             Site.parse(s): (tensors[f"{s}.left"], tensors[f"{s}.right"]) for s in head["sites"]
         },
         "dtype": getattr(torch, head["dtype"]),
         "facts": tuple(Fact.from_record(f) for f in head["facts"]),
-        **_methods(head),
+        "method": _value(method),
+        "hparams": _value(hparams),
         "contexts": tuple(head["contexts"]),
         "base": {Site.parse(s): digest for s, digest in head["base"].items()},
         # Files of the first days do not name them.

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens.data import markup
+from pmet_lens.data import file_format, markup
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing import edit_files, lora, receipts
 from pmet_lens.editing.method import SettingsError
@@ -136,7 +136,7 @@ class Edit:
         """Raises `EditError` unless the edit was computed on the weights of this model."""
         for site, digest in self.base.items():
             try:
-                now = edit_files.fingerprint(model.live_edits.original(site))
+                now = file_format.digest(model.live_edits.original(site))
             except ValueError as error:
                 raise EditError(f"The edit changes {site}, but {error}") from error
             if now != digest:
@@ -221,7 +221,7 @@ def _sum(edits: Sequence[Edit]) -> Edit:
 def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:
     """The fields of an `Edit` of these sites that say what it was computed on."""
     return {
-        "base": {site: edit_files.fingerprint(model.weight(site)) for site in sites},
+        "base": {site: file_format.digest(model.weight(site)) for site in sites},
         "parameters": {site: model.parameter_name(site) for site in sites},
         "fan_in_fan_out": model.fan_in_fan_out,
         "model": model.name,

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, check_editable
-from pmet_lens.editing import edit_files
 from pmet_lens.editing.edits import Edit, origin
 from pmet_lens.editing.finetune import answer_losses, behind, rewrites
 from pmet_lens.editing.method import SettingsError
@@ -254,4 +253,4 @@ def _thin(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _embedding(model: Model) -> str:
     # In float32, so that a model loaded in another precision is still known.
-    return edit_files.fingerprint(model.embedding.float())
+    return file_format.digest(model.embedding.float())

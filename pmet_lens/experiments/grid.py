@@ -15,14 +15,14 @@ from typing import Any
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, FactError, check_editable
+from pmet_lens.data.file_format import from_plain, hash_of, to_plain
+from pmet_lens.editing import edit_files
 from pmet_lens.editing.edits import Editor
-from pmet_lens.editing.finetune import FineTune
+from pmet_lens.editing.finetune import FineTune, FineTuneHparams
 from pmet_lens.editing.hparams import hparams_named, kind_of
 from pmet_lens.editing.mend import Mend, MendHparams
 from pmet_lens.editing.method import Method
 from pmet_lens.editing.methods import ABLATIONS, METHODS, PMET, named
-from pmet_lens.editing.plain import GridError as GridError
-from pmet_lens.editing.plain import from_plain, hash_of, to_plain
 from pmet_lens.models.loading import DTYPES
 
 FORMAT = "pmet_lens grid 1"
@@ -30,6 +30,12 @@ ENGINES = ("serial", "ray")
 METRICS = ("answers", "collateral", "generation", "ability")
 """What can be measured: the scores of `evaluate`; the share of `others` still right; fluency and
 consistency of generated text; perplexity and KL on what the edit is not about."""
+_VALUES = (*edit_files.VALUES, FineTune, FineTuneHparams, Mend, MendHparams)
+"""The classes that a file of a grid may name."""
+
+
+class GridError(ValueError):
+    """A grid, or a folder of results, that cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +292,6 @@ def load_grid(path: str | Path) -> list[Run]:
 def _read(row: Mapping[str, Any], lists: Mapping[str, tuple[Fact, ...]]) -> Run:
     own = {key: value for key, value in row.items() if key not in ("facts", "others", "cut")}
     for key in ("method", "hparams", "metrics"):
-        own[key] = from_plain(own[key])
+        own[key] = from_plain(own[key], _VALUES, GridError)
     facts, others = lists[row["facts"]], lists[row["others"]] if row["others"] else ()
     return Run(facts=facts, others=others, cut=Cut(**row["cut"]), **own)
