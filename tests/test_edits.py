@@ -11,7 +11,7 @@ from tiny import tiny_hf, tiny_model, tiny_tokenizer
 
 import pmet_lens as pl
 from pmet_lens.data import file_format
-from pmet_lens.editing import lora
+from pmet_lens.editing import edit_files
 from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
@@ -247,11 +247,11 @@ def test_balanced_factors_have_the_same_product():
     left = 1e6 * torch.randn(20, 3, generator=generator, dtype=torch.float64)
     right = torch.randn(3, 8, generator=generator, dtype=torch.float64)
     left, right = torch.cat([left, left[:, :1]], 1), torch.cat([right, 2 * right[:1]], 0)
-    a, b = lora.balanced(left, right)
+    a, b = edit_files.balanced(left, right)
     assert a.shape == (20, 3)  # the fourth direction was the first again
     assert torch.allclose(a @ b, left @ right, rtol=1e-12)
     assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-9)
     many = torch.randn(5, 12, generator=generator, dtype=torch.float64)
-    a, b = lora.balanced(many, many.T)
+    a, b = edit_files.balanced(many, many.T)
     assert a.shape == (5, 5)
     assert torch.allclose(a @ b, many @ many.T)

@@ -1,23 +1,27 @@
-"""An edit as a value: weight changes that can be applied, undone, added up, saved and loaded."""
+"""An edit as a value: weight changes that can be applied, undone, added up, saved and loaded; and
+its receipt, which tells what it did to the weights and to the answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pmet_lens.data import file_format, markup
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing import edit_files, lora, receipts
+from pmet_lens.editing import edit_files
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep, Targets
+from pmet_lens.evaluation import scoring
+from pmet_lens.models import tokens
 from pmet_lens.models.chat import Frame
 from pmet_lens.models.model import Model, Site
 from pmet_lens.models.weights import EditError
@@ -27,8 +31,8 @@ Delta = Float[Tensor, "d_in d_model"]
 
 @runtime_checkable
 class Editor(Protocol):
-    """A method with an algorithm of its own (fine-tuning, MEND) instead of the four answers of a
-    `Method`. `pl.edit` hands it everything it was given."""
+    """A method that is another algorithm (fine-tuning, MEND) than the one a `Method` describes.
+    `pl.edit` hands it all its arguments."""
 
     def edit(
         self,
@@ -40,7 +44,7 @@ class Editor(Protocol):
         targets: Any = None,
         on_step: OnStep | None = None,
     ) -> Edit:
-        """The edit; `model` is left as it was found."""
+        """The edit; `model` is left as it was."""
         ...
 
 
@@ -84,15 +88,14 @@ class Edit:
     def _repr_html_(self) -> str:
         sites = [f"{site} (rank {a.shape[1]})" for site, (a, _) in self.factors.items()]
         facts = [f"{f.text} → {f.target_new}" for f in self.facts]
-        told = {"facts": markup.listed(facts, 5), "weights": ", ".join(sites)}
-        told |= {"method": repr(self.method), "model": self.model or "–"}
-        return markup.pairs(
-            told, f"Edit of {len(self.facts)} fact{'' if len(self.facts) == 1 else 's'}"
-        )
+        rows = {"facts": markup.listed(facts, 5), "weights": ", ".join(sites)}
+        rows |= {"method": repr(self.method), "model": self.model or "–"}
+        title = f"Edit of {len(facts)} fact{'' if len(facts) == 1 else 's'}"
+        return markup.pairs(rows, title)
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
-        """The model with the edit inside the block, and bit for bit as before behind it."""
+        """The model with the edit inside the block, and bit for bit as before after it."""
         self.apply_(model)
         try:
             yield model
@@ -104,7 +107,7 @@ class Edit:
         model.live_edits.add(self, self.deltas)
 
     def revert_(self, model: Model) -> None:
-        """Take this edit back. When no edit is left the weights are the original bits, in whatever
+        """Take this edit back. When no edit is left, the weights are the original bits, in whatever
         order the edits were taken back.
 
         Raises:
@@ -114,8 +117,7 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file: thin factors, facts, settings, hashes; no code."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "targets"}
-        edit_files.save(parts, path)
+        edit_files.save(vars(self), path)
 
     @staticmethod
     def load(path: str | Path, model: Model | None = None, *, any_base: bool = False) -> Edit:
@@ -147,11 +149,12 @@ class Edit:
                 )
 
     def __add__(self, other: Edit) -> Edit:
-        """One edit that changes the weights by what both change together, exactly: the sum is
-        rounded once. Its rank is at most theirs together.
+        """The edit that changes the weights by what both change together, rounded once. Its rank is
+        at most theirs together.
 
-        Both must have been computed on the same weights. The sum is not what one edit of all facts
-        would be: neither knew of the other. For edits made one after the other, see `merged`.
+        Both must have been computed on the same weights. The sum is not one edit of all facts:
+        neither was computed with the other applied. For edits made one after the other, see
+        `merged`.
 
         Raises:
             EditError: for edits computed on different weights or in different dtypes.
@@ -171,10 +174,29 @@ class Edit:
             parameters={**other.parameters, **self.parameters},
         )
 
-    def receipt(self, model: Model, n: int | None = 50) -> receipts.Receipt:
+    def receipt(self, model: Model, n: int | None = 50) -> Receipt:
         """What the edit does to the weights and to the answers about its first `n` facts (None:
-        all): two tables, which show themselves in a notebook. The model is left as it was found."""
-        return receipts.receipt(self, model, n)
+        all): two tables, which show themselves in a notebook. The model may have the edit applied;
+        it is left as it was."""
+        facts = [fact for fact in self.facts if fact.target_new is not None][:n]
+        with model.live_edits.without(self):
+            sites = _weights_written(self, model)
+            before = _answers(model, facts)
+            with self.applied(model):
+                after = _answers(model, facts)
+        table = pd.DataFrame(
+            {
+                "subject": [f.subject for f in facts],
+                "prompt": [f.text for f in facts],
+                "wanted": [f.target_new for f in facts],
+                "before": before["token"],
+                "after": after["token"],
+                "nll before": before["nll"],
+                "nll after": after["nll"],
+                "said": after["argmax"],
+            }
+        )
+        return Receipt(sites, table, len(self.facts) - len(facts))
 
     def to_peft(self, directory: str | Path, *, max_rank: int = 256) -> None:
         """Write a LoRA adapter that `peft.PeftModel.from_pretrained(base, directory)` puts onto the
@@ -184,13 +206,66 @@ class Edit:
             EditError: where its rank exceeds `max_rank`, for an edit from a file that does not name
                 the weights, or where the files cannot be written.
         """
-        if self.factors.keys() - self.parameters.keys():
-            raise EditError(
-                "This edit was saved before files named their weights: make it again, or apply it "
-                "and save the whole model with model.hf.save_pretrained."
-            )
-        where = (self.factors, self.parameters, self.fan_in_fan_out, self.model)
-        lora.export(*where, directory, max_rank)
+        edit_files.export_lora(vars(self), directory, max_rank)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Shows itself as two tables in a notebook; `to_frame` is the one of the facts."""
+
+    sites: pd.DataFrame
+    """One row per written weight (index: its name in the Hugging Face model): site, rank, norm
+    (Frobenius, of the change), relative (to the norm of the weight)."""
+    facts: pd.DataFrame
+    """One row per fact: subject, prompt, wanted; before, after (the likeliest next token); nll
+    before and after (−log P of the wanted answer, nats per token, ≥ 0, lower is better); said
+    (whether every token of it is now the argmax)."""
+    left_out: int
+    """Facts of the edit that were not asked about."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table of the facts."""
+        return self.facts
+
+    def __repr__(self) -> str:
+        more = f"\n… and {self.left_out} more facts" if self.left_out else ""
+        return f"{self.sites.to_string()}\n\n{self.facts.round(3).to_string()}{more}"
+
+    def _repr_html_(self) -> str:
+        right = int(self.facts["said"].sum())
+        head = f"<p><b>{right} of {len(self.facts)}</b> facts are answered as wanted now"
+        head += f" ({self.left_out} more were not asked about)" if self.left_out else ""
+        facts = self.facts.round(3).to_html(index=False, border=0)
+        sites = self.sites.to_html(border=0, float_format="{:.3g}".format)
+        return f"{head}.</p>{facts}<p>Weights written:</p>{sites}"
+
+
+def _weights_written(edit: Edit, model: Model) -> pd.DataFrame:
+    rows = []
+    for site, delta in edit.deltas.items():
+        norm = float(delta.double().norm())
+        rows.append(
+            {
+                "weight": model.parameter_name(site),
+                "site": str(site),
+                "rank": edit.factors[site][0].shape[1],
+                "norm": norm,
+                "relative": norm / float(model.weight(site).double().norm()),
+            }
+        )
+    return pd.DataFrame(rows).set_index("weight")
+
+
+def _answers(model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
+    """Per fact the likeliest next token, and the wanted answer's nll and whether it is the
+    argmax."""
+    asked = scoring.ask(model, [f.text for f in facts], k=1)
+    scores = scoring.score(model, [tokens.Prompt(f.text, None, f.target_new) for f in facts])
+    return {
+        "token": asked["token"].str.strip(),
+        "nll": [s.nll for s in scores],
+        "argmax": [s.right == 1 for s in scores],
+    }
 
 
 def merged(edits: Sequence[Edit]) -> Edit:
