@@ -26,8 +26,6 @@ from pmet_lens.models.chat import Frame
 from pmet_lens.models.model import Model, Site
 from pmet_lens.models.weights import EditError
 
-Delta = Float[Tensor, "d_in d_model"]
-
 
 @runtime_checkable
 class Editor(Protocol):
@@ -77,7 +75,7 @@ class Edit:
     """The chat template its prompts stood in."""
 
     @cached_property
-    def deltas(self) -> Mapping[Site, Delta]:
+    def deltas(self) -> Mapping[Site, Float[Tensor, "d_in d_model"]]:
         """What is added to `model.weight(site)`, in the dtype of the weight."""
         return {site: (a @ b).to(self.dtype) for site, (a, b) in self.factors.items()}
 
@@ -241,19 +239,18 @@ class Receipt:
 
 
 def _weights_written(edit: Edit, model: Model) -> pd.DataFrame:
-    rows = []
-    for site, delta in edit.deltas.items():
-        norm = float(delta.double().norm())
-        rows.append(
-            {
-                "weight": model.parameter_name(site),
-                "site": str(site),
-                "rank": edit.factors[site][0].shape[1],
-                "norm": norm,
-                "relative": norm / float(model.weight(site).double().norm()),
-            }
-        )
-    return pd.DataFrame(rows).set_index("weight")
+    sites = list(edit.factors)
+    norms = [float(edit.deltas[site].double().norm()) for site in sites]
+    table = {
+        "weight": [model.parameter_name(site) for site in sites],
+        "site": [str(site) for site in sites],
+        "rank": [edit.factors[site][0].shape[1] for site in sites],
+        "norm": norms,
+        "relative": [
+            n / float(model.weight(s).double().norm()) for s, n in zip(sites, norms, strict=True)
+        ],
+    }
+    return pd.DataFrame(table).set_index("weight")
 
 
 def _answers(model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
