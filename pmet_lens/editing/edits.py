@@ -239,18 +239,16 @@ class Receipt:
 
 
 def _weights_written(edit: Edit, model: Model) -> pd.DataFrame:
-    sites = list(edit.factors)
-    norms = [float(edit.deltas[site].double().norm()) for site in sites]
-    table = {
-        "weight": [model.parameter_name(site) for site in sites],
-        "site": [str(site) for site in sites],
-        "rank": [edit.factors[site][0].shape[1] for site in sites],
-        "norm": norms,
-        "relative": [
-            n / float(model.weight(s).double().norm()) for s, n in zip(sites, norms, strict=True)
-        ],
-    }
-    return pd.DataFrame(table).set_index("weight")
+    table = pd.DataFrame(
+        {
+            "weight": [model.parameter_name(site) for site in edit.factors],
+            "site": [str(site) for site in edit.factors],
+            "rank": [left.shape[1] for left, _ in edit.factors.values()],
+            "norm": [float(delta.double().norm()) for delta in edit.deltas.values()],
+        }
+    )
+    weights = [float(model.weight(site).double().norm()) for site in edit.factors]
+    return table.assign(relative=table["norm"] / weights).set_index("weight")
 
 
 def _answers(model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
@@ -279,15 +277,15 @@ def merged(edits: Sequence[Edit]) -> Edit:
 def _sum(edits: Sequence[Edit]) -> Edit:
     """The first edit with the factors and facts of all."""
     sites = dict.fromkeys(site for e in edits for site in e.factors)
-    factors = {
-        site: (
-            torch.cat([e.factors[site][0] for e in edits if site in e.factors], dim=1),
-            torch.cat([e.factors[site][1] for e in edits if site in e.factors], dim=0),
-        )
-        for site in sites
-    }
+    factors = {s: side_by_side([e.factors[s] for e in edits if s in e.factors]) for s in sites}
     facts = tuple(f for e in edits for f in e.facts)
     return replace(edits[0], factors=factors, facts=facts, targets=None)
+
+
+def side_by_side(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is the sum of the products of these."""
+    left, right = zip(*factors, strict=True)
+    return torch.cat(left, dim=1), torch.cat(right)
 
 
 def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:

@@ -36,12 +36,12 @@ def import_moments(model: Model, source: str | Path | Sequence[str | Path]) -> d
         model.parameter_name(site).removesuffix(".weight"): site
         for site in (Site(n, p) for n in range(model.n_layers) for p in get_args(Projection))
     }
-    folder, paths = False, source
-    if isinstance(source, (str, Path)):
-        folder = Path(source).is_dir()
-        paths = sorted(Path(source).glob("*.npz")) if folder else [source]
+    paths = [Path(p) for p in ([source] if isinstance(source, (str, Path)) else source)]
+    folder = isinstance(source, (str, Path)) and paths[0].is_dir()
+    if folder:
+        paths = sorted(paths[0].glob("*.npz"))
     moments: dict[Site, Moment] = {}
-    for path in map(Path, paths):
+    for path in paths:
         name = _NAME.fullmatch(path.name)
         if name is not None and name["module"] in sites:
             site = sites[name["module"]]
