@@ -94,7 +94,7 @@ class FineTune:
         targets: object = None,
         on_step: OnStep | None = None,
     ) -> Edit:
-        """The change of one weight that makes the facts' new answers likely on their own prompts.
+        """The change of one weight that makes the facts' new answers likely on their prompts.
 
         The loss is the mean over facts of the mean over target tokens of −log P (nats), on the
         plain prompt, under teacher forcing. `moments`, `contexts` and `targets` are those of other
