@@ -36,14 +36,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
-        own = commands.add_parser(name, help=text, description=text)
-        own.set_defaults(run=run)
-        own.add_argument("--model", default="world", help="bundled name, directory or hub id")
-        own.add_argument("--device", help='"auto", "cpu", …: where to put it (default: cpu)')
-        own.add_argument("--device-map", help='"auto" or "balanced": over several devices')
-        own.add_argument("--dtype", help="bfloat16, float16, float32 or float64")
-        own.add_argument("--template", help='chat models: what the user says, e.g. "Complete: {}"')
-        return own
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        made.add_argument("--model", default="world", help="bundled name, directory or hub id")
+        made.add_argument("--device", help='"auto", "cpu", …: where to put it (default: cpu)')
+        made.add_argument("--device-map", help='"auto" or "balanced": over several devices')
+        made.add_argument("--dtype", help="bfloat16, float16, float32 or float64")
+        made.add_argument("--template", help='chat models: what the user says, e.g. "Complete: {}"')
+        return made
 
     ask = command("ask", _ask, "Continue a prompt greedily.")
     ask.add_argument("prompt")

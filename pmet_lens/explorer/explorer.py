@@ -1,7 +1,7 @@
 """`pl.explore(model)`: ask, look, edit and ablate by hand, in a notebook.
 
-The explorer only shows: what it does is in `sessions`, `variants`, `readout`, `analysis` and
-`patterns`, and every view gives the lines of Python that make it again (`recipes`). Long steps run
+The explorer only shows: the session, `variants` and the room `interp` do the work, and
+every view gives the lines of Python that make it again (`recipes`). Long steps run
 in a thread (`jobs`); while one runs, leave the model alone in other cells.
 """
 

@@ -57,8 +57,7 @@ class FactPanel:
         fact = self._facts[change["new"]]
         self.subject.value, self.prompt.value = fact.subject, fact.prompt
         self.new.value = fact.target_new or ""
-        told = [p.replace(fact.subject, "{}") for p in fact.paraphrases]
-        self.paraphrases.value = "\n".join(told)
+        self.paraphrases.value = "\n".join(p.replace(fact.subject, "{}") for p in fact.paraphrases)
         self.neighbours.value = "\n".join(p for p, _ in fact.neighbours[:_NEIGHBOURS])
 
     @property

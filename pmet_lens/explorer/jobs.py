@@ -125,10 +125,10 @@ class Runner:
 @contextmanager
 def _forwards_check(check: Callable[[], None]) -> Iterator[None]:
     """Every forward pass of any module on this thread begins with `check`."""
-    own = threading.get_ident()
+    starter = threading.get_ident()
 
     def hook(*_: Any) -> None:
-        if threading.get_ident() == own:
+        if threading.get_ident() == starter:
             check()
 
     handle = module.register_module_forward_pre_hook(hook)

@@ -24,10 +24,10 @@ def look(
     session: Session, fact: Fact, call: str, options: Mapping[str, Any], *, bare: bool = False
 ) -> str:
     """One of the token-level functions (`call`: its name) on a fact; `bare`: without the edits."""
-    told = "".join(f", {name}={value!r}" for name, value in options.items())
+    arguments = "".join(f", {name}={value!r}" for name, value in options.items())
     lines = [*(_load(session) if bare else _before(session)), ""]
     lines.append(f"fact = {_fact(fact, full=False)}")
-    return _text([*lines, f"table = pl.{call}(model, fact{told})", "table"])
+    return _text([*lines, f"table = pl.{call}(model, fact{arguments})", "table"])
 
 
 def edit(session: Session, step: Step) -> str:
@@ -95,14 +95,14 @@ def _replay(session: Session, then: Sequence[Step], also: Step | None = None) ->
 
 def _with_all_below(steps: Sequence[Step]) -> set[Step]:
     """The steps and all that were on the model when they were made, and so on."""
-    found: set[Step] = set()
+    needed: set[Step] = set()
     waiting = list(steps)
     while waiting:
         step = waiting.pop()
-        if step not in found:
-            found.add(step)
+        if step not in needed:
+            needed.add(step)
             waiting.extend(step.upon)
-    return found
+    return needed
 
 
 def _load(session: Session) -> list[str]:
@@ -118,11 +118,9 @@ def _shared(session: Session, sites: Sequence[Site]) -> list[str]:
         return [*lines, "moments = ...  # those that explore was given"]
     layers = sorted({site.layer for site in sites})
     projections = tuple(sorted({site.projection for site in sites}))
-    texts = "pl.texts()" if session.texts is None else "texts  # those that explore was given"
     call = f"layers={layers}, projections={projections}, n_tokens={session.tokens_read()}"
-    if session.texts is not None:
-        return [*lines, f"moments = pl.second_moments(model, texts, {call})  # texts: your own"]
-    return [*lines, f"moments = pl.second_moments(model, {texts}, {call})"]
+    texts, note = ("pl.texts()", "") if session.texts is None else ("texts", "  # texts: your own")
+    return [*lines, f"moments = pl.second_moments(model, {texts}, {call}){note}"]
 
 
 def _edit(session: Session, step: Step, name: str) -> list[str]:
@@ -130,11 +128,14 @@ def _edit(session: Session, step: Step, name: str) -> list[str]:
     method = _method(named(step.method))
     if step.hparams is None:
         return [*lines, f"{name} = pl.edit(model, [fact], None, {method})"]
-    told = ""
+    given = ""
     if step.hparams != _known(session, step.method):
         lines.append(f"hparams = {_settings(step.hparams)}")
-        told = ", hparams"
-    return [*lines, f"{name} = pl.edit(model, [fact], moments, {method}{told}, contexts=contexts)"]
+        given = ", hparams"
+    return [
+        *lines,
+        f"{name} = pl.edit(model, [fact], moments, {method}{given}, contexts=contexts)",
+    ]
 
 
 def _known(session: Session, method: str) -> Hparams | None:
@@ -152,12 +153,12 @@ def _fact(fact: Fact, full: bool = True) -> str:
 
 def _settings(hparams: Hparams) -> str:
     """The fields that are not those of the class."""
-    told = [
+    given = [
         f"{f.name}={getattr(hparams, f.name)!r}"
         for f in fields(hparams)
         if f.default is MISSING or getattr(hparams, f.name) != f.default
     ]
-    return _call("pl.Hparams", told)
+    return _call("pl.Hparams", given)
 
 
 def _method(method: Any) -> str:

@@ -23,7 +23,7 @@ from pmet_lens.editing.targets import OnStep
 from pmet_lens.evaluation import scoring
 from pmet_lens.models import generation, loading, tokens
 from pmet_lens.models.model import Model, Projection, Site
-from pmet_lens.moments import second_moments
+from pmet_lens.moments.second_moments import second_moments
 
 OnProgress = Callable[[int, int, str], None]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
@@ -39,7 +39,7 @@ class Step:
     fact: Fact
     method: str
     hparams: Any
-    """What the method was given; None for one with settings of its own."""
+    """What the method was given; None for one that knows its settings itself."""
     edit: Edit
     table: pd.DataFrame
     """`Session.answers` of the fact, before and after."""
@@ -76,7 +76,7 @@ class Session:
         """Called after every edit, undo and redo."""
 
     def settings(self, method: str | Method) -> Hparams | None:
-        """The strengths `method` takes; None for a method with settings of its own (fine-tuning).
+        """The strengths `method` takes; None for a method that knows them itself (fine-tuning).
 
         Raises:
             SettingsError: for a model without known settings, where none were given.
@@ -108,7 +108,7 @@ class Session:
                 continue
             what = f"second moments of {len(layers)} layers, once per model (tokens)"
             with self.model.live_edits.bare():
-                found = second_moments.second_moments(
+                more = second_moments(
                     self.model,
                     self._texts(),
                     layers,
@@ -116,7 +116,7 @@ class Session:
                     n_tokens=self.tokens_read(),
                     on_tokens=_counter(on_progress, what),
                 )
-            self._moments.update(found)
+            self._moments.update(more)
         return self._moments
 
     def tokens_read(self) -> int:
@@ -145,8 +145,8 @@ class Session:
         return pd.concat(both, ignore_index=True).reindex(columns=columns)
 
     def _asked(self, prompt: str, k: int, n_tokens: int) -> pd.DataFrame:
-        (said,) = generation.answers(self.model, [prompt], n_tokens)
-        return scoring.ask(self.model, prompt, k).assign(continuation=said)
+        (continuation,) = generation.answers(self.model, [prompt], n_tokens)
+        return scoring.ask(self.model, prompt, k).assign(continuation=continuation)
 
     def fact(
         self,
@@ -164,14 +164,14 @@ class Session:
         Raises:
             FactError: as `pl.Fact` does.
         """
-        told = [p.replace("{}", subject) for p in paraphrases]
+        filled = tuple(p.replace("{}", subject) for p in paraphrases)
         Fact(subject, prompt, "checked")  # before the model is asked
         asked = [*([] if true else [prompt.replace("{}", subject)]), *neighbours]
         with self.model.live_edits.bare():
-            said = generation.answers(self.model, asked) if asked else []
-        true = true or said.pop(0) or "?"
-        pairs = tuple(zip(neighbours, [text or "?" for text in said], strict=True))
-        return Fact(subject, prompt, new or None, true, tuple(told), pairs)
+            answers = generation.answers(self.model, asked) if asked else []
+        true = true or answers.pop(0) or "?"
+        pairs = tuple(zip(neighbours, [text or "?" for text in answers], strict=True))
+        return Fact(subject, prompt, new or None, true, filled, pairs)
 
     def edit(
         self,
@@ -207,7 +207,7 @@ class Session:
         self.on_change()
 
     def redo(self, step: Step) -> None:
-        """Put an edit that was undone onto the model again, behind the others."""
+        """Put an edit that was undone onto the model again, after the others."""
         step.edit.apply_(self.model)
         self.on_change()
 

@@ -10,8 +10,7 @@ from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.methods import PMET
 from pmet_lens.explorer import recipes, variants, widgets
 from pmet_lens.explorer.jobs import Tick
-from pmet_lens.explorer.panes import Pane, Shell
-from pmet_lens.explorer.views import View
+from pmet_lens.explorer.views import Pane, Shell, View
 from pmet_lens.plotting import maps
 
 _HEAD = ("method", "says", "P(new)", "paraphrases %", "neighbours kept %", "‖ΔW‖/‖W‖")
@@ -52,13 +51,15 @@ class AblateTab:
         }
         for group in groups.values():
             for box in group.values():
-                box.observe(lambda _: self._tell(), names="value")
+                box.observe(lambda _: self._count_variants(), names="value")
         lines = [
-            widgets.row(widgets.html(f'<div style="width: 5em"><b>{name}</b></div>'), *own.values())
-            for name, own in groups.items()
+            widgets.row(
+                widgets.html(f'<div style="width: 5em"><b>{name}</b></div>'), *group.values()
+            )
+            for name, group in groups.items()
         ]
         self.box = widgets.column(*lines, widgets.row(self.button, self._count), self.pane.box)
-        self._tell()
+        self._count_variants()
 
     def _methods(self) -> dict[str, Any]:
         def ticked(group: dict[Any, Any]) -> list[Any]:
@@ -71,10 +72,10 @@ class AblateTab:
             ticked(self.solver),
         )
 
-    def _tell(self) -> None:
+    def _count_variants(self) -> None:
         names = list(self._methods())
-        told = f"{len(names)} variants: {'; '.join(names)}." if names else "Tick one of each."
-        self._count.value = widgets.message(told)
+        text = f"{len(names)} variants: {'; '.join(names)}." if names else "Tick one of each."
+        self._count.value = widgets.message(text)
 
     def run(self) -> None:
         """Compare the ticked variants, in a step."""

@@ -9,8 +9,7 @@ import pandas as pd
 from pmet_lens.data import markup
 from pmet_lens.explorer import recipes, widgets
 from pmet_lens.explorer.jobs import Tick
-from pmet_lens.explorer.panes import Pane, Shell
-from pmet_lens.explorer.views import View
+from pmet_lens.explorer.views import Pane, Shell, View
 from pmet_lens.plotting.maps import answer_bars
 
 
@@ -46,15 +45,17 @@ class AskTab:
                 "ask", title, table, partial(answer_bars, table), code, (7.0, 0.9 + 0.22 * k)
             )
 
-        self._shell.run("Ask", work, lambda view: self.pane.show(view, _told(view.table, prompt)))
+        self._shell.run(
+            "Ask", work, lambda view: self.pane.show(view, _continuations(view.table, prompt))
+        )
 
 
-def _told(table: pd.DataFrame, prompt: str) -> str:
+def _continuations(table: pd.DataFrame, prompt: str) -> str:
     """The continuations, one row per model."""
     names = {"before": "without edits", "after": "with the edits that are on"}
-    said = table.groupby("model", sort=False)["continuation"].first()
+    texts = table.groupby("model", sort=False)["continuation"].first()
     rows = [
         [names[str(model)], markup.Raw(f"{markup.escape(prompt)} <b>{markup.escape(text)}</b>")]
-        for model, text in said.items()
+        for model, text in texts.items()
     ]
     return markup.table(rows, ["", "goes on (greedily)"])

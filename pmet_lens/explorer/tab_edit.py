@@ -14,9 +14,8 @@ from pmet_lens.editing.method import Hparams, SettingsError
 from pmet_lens.editing.methods import METHODS
 from pmet_lens.explorer import recipes, widgets
 from pmet_lens.explorer.jobs import Tick
-from pmet_lens.explorer.panes import Pane, Shell
 from pmet_lens.explorer.session import Step
-from pmet_lens.explorer.views import View
+from pmet_lens.explorer.views import Pane, Shell, View
 from pmet_lens.models import generation
 from pmet_lens.plotting import maps
 
@@ -76,7 +75,7 @@ class EditTab:
         try:
             known, note = self._shell.session.settings(self.method.value), ""
             if known is None:
-                note = f"{self.method.value} has settings of its own, fixed for each model."
+                note = f"{self.method.value} has its own settings, fixed for each model."
         except SettingsError as error:
             known, note = None, f"{error} In the explorer: pl.explore(model, hparams=…)."
         for control in (self.layers, *self.controls.values()):
@@ -92,10 +91,10 @@ class EditTab:
         if known is None:
             return {}
         first, last = self.layers.value
-        said = {name: control.value for name, control in self.controls.items()}
+        chosen = {name: control.value for name, control in self.controls.items()}
         if (first, last) != (known.layers[0], known.layers[-1]):
-            said["layers"] = tuple(range(first, last + 1))
-        return {name: value for name, value in said.items() if value != getattr(known, name)}
+            chosen["layers"] = tuple(range(first, last + 1))
+        return {name: value for name, value in chosen.items() if value != getattr(known, name)}
 
     def run(self) -> None:
         """Edit the fact, in a step, with a curve of its losses."""
@@ -120,7 +119,7 @@ class EditTab:
         return View(f"edit-{number}", title, step.table, draw, code, size)
 
     def _show(self, step: Step) -> None:
-        self._remember()  # first: whatever fails behind it, the edit can be undone
+        self._remember()  # first: whatever fails after it, the edit can be undone
         rows = maps.rows_of(step.table, _COLUMNS)
         loss = ""
         if step.edit.targets is not None:
@@ -135,11 +134,11 @@ class EditTab:
             button = self._shell.button("Undo", tip, partial(self._toggle, step))
             self.history.append((step, line, button))
             self._rows.children = (*self._rows.children, widgets.row(button, line))
-        self._tell()
+        self._update_rows()
 
     def _changed(self) -> None:
         """An edit was made or undone, here or in code."""
-        if not self._shell.runner.busy:  # then the step tells it itself, where widgets may change
+        if not self._shell.runner.busy:  # then the step shows it itself, where widgets may change
             self._remember()
 
     def _toggle(self, step: Step) -> None:
@@ -149,20 +148,19 @@ class EditTab:
         else:
             session.redo(step)
 
-    def _tell(self) -> None:
+    def _update_rows(self) -> None:
         """What the model says now about the fact of every edit."""
         session = self._shell.session
-        said = generation.answers(session.model, [s.fact.text for s, _, _ in self.history])
-        for number, ((step, line, button), now) in enumerate(
-            zip(self.history, said, strict=True), start=1
-        ):
+        answers = generation.answers(session.model, [s.fact.text for s, _, _ in self.history])
+        rows = zip(self.history, answers, strict=True)
+        for number, ((step, line, button), now) in enumerate(rows, start=1):
             on = session.is_on(step)
             button.description = "Undo" if on else "Redo"
             state = "on" if on else "off"
-            told = f"{number}. {step.method}: {step.fact.text} → {step.fact.target_new}"
+            text = f"{number}. {step.method}: {step.fact.text} → {step.fact.target_new}"
             line.value = (
                 f'<div style="line-height: 1.35; opacity: {1 if on else 0.7}">'
-                f"{markup.escape(told)} ({state}); "
+                f"{markup.escape(text)} ({state}); "
                 f"the model says now: <b>{markup.escape(now)}</b></div>"
             )
         on = sum(session.is_on(step) for step, _, _ in self.history)

@@ -8,8 +8,7 @@ from typing import Any
 
 from pmet_lens.explorer import recipes, widgets
 from pmet_lens.explorer.jobs import Tick
-from pmet_lens.explorer.panes import Pane, Shell
-from pmet_lens.explorer.views import View
+from pmet_lens.explorer.views import Pane, Shell, View
 from pmet_lens.interp.attention import subject_attention
 from pmet_lens.interp.causal_trace import trace_tokens
 from pmet_lens.interp.lens import all_streams, lens_tokens
@@ -25,11 +24,11 @@ KINDS: Mapping[str, str] = {
 }
 """What can be looked at, and the column that is drawn."""
 _ALL = "all"
-_TELLS: Mapping[str, str] = {
-    "probability": "What each component says at each token when it is read through the model's own "
+_HELP: Mapping[str, str] = {
+    "probability": "What each component says at each token when it is read through the model's "
     "unembedding: the probability of the answer's first token.",
-    "rank": "What each component says at each token when it is read through the model's own "
-    "unembedding: the rank of the answer's first token, 1 is said first.",
+    "rank": "What each component says at each token when it is read through the model's "
+    "unembedding: the rank of the answer's first token, 1 is the likeliest.",
     "recovered": "The subject is drowned in noise, and one component's clean value is put back at "
     "one layer and token: how much of the answer's probability comes back.",
     "weight": "How much attention each token pays to the subject's tokens, mean over heads.",
@@ -82,7 +81,7 @@ class LookTab:
         name, measure = self.kind.label, self.kind.value
 
         def show(view: View) -> None:
-            self.pane.show(view, widgets.message(_TELLS[measure]))
+            self.pane.show(view, widgets.message(_HELP[measure]))
 
         self._shell.run(name, lambda tick: self._look(tick, name, measure), show)
 

@@ -57,8 +57,8 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
     paraphrases (per cent that give the new answer), neighbours (per cent whose answer is still
     the old one; NaN where there are none), relative (‖ΔW‖/‖W‖)."""
     rows = {}
-    for method, own in table.groupby("method", sort=False):
-        kinds = {kind: own.loc[own["kind"] == kind] for kind in scoring.KINDS}
+    for method, rows_of_it in table.groupby("method", sort=False):
+        kinds = {kind: rows_of_it.loc[rows_of_it["kind"] == kind] for kind in scoring.KINDS}
         first, other = kinds["rewrite"].iloc[0], kinds["neighbour"]
         rows[method] = {
             "answer": first["after"],
@@ -84,7 +84,7 @@ def ablate(
     (‖ΔW‖/‖W‖, the largest of the written weights). Raises as `pl.edit` does.
     """
     model, hp = session.model, _strengths(session)
-    found: dict[Any, Targets] = {}
+    targets: dict[Any, Targets] = {}
     tables = []
     with model.live_edits.bare():
         for i, (name, method) in enumerate(methods.items()):
@@ -92,10 +92,10 @@ def ablate(
             if on_progress is not None:
                 on_progress(i, len(methods), name)
             key = (method.delta_at, method.position)
-            if key not in found:
-                found[key] = optimise(model, [fact], method, hp, contexts, on_step)
+            if key not in targets:
+                targets[key] = optimise(model, [fact], method, hp, contexts, on_step)
             made = locate_and_edit.edit(
-                model, [fact], known, method, hp, contexts, targets=found[key]
+                model, [fact], known, method, hp, contexts, targets=targets[key]
             )
             size = max(_relative(model, site, d) for site, d in made.deltas.items())
             tables.append(session.answers(fact, made).assign(method=name, relative=size))

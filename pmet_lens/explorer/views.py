@@ -1,4 +1,4 @@
-"""A view: a table, the figure of it, and the lines that make it again, in every format.
+"""A view (a table, its figure, and the code that makes it again), and the pane that shows it.
 
 In a notebook the figure takes the colour of the page's text, so that it can be read on dark and
 light; in a file it stands on white.
@@ -12,12 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pmet_lens.data import markup
+from pmet_lens.explorer import widgets
+from pmet_lens.explorer.fact_panel import FactPanel
+from pmet_lens.explorer.jobs import Runner, Tick
+from pmet_lens.explorer.session import Session
 from pmet_lens.plotting.maps import restyle
 
 _INK = "#0a0b0c"
@@ -79,14 +84,76 @@ class View:
 
     def links(self) -> str:
         """HTML of one link per file that holds it, so that it works wherever the kernel runs."""
-        found = []
+        links = []
         for name, content in self.files().items():
             kind = _MIME[Path(name).suffix]
             href = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-            found.append(
+            links.append(
                 f'<a style="text-decoration: underline" download="{name}" href="{href}">{name}</a>'
             )
-        return "Download: " + " · ".join(found)
+        return "Download: " + " · ".join(links)
+
+
+@runtime_checkable
+class Shell(Protocol):
+    """What a tab may ask of the explorer."""
+
+    session: Session
+    fact: FactPanel
+    runner: Runner
+
+    def button(self, label: str, tip: str, on_click: Callable[[], object], style: str = "") -> Any:
+        """A button that is off while a step runs."""
+        ...
+
+    def run(self, what: str, work: Callable[[Tick], Any], then: Callable[[Any], object]) -> None:
+        """Run a step in a thread, then show its result."""
+        ...
+
+    def say(self, text: str, kind: str = "") -> None:
+        """Show a line of status."""
+        ...
+
+
+class Pane:
+    """Shows a view: text, figure, and its export as links, as files in a folder, and as code."""
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+        self.view: View | None = None
+        self._figure, self._text, self._out = widgets.html(), widgets.html(), widgets.html()
+        self._folder = widgets.text("Folder", "exports", "Where Save writes, beside the notebook")
+        tip = "Show links to PNG, SVG, CSV and Python of this view, and the lines that make it"
+        export = shell.button("Export", tip, self._export)
+        save = shell.button("Save", "Write these four files into the folder", self._save)
+        self._row = widgets.row(export, self._folder, save)
+        self._row.layout.display = "none"
+        self.box = widgets.column(self._text, self._figure, self._row, self._out)
+
+    def show(self, view: View, text: str = "") -> None:
+        """Show a view, and HTML above its figure."""
+        self.view = view
+        self._figure.value, self._text.value = view.inline(), text
+        self._out.value = ""
+        self._row.layout.display = ""
+
+    def figure(self, html: str) -> None:
+        """Show a figure that is still growing, without export."""
+        self._figure.value, self._text.value, self._out.value = html, "", ""
+        self._row.layout.display = "none"
+
+    def _export(self) -> None:
+        if self.view is not None:
+            style = (
+                f"border: {markup.LINE}; padding: 0.5em; overflow-x: auto; white-space: pre-wrap"
+            )
+            code = f'<pre style="{style}">{markup.escape(self.view.code)}</pre>'
+            self._out.value = f"<p>{self.view.links()}</p>{code}"
+
+    def _save(self) -> None:
+        if self.view is not None:
+            written = self.view.save(self._folder.value or ".")
+            self._shell.say(f"Wrote {', '.join(map(str, written))}.")
 
 
 def _saved(figure: Figure, kind: str, transparent: bool = False) -> bytes:
