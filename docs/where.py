@@ -24,7 +24,7 @@ HOME = {
 def locate(name: str) -> tuple[Path, int]:
     """File (from the root of the repository) and line of `folder/file.py`, or of a module, class,
     function, method or value of it: `pmet_lens.PMET`, `pmet_lens.Edit.save`,
-    `pmet_lens.editing.keys`, `pmet_lens.editing.targets.objective`, `figures.paper.GRID`.
+    `pmet_lens.editing.keys`, `pmet_lens.editing.objective.loss_terms`, `figures.paper.GRID`.
 
     Raises:
         LookupError: where there is no such file, or nothing of that name in it.

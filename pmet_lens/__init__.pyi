@@ -14,8 +14,6 @@ from .editing.edits import Editor as Editor
 from .editing.edits import merged as merged
 from .editing.finetune import FineTune as FineTune
 from .editing.finetune import FineTuneHparams as FineTuneHparams
-from .editing.hparams import HPARAMS as HPARAMS
-from .editing.hparams import hparams_for as hparams_for
 from .editing.locate_and_edit import edit as edit
 from .editing.locate_and_edit import edit_sequentially as edit_sequentially
 from .editing.mend import Mend as Mend
@@ -29,11 +27,13 @@ from .editing.methods import ALPHAEDIT as ALPHAEDIT
 from .editing.methods import EMMET as EMMET
 from .editing.methods import FT_L as FT_L
 from .editing.methods import FT_W as FT_W
+from .editing.methods import HPARAMS as HPARAMS
 from .editing.methods import MEMIT as MEMIT
 from .editing.methods import MEND as MEND
 from .editing.methods import METHODS as METHODS
 from .editing.methods import PMET as PMET
 from .editing.methods import ROME as ROME
+from .editing.methods import hparams_for as hparams_for
 from .editing.methods import named as named
 from .editing.solvers import Exact as Exact
 from .editing.solvers import NullSpace as NullSpace

@@ -52,7 +52,7 @@ def measured(model: Model, method: pl.Method, facts=FACTS) -> tuple[int, int, in
     tail = objective.tail_of(model, method, HP.layers[-1])
     rows, per_fact = objective.prompts(model, facts, CONTEXTS)
     with FlopCounterMode(display=False) as record:
-        batch = objective.Problem(model, rows, per_fact, method, HP.layers[-1], tail, False)
+        batch = objective.Objective(model, rows, per_fact, method, HP, tail)
     deltas = {s: torch.zeros_like(v, requires_grad=True) for s, v in batch.clean.items()}
     with FlopCounterMode(display=False) as step:
         told = batch.losses(deltas)

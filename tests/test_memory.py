@@ -62,14 +62,14 @@ def test_free_memory_is_asked_where_somebody_knows(monkeypatch):
 def test_targets_go_on_with_half(monkeypatch):
     model = tiny_model("gpt2", torch.float64)
     wanted = targets.optimise(model, FACTS, pl.PMET, HP, ["{}"])
-    before = objective.Problem.__init__
+    before = objective.Objective.__init__
 
     def small(self, model, rows, per_fact, *more):
         if len(rows) // per_fact > 1:
             raise full()
         before(self, model, rows, per_fact, *more)
 
-    monkeypatch.setattr(objective.Problem, "__init__", small)
+    monkeypatch.setattr(objective.Objective, "__init__", small)
     with pytest.warns(UserWarning, match="3 facts at once do not fit"):
         got = targets.optimise(model, FACTS, pl.PMET, HP, ["{}"])
     for stream, value in wanted.values.items():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_editing import CONTEXTS, FACTS, HP, bits, some_moments, unchanged
+from test_linalg import delta
 from tiny import tiny_model
 
 import pmet_lens as pl
@@ -165,17 +166,17 @@ def test_protection_is_the_sum_of_both_wishes():
         for n, d in ((40, 8), (2, 8), (3, 8), (2, 4))
     )
     C = text.T @ text / 40
-    ridge = solvers.delta(Ridge(0.3).factorise(C, earlier=P), K, R)
+    ridge = delta(Ridge(0.3).factorise(C, earlier=P), K, R)
     assert close(ridge, torch.linalg.solve(0.3 * C + P.T @ P + K.T @ K, K.T @ R))
     everything = NullSpace(threshold=1e9, l2=0.3).factorise(C, earlier=P)
     identity = torch.eye(8, dtype=torch.float64)
     assert close(
-        solvers.delta(everything, K, R),
+        delta(everything, K, R),
         torch.linalg.solve(0.3 * identity + P.T @ P + K.T @ K, K.T @ R),
     )
-    exact = solvers.delta(solvers.Exact().factorise(C, 0.3, P), K, R)
+    exact = delta(solvers.Exact().factorise(C, 0.3, P), K, R)
     assert close(K @ exact, R)
-    heavy = solvers.delta(solvers.Exact().factorise(C, 1e-9, P), K, R)
+    heavy = delta(solvers.Exact().factorise(C, 1e-9, P), K, R)
     assert (P @ heavy).norm() < 1e-3 * (P @ exact).norm()
 
 

@@ -11,6 +11,7 @@ from tiny import tiny_model
 
 import pmet_lens as pl
 from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.methods import SHORT_NAMES
 from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
 
 
@@ -94,6 +95,18 @@ def test_the_ablations_are_the_rows_of_the_paper():
     assert {m.position for m in moved.values()} == {"first_subject", "last"}
     assert all(replace(m, position="last_subject") == pl.PMET for m in moved.values())
     assert {m.solver for m in pl.ABLATIONS.values()} == {Ridge()}
+
+
+def test_every_ablation_has_a_short_name():
+    """Plain words of ASCII letters, so that they can be typed; the table's names stay."""
+    others = [name for name in pl.ABLATIONS if name not in pl.METHODS]
+    assert list(SHORT_NAMES.values()) == others
+    for short, full in SHORT_NAMES.items():
+        assert short.isascii()
+        assert short.isidentifier()
+        assert short.islower()
+        assert pl.named(short) is pl.named(full) is pl.ABLATIONS[full]
+    assert pl.named("no_attn_delta") == replace(pl.PMET, delta_at=("mlp_out",))
 
 
 def test_other_methods_are_values_too():

@@ -10,7 +10,8 @@ from tiny import tiny_model
 
 import pmet_lens as pl
 from pmet_lens.editing.method import SettingsError
-from pmet_lens.editing.targets import Targets, objective, optimise
+from pmet_lens.editing.objective import loss_terms
+from pmet_lens.editing.targets import Targets, optimise
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model
 
@@ -72,6 +73,19 @@ def test_starting_at_the_last_critical_layer_changes_nothing(model):
         assert off(run(model, FACTS[:2], method, few, fast=True), whole) < TOLERANCE[model.name]
     other = run(model, FACTS[:2], pl.MEMIT, replace(few, layers=(1,)))
     assert off(other, whole) > 1e-2
+
+
+def test_some_facts_come_in_the_order_asked_for(whole):
+    some = whole[[2, 0]]
+    for stream, value in some.values.items():
+        assert torch.equal(value, whole.values[stream][[2, 0]])
+        assert torch.equal(some.delta(stream), whole.delta(stream)[[2, 0]])
+    for new, old in enumerate((2, 0)):
+        rows = some.history[some.history["fact"] == new]
+        wanted = whole.history[whole.history["fact"] == old].assign(fact=new)
+        assert rows.reset_index(drop=True).equals(wanted.reset_index(drop=True))
+    assert list(some.history["fact"]) == sorted(some.history["fact"])
+    assert whole[1:3].history.equals(whole[[1, 2]].history)
 
 
 def test_layers_below_the_last_critical_one_do_not_matter(gpt2, whole):
@@ -176,7 +190,7 @@ def test_objective_by_hand():
     hp = pl.Hparams(layers=(1,), kl_weight=3.0, weight_decay=0.5)
     deltas = {"mlp_out": torch.tensor([[3.0, 4.0]]), "attn_out": torch.tensor([[0.0, 2.0]])}
     norms = {"mlp_out": torch.tensor([10.0]), "attn_out": torch.tensor([4.0])}
-    loss = objective(
+    loss = loss_terms(
         torch.tensor([7.0]), torch.tensor([0.2]), deltas, norms, torch.tensor([0.1]), hp
     )
     decay = 5 / 100 + 2 / 16

@@ -19,7 +19,7 @@ import pmet_lens as pl
 from pmet_lens.data import datasets, file_format
 from pmet_lens.editing import targets
 from pmet_lens.editing.method import SettingsError
-from pmet_lens.editing.methods import named
+from pmet_lens.editing.methods import SHORT_NAMES, named
 from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
 from pmet_lens.editing.targets import Targets, joined, optimise
 from pmet_lens.evaluation import metrics, scoring
@@ -103,11 +103,12 @@ def test_an_unknown_name_is_told_the_known_ones(name):
     methods, _, rest = str(error.value).partition("Ablations: ")
     assert repr(name) in methods
     assert methods.partition("Methods: ")[2] == ", ".join(pl.METHODS) + ". "
-    extra = [repr(n) for n in pl.ABLATIONS if n not in pl.METHODS]
+    short = {full: name for name, full in SHORT_NAMES.items()}
+    extra = [f"{n!r} ({short[n]})" for n in pl.ABLATIONS if n not in pl.METHODS]
     assert rest == ", ".join(extra) + "."
 
 
-@pytest.mark.parametrize("name", ["PMET", "at the last token"])
+@pytest.mark.parametrize("name", ["PMET", "at the last token", "no_attn_delta"])
 def test_a_name_edits_as_its_method_does(gpt2, name):
     moments = some_moments(gpt2)
     by_name = pl.edit(gpt2, FACTS, moments, name, HP, CONTEXTS)

@@ -33,7 +33,7 @@ whole = ablations[ablations["run"] == "PMET"]
 whole.pivot(index=["model", "edits"], columns="metric", values="mean")[METRICS].round(1)
 
 # %% [markdown]
-# This is PMET whole, that everything below is compared with. A method is four answers ([`settings.py`](../pmet_lens/editing/method.py)); each of the first rows below changes one of them ([`ABLATIONS`](../pmet_lens/editing/methods.py)):
+# This is PMET whole, that everything below is compared with. A method is four answers ([`method.py`](../pmet_lens/editing/method.py)); each of the first rows below changes one of them ([`ABLATIONS`](../pmet_lens/editing/methods.py)):
 #
 # | row | answer changed | what it asks | what the paper says |
 # |---|---|---|---|

@@ -45,7 +45,7 @@ f"{known.mean():.0%} of {len(facts)} facts are known; {len(edited)} are edited"
 # %% [markdown]
 # ## Settings
 #
-# Known settings are in `pl.HPARAMS` ([`hparams.py`](../pmet_lens/editing/hparams.py)), for a few models. For others [`suggest_hparams`](../pmet_lens/interp/suggestion.py) makes a start: it corrupts the subject, restores one layer's state at one token, and looks at which layer the answer comes back. There the fact has been gathered and not yet been read on: the last layer to write.
+# Known settings are in `pl.HPARAMS` ([`methods.py`](../pmet_lens/editing/methods.py)), for a few models. For others [`suggest_hparams`](../pmet_lens/interp/suggestion.py) makes a start: it corrupts the subject, restores one layer's state at one token, and looks at which layer the answer comes back. There the fact has been gathered and not yet been read on: the last layer to write.
 
 # %% tags=["main-figure"]
 suggestion = pl.suggest_hparams(model, kept, n_edits=len(edited))

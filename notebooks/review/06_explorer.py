@@ -5,7 +5,7 @@
 #
 # `pl.explore` is a panel to ask, look, edit and compare without writing code. This notebook opens it, and then does by code what its four tabs do. *Run time: under a minute on two CPU cores.*
 #
-# It begins with the bundled model and facts of its invented world. For a model of your own change `MODEL` and the fact, and give `explore` what an edit needs: `texts=` (or `moments=`) and, where [`pl.HPARAMS`](../pmet_lens/editing/hparams.py) does not know the model, `hparams=`.
+# It begins with the bundled model and facts of its invented world. For a model of your own change `MODEL` and the fact, and give `explore` what an edit needs: `texts=` (or `moments=`) and, where [`pl.HPARAMS`](../pmet_lens/editing/methods.py) does not know the model, `hparams=`.
 
 # %% tags=["parameters"]
 MODEL = "world"  # a bundled name, a directory, or a hub id

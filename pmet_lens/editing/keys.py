@@ -1,12 +1,13 @@
 """Keys and values at the edited token, read layer by layer while the weights change.
 
-Nothing behind the edited token can change what is there, so every prompt is cut behind it; and
-nothing below a layer depends on its weights, so the residual stream entering the layer last read is
-kept on the way and the next pass starts from it.
+No token after the edited one can change what is there, so every prompt ends at it. Nothing below a
+layer depends on its weights, so the residual stream that enters the layer read last is kept, and
+the next pass starts from it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact
+from pmet_lens.editing.objective import rows_of
 from pmet_lens.models import tokens
 from pmet_lens.models.activations import check_finite
 from pmet_lens.models.bridge import Hook
+from pmet_lens.models.likelihood import at_least_float32
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, ModelError, Site, Stream
 from pmet_lens.models.tokens import Position
@@ -38,6 +41,17 @@ class _Part:
     residual: Tensor | None = None
     """On the host: the streams of thousands of facts do not fit beside a large model."""
 
+    def of(self, facts: Sequence[int]) -> _Part:
+        """Some of its facts, by their number in it."""
+        if len(facts) == len(self.facts):
+            return self
+        chosen = rows_of(facts, len(self.rows) // len(self.facts))
+        here = chosen.to(self.place.device)
+        rows, residual = self.rows[here], self.residual
+        if residual is not None:
+            residual = residual[chosen, : rows.ids.shape[1]]
+        return _Part([self.facts[i] for i in facts], rows, self.place[here], residual)
+
 
 class Reader:
     """Reads the keys and values of some facts' prompts, one layer after the other.
@@ -56,31 +70,30 @@ class Reader:
         *,
         fast: bool = True,
     ) -> None:
-        self.model, self.n = model, len(facts)
+        self.model = model
         self._layer, self._fast = 0, fast
-        per_fact = [tokens.prompts_of(f, contexts) for f in facts]
-        self._per_fact = len(per_fact[0])
-        rows = tokens.encode(model, [p for prompts in per_fact for p in prompts])
+        prompts = [tokens.prompts_of(fact, contexts) for fact in facts]
+        self._per_fact = len(prompts[0])
+        rows = tokens.encode(model, list(itertools.chain.from_iterable(prompts)))
         rows = rows.up_to(position)
         limit = TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ELSEWHERE
-        longest = rows.mask.sum(1).view(self.n, -1).amax(1).tolist()
+        longest = rows.mask.sum(1).view(len(facts), -1).amax(1).tolist()
         self._parts: list[_Part] = []
         for chunk in tokens.chunks(longest, limit // self._per_fact):
-            numbers = [i * self._per_fact + k for i in chunk for k in range(self._per_fact)]
-            own = rows[torch.tensor(numbers, device=model.device)]
-            self._parts.append(_Part(chunk, own, own.at(position)))
+            chosen = rows[rows_of(chunk, self._per_fact).to(model.device)]
+            self._parts.append(_Part(chunk, chosen, chosen.at(position)))
 
     def keys(self, site: Site) -> Float[Tensor, "fact d_in"]:
-        """½ · key on the plain prompt + ½ · mean of the keys behind the context prefixes; without
+        """½ · key on the plain prompt + ½ · mean of the keys after the context prefixes; without
         prefixes the plain key alone. Source: released `compute_ks.py` (mean per context type, then
         over types)."""
-        (found,) = self._read([self.model.key_hook(site)], site.layer, site.layer)
-        return _averaged(found)
+        (keys,) = self._read([self.model.key_hook(site)], site.layer, site.layer)
+        return _averaged(keys)
 
     def values(self, layer: int, stream: Stream) -> Float[Tensor, "fact d_model"]:
         """The stream's value now, on the plain prompts."""
-        (found,) = self._read([self.model.stream_hook(layer, stream)], layer, layer, plain=True)
-        return found[:, 0]
+        (now,) = self._read([self.model.stream_hook(layer, stream)], layer, layer, plain=True)
+        return now[:, 0]
 
     def both(
         self, site: Site, layer: int, stream: Stream
@@ -90,47 +103,36 @@ class Reader:
         if max(part.rows.ids.numel() for part in self._parts) > FEW_TOKENS:
             return self.keys(site), self.values(layer, stream)
         names = [self.model.key_hook(site), self.model.stream_hook(layer, stream)]
-        found, now = self._read(names, site.layer, layer)
-        return _averaged(found), now[:, 0]
+        keys, now = self._read(names, site.layer, layer)
+        return _averaged(keys), now[:, 0]
 
     def _read(
         self, names: Sequence[str], layer: int, last: int, plain: bool = False
     ) -> list[Float[Tensor, "fact row d"]]:
-        """What these hooks of the layers up to `last` see at the edited token. The stream entering
-        `layer` is kept on the way, and the next pass starts there; `plain`: only the plain prompts
-        run, and nothing is kept."""
+        """What these hooks of the layers up to `last` see at the edited token. The stream that
+        enters `layer` is kept, and the next pass starts there; `plain`: only the plain prompts run,
+        and nothing is kept."""
         self._prepare(layer)
         keep = None if plain or not self._fast or layer == self._layer else layer
         parts: list[_Part] = []
-        found: list[list[Tensor]] = []
+        seen: list[list[Tensor]] = []
         for part in self._parts:
 
-            def run(rows: Sequence[int], part: _Part = part) -> tuple[_Part, list[Tensor]]:
-                some = part if len(rows) == len(part.facts) else self._some(part, rows)
+            def run(facts: Sequence[int], part: _Part = part) -> tuple[_Part, list[Tensor]]:
+                some = part.of(facts)
                 return some, self._run(some, names, keep, last + 1, plain)
 
             for some, values in halving(range(len(part.facts)), run, "facts"):
                 parts.append(some)
-                found.append(values)
+                seen.append(values)
         self._parts = parts
         if keep is not None:
             self._layer = layer
-        order = torch.tensor([i for part in self._parts for i in part.facts])
-        together = [torch.cat(values) for values in zip(*found, strict=True)]
+        back = torch.tensor([i for part in parts for i in part.facts]).argsort()
+        together = [torch.cat(values) for values in zip(*seen, strict=True)]
         for name, values in zip(names, together, strict=True):
             check_finite(values, name)
-        return [values[torch.argsort(order).to(values.device)] for values in together]
-
-    def _some(self, part: _Part, facts: Sequence[int]) -> _Part:
-        """Some facts of a part, as a part of their own."""
-        numbers = [i * self._per_fact + k for i in facts for k in range(self._per_fact)]
-        chosen = torch.tensor(numbers)
-        rows = part.rows[chosen.to(part.place.device)]
-        residual = None
-        if part.residual is not None:
-            residual = part.residual[chosen, : rows.ids.shape[1]]
-        where = part.place[chosen.to(part.place.device)]
-        return _Part([part.facts[i] for i in facts], rows, where, residual)
+        return [values[back.to(values.device)] for values in together]
 
     def _prepare(self, layer: int) -> None:
         """Start from the first layer again where what is kept lies above `layer`, or where this
@@ -153,16 +155,14 @@ class Reader:
         chosen = torch.arange(0, len(rows), self._per_fact if plain else 1, device=place.device)
         if plain:
             rows, place = rows[chosen], place[chosen]
-        number = torch.arange(len(place), device=place.device)
-        found: list[Tensor] = []
-        hooks: list[tuple[str, Hook]] = [
-            (
-                name,
-                lambda value: found.append(value[number.to(value.device), place.to(value.device)]),
-            )
-            for name in names
-        ]
+        row = torch.arange(len(place), device=place.device)
+        seen: list[Tensor] = []
         entering: list[Tensor] = []
+
+        def read(value: Tensor) -> None:
+            seen.append(value[row.to(value.device), place.to(value.device)])
+
+        hooks: list[tuple[str, Hook]] = [(name, read) for name in names]
         if keep is not None:
             hooks.append((self.model.stream_hook(keep, "resid_pre"), entering.append))
         with torch.no_grad():
@@ -174,13 +174,13 @@ class Reader:
                 tail.forward(residual, rows.mask, hooks=hooks, stop_at_layer=stop)
         if entering:
             part.residual = entering[0].cpu()
-        return [value.view(len(part.facts), -1, value.shape[-1]) for value in found]
+        return [value.view(len(part.facts), -1, value.shape[-1]) for value in seen]
 
 
-def _averaged(found: Float[Tensor, "fact row d_in"]) -> Float[Tensor, "fact d_in"]:
-    """Half the first row's key, half the mean of the others."""
-    found = found.to(torch.promote_types(found.dtype, torch.float32))
-    plain, prefixed = found[:, 0], found[:, 1:]
+def _averaged(keys: Float[Tensor, "fact row d_in"]) -> Float[Tensor, "fact d_in"]:
+    """½ · the first row's key + ½ · the mean of the others."""
+    keys = at_least_float32(keys)
+    plain, prefixed = keys[:, 0], keys[:, 1:]
     return (plain + prefixed.mean(1)) / 2 if prefixed.shape[1] else plain
 
 

@@ -1,7 +1,7 @@
 """The edit: targets, then one closed-form weight change per critical layer.
 
-`edit` reads like the algorithm box of the paper. It leaves the model as it found it; the result
-is an `Edit`, a value that can be applied, undone, saved and loaded.
+`edit` reads like the algorithm box of the paper. It leaves the model as it was; the result is an
+`Edit`, a value that can be applied, undone, saved and loaded.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from pmet_lens.data.facts import Fact, check_editable
 from pmet_lens.editing import keys
 from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.edits import Edit, Editor, merged, origin
-from pmet_lens.editing.hparams import hparams_for
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import PMET, named
+from pmet_lens.editing.methods import PMET, hparams_for, named
 from pmet_lens.editing.solvers import Dense, Factor, On, SecondMoment
 from pmet_lens.editing.targets import OnStep, Targets
 from pmet_lens.models import tokens
@@ -50,7 +49,7 @@ def edit(
         moments: Site -> second moment of the keys, `[d_in, d_in]` tensors or `Moment`s, in memory
             (`load_moments`) or on disk (`open_moments`); None for a method that needs none
             (fine-tuning).
-        method: a value, or the name of one (`pl.METHODS`, `pl.ABLATIONS`).
+        method: a value, or a name that `pl.named` knows.
         hparams: `Hparams`, or what the method has instead; None takes the settings known for this
             model (`pl.HPARAMS`).
         contexts: prefixed templates such as "I am. {}"; None samples them from the model.
@@ -78,9 +77,8 @@ def edit(
     hp = hparams if hparams is not None else hparams_for(model, method)
     hp.check(model.n_layers)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
-    _check_moments(model, moments, sites)
+    _check_given(model, moments, sites, contexts or ())
     contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
-    _check_contexts(contexts)
     if targets is None:
         targets = targeting.optimise(model, facts, method, hp, contexts, on_step)
     _check_targets(targets, facts, method, hp)
@@ -95,12 +93,12 @@ def edit(
                 site = Site(layer, projection)
                 stream = method.follows(projection)
                 K, now = reader.both(site, targets.layer, stream)
-                left_over = targets.values[stream].to(now.device) - now
-                R = (left_over / method.share(len(hp.layers) - i)).to(K.device)
-                factor = None if factorised is None else factorised.get(site)
+                rest = targets.values[stream].to(now.device) - now
+                R = (rest / method.share(len(hp.layers) - i)).to(K.device)
+                factor = (factorised or {}).get(site)
                 if factor is None:
-                    past = None if earlier is None else earlier[site]
                     C = _moment(moments[site], K.device)
+                    past = None if earlier is None else earlier[site]
                     factor = solver.factorise(C, hp.second_moment_weight, past)
                 if factorised is not None:
                     factorised[site] = factor
@@ -126,7 +124,7 @@ def edit_sequentially(
 
     `protect` adds the keys of earlier batches to what every solve preserves (AlphaEdit's sequential
     editing; for Ridge `λC + KₚᵀKₚ`). `on_batch(facts so far, edit)` runs while the model has all
-    edits so far, to measure it. The model is left as it was found; `merged` adds the edits up.
+    edits so far, to measure it. The model is left as it was; `merged` adds the edits up.
     """
     if batch_size < 1:
         raise SettingsError(f"batch_size must be at least 1, not {batch_size}.")
@@ -150,8 +148,8 @@ def edit_sequentially(
                 model.weight(site).add_(delta)
             edits.append(step)
             for site in sites if protect else ():
-                own = keys.averaged_keys(model, chosen, contexts, site, method.position)
-                past[site] = torch.cat([past[site], own]) if site in past else own
+                new = keys.averaged_keys(model, chosen, contexts, site, method.position)
+                past[site] = torch.cat([past[site], new]) if site in past else new
             if on_batch is not None:
                 on_batch(start + len(chosen), step)
     return edits
@@ -164,7 +162,9 @@ def _moment(moment: object, device: torch.device) -> SecondMoment:
     return On(Dense(moment) if isinstance(moment, Tensor) else moment, device)
 
 
-def _check_moments(model: Model, moments: Moments, sites: Sequence[Site]) -> None:
+def _check_given(
+    model: Model, moments: Moments, sites: Sequence[Site], contexts: Sequence[str]
+) -> None:
     for site in sites:
         if site not in moments:
             have = ", ".join(map(str, sorted(moments))) or "none"
@@ -179,9 +179,6 @@ def _check_moments(model: Model, moments: Moments, sites: Sequence[Site]) -> Non
                 f"The second moment of site {site} is {list(shape)}, but its keys have {size} "
                 "entries: it belongs to another model."
             )
-
-
-def _check_contexts(contexts: Sequence[str]) -> None:
     for context in contexts:
         if context.count("{}") != 1:
             raise SettingsError(

@@ -40,7 +40,7 @@ class Method:
     """How much of the residual a layer takes when n remain: R/√n ("sqrt", PMET) or R/n
     ("linear", MEMIT)."""
     solver: Solver
-    """How the facts are weighed against what the projection already stores (`linalg`)."""
+    """How the facts are weighed against what the projection already stores (`solvers`)."""
     at_once: int | None = None
     """How many facts are edited in one step; more are edited one step after the other, each on the
     model as edited so far (ROME: 1). None: all of them together."""
@@ -50,16 +50,16 @@ class Method:
     `fact_token`; the others are ablations)."""
 
     def __post_init__(self) -> None:
-        for name, values, known in (
+        for name, values, choices in (
             ("delta_at", self.delta_at, DELTA_AT),
             ("write", self.write, get_args(Projection)),
             ("spread", (self.spread,), get_args(Spread)),
             ("position", (self.position,), get_args(Position)),
         ):
-            wrong = [v for v in values if v not in known]
+            wrong = [v for v in values if v not in choices]
             if wrong or not values or len(set(values)) != len(values):
                 raise SettingsError(
-                    f"{name} must be a choice of {', '.join(known)}, each at most once; "
+                    f"{name} must be a choice of {', '.join(choices)}, each at most once; "
                     f"got {values!r}."
                 )
         if self.at_once is not None and self.at_once < 1:
@@ -86,15 +86,14 @@ class Method:
         )
 
     def follows(self, projection: Projection) -> Stream:
-        """The stream whose target the projection is asked to produce: its own where that was
-        optimised, else `resid_post`."""
-        own = STREAM_OF[projection]
-        if own in self.delta_at:
-            return own
-        if "resid_post" in self.delta_at:
-            return "resid_post"
+        """The stream whose target the projection is asked to produce: the one it writes where that
+        was optimised, else `resid_post`."""
+        written = STREAM_OF[projection]
+        for stream in (written, "resid_post"):
+            if stream in self.delta_at:
+                return stream
         raise SettingsError(
-            f"Nothing tells {projection} what to produce: delta_at has neither {own} nor "
+            f"Nothing tells {projection} what to produce: delta_at has neither {written} nor "
             "resid_post."
         )
 
@@ -127,7 +126,7 @@ class Hparams:
     stop_loss: float = 0.05
     """A fact stops when its whole loss is below this (released `compute_z.py`)."""
     easing: float = 0.1
-    """Factor on φ once every target token is the arg-max in every prompt; 1 switches easing and
+    """Factor on φ once every target token is the argmax in every prompt; 1 switches easing and
     the KL stop off (MEMIT)."""
     kl_stop: float = 0.01
     """While eased, a fact stops when μ·KL is at most this (released `compute_z.py`)."""
@@ -167,7 +166,7 @@ class Hparams:
             )
 
     def strengthen(self, solver: Solver) -> Solver:
-        """The solver with what it leaves open taken from here."""
+        """The solver; what it leaves open (None, as AlphaEdit may) is taken from here."""
         if not isinstance(solver, NullSpace):
             return solver
         return NullSpace(

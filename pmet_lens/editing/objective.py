@@ -1,24 +1,24 @@
-"""One batch of facts as an optimisation problem: what is recorded once, and what a step runs.
+"""The loss that the deltas of a fact are optimised by, and how a step computes it.
 
-Nothing below the last critical layer L depends on the deltas, and above it only the tokens from the
-edited one on do. So the residual stream at L, and the keys and values of the earlier tokens above
-L, are recorded once, and a step runs the *tail* of the model on the *suffix* of every prompt, and
-the unembedding only where a loss is read. The layer L itself runs for the edited token alone, or,
-where the streams enter its output as they are (parallel blocks, or a delta on `mlp_out` alone), not
-at all.
+`loss_terms` is the formula. Nothing below the last critical layer L depends on the deltas, and
+above it only the tokens from the edited one on do. So an `Objective` records once the residual
+stream at L, and the keys and values of the earlier tokens above L; a step runs the *tail* of the
+model on the *suffix* of every prompt, and the unembedding only where a loss is read. The layer L
+itself runs for the edited token alone, or, where the streams enter its output as they are (parallel
+blocks, or a delta on `mlp_out` alone), not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing.method import Method
+from pmet_lens.editing.method import Hparams, Method
 from pmet_lens.models import activations, likelihood, memory, tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, ModelError, Site, Stream
@@ -31,22 +31,41 @@ FEW_TOKENS = 256
 """Up to so many, running layer L for the edited token alone costs more than it saves."""
 
 
+def loss_terms(
+    nll: Float[Tensor, " fact"],
+    kl: Float[Tensor, " fact"],
+    deltas: Mapping[Stream, Float[Tensor, "fact d_model"]],
+    norms: Mapping[Stream, Float[Tensor, " fact"]],
+    nll_weight: Float[Tensor, " fact"],
+    hparams: Hparams,
+) -> dict[str, Float[Tensor, " fact"]]:
+    """loss = φ·NLL + μ·KL + ω·Σ_streams ‖δ‖ / ‖clean‖², per fact (released `compute_z.py`).
+
+    The norm above the bar is not squared, as released.
+    """
+    decay = sum(
+        (deltas[s].norm(dim=-1) / norms[s] ** 2 for s in deltas), start=torch.zeros_like(nll)
+    )
+    loss = nll_weight * nll + hparams.kl_weight * kl + hparams.weight_decay * decay
+    return {"nll": nll, "kl": kl, "decay": decay, "loss": loss}
+
+
 @dataclass(frozen=True)
 class Losses:
-    """What one step reads, per active fact."""
+    """What a step reads, per active fact."""
 
     nll: Float[Tensor, " fact"]
     """−log P per target token, mean over the tokens of a prompt, then over prompts; nats."""
     kl: Float[Tensor, " fact"]
-    """Of the changed from the clean distribution behind "{} is a", nats."""
-    said: Bool[Tensor, " fact"]
-    """Whether every target token is the arg-max in every prompt."""
+    """Of the changed from the clean distribution after "{} is a", nats."""
+    all_argmax: Bool[Tensor, " fact"]
+    """Whether every target token is the argmax in every prompt."""
 
 
 def prompts(
     model: Model, facts: Sequence[Fact], contexts: Sequence[str]
 ) -> tuple[tokens.Batch, int]:
-    """The rows of all facts, each fact's side by side (plain, behind the prefixes, KL prompt), and
+    """The rows of all facts, each fact's side by side (plain prompt, prefixed ones, KL prompt), and
     how many each has."""
     rows: list[tokens.Prompt] = []
     for fact in facts:
@@ -55,21 +74,26 @@ def prompts(
     return tokens.encode(model, rows), len(rows) // len(facts)
 
 
+def rows_of(facts: Sequence[int], per_fact: int) -> Int[Tensor, " row"]:
+    """The numbers of the rows of these facts, where each fact has `per_fact` of them."""
+    return (torch.tensor(facts)[:, None] * per_fact + torch.arange(per_fact)).flatten()
+
+
 def batches(
     rows: tokens.Batch, per_fact: int, position: Position, *, whole: bool, budget: int
 ) -> list[list[int]]:
     """The numbers of the facts that share a batch: as many of similar length as `budget` tokens
     allow, padding included. `whole`: count whole prompts, else what a step runs."""
     lengths = rows.mask.sum(1)
-    behind = lengths if whole else lengths - rows.at(position)
-    longest = behind.view(-1, per_fact).amax(1).tolist()
+    run = lengths if whole else lengths - rows.at(position)
+    longest = run.view(-1, per_fact).amax(1).tolist()
     total = lengths.view(-1, per_fact).amax(1).tolist()
     return tokens.chunks(longest, budget // per_fact, total)
 
 
 def budget(model: Model, layer: int, free: int | None = None) -> int:
-    """Tokens of a step with deltas at `layer`, where nobody says otherwise: what suits the device,
-    and no more than keeps half of its `free` memory (bytes; None: the device is asked)."""
+    """Tokens of a step with deltas at `layer`, by default: what suits the device, and no more
+    than keeps half of its `free` memory (bytes; None: ask the device)."""
     free = memory.free(model.device) if free is None else free
     if free is None:
         return TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ELSEWHERE
@@ -78,22 +102,21 @@ def budget(model: Model, layer: int, free: int | None = None) -> int:
 
 
 def values_per_token(model: Model, layer: int) -> int:
-    """Numbers that a token of a step keeps for the backward pass through the layers from `layer`
-    on; a generous guess."""
+    """Numbers kept per token of a step for the backward pass from `layer` on; a generous guess."""
     d_in = model.d_in(Site(layer, "mlp"))
     return (10 * model.d_model + 4 * d_in) * (model.n_layers - layer)
 
 
 def tail_of(model: Model, method: Method, layer: int) -> Tail | None:
     """The part of the model that a step runs; None for a family whose blocks cannot run alone."""
-    behind = all(model.enters_output(stream) for stream in method.delta_at)
+    unchanged = all(model.enters_output(stream) for stream in method.delta_at)
     try:
-        return model.from_layer(layer + 1 if behind else layer)
+        return model.from_layer(layer + 1 if unchanged else layer)
     except ModelError:
         return None
 
 
-class Problem:
+class Objective:
     """The facts of one batch. `losses` runs the facts last given to `choose` (at first all)."""
 
     def __init__(
@@ -102,21 +125,19 @@ class Problem:
         rows: tokens.Batch,
         per_fact: int,
         method: Method,
-        layer: int,
+        hparams: Hparams,
         tail: Tail | None,
-        own_norm: bool,
     ) -> None:
-        """`own_norm`: the deltas' reference norms are those of their own streams, else of the
-        layer's output."""
         self.model, self.streams = model, method.delta_at
         self.position: Position = method.position
-        self.layer, self.tail, self.per_fact = layer, tail, per_fact
+        self.layer, self.tail, self.per_fact = hparams.layers[-1], tail, per_fact
         self.n = len(rows) // per_fact
         residual, output, clean = self._record(rows)
         plain = torch.arange(self.n, device=model.device) * per_fact
         self.clean: dict[Stream, Tensor] = {s: clean[s][plain] for s in self.streams}
+        of_layer = hparams.reference_norm == "resid_post"
         self.norms: dict[Stream, Tensor] = {
-            s: clean[s if own_norm else "resid_post"][plain].norm(dim=-1) for s in self.streams
+            s: clean["resid_post" if of_layer else s][plain].norm(dim=-1) for s in self.streams
         }
         past = None
         start = rows.at(self.position)
@@ -126,7 +147,7 @@ class Problem:
             rows, column = rows.after(start)
             column = column[..., None].expand(-1, -1, model.d_model)
             edited = residual.gather(1, column[:, :1])
-            if tail.first == layer and (above := model.from_layer(layer + 1)).has_past:
+            if tail.first == self.layer and (above := model.from_layer(tail.first + 1)).has_past:
                 self._above, self._edited, self._output = above, edited, output.gather(1, column)
             residual = residual.gather(1, column)
         self._all = (rows, residual, past)
@@ -136,7 +157,7 @@ class Problem:
             self._kl_before = self._log_probs(zero)[1]
 
     def choose(self, active: Bool[Tensor, " fact"]) -> None:
-        """Only these facts from now on: the others' rows leave the batch."""
+        """Only these facts from now on: the rows of the others leave the batch."""
         rows, residual, past = self._all
         self._active = active
         chosen = active.repeat_interleave(self.per_fact).nonzero()[:, 0]
@@ -144,7 +165,7 @@ class Problem:
         self._residual = residual[chosen, : self._rows.ids.shape[1]]
         self._past = None if past is None else past[chosen]
         facts = torch.arange(len(chosen), device=chosen.device) // self.per_fact
-        self._owner = active.nonzero()[:, 0][facts]
+        self._fact_of_row = active.nonzero()[:, 0][facts]
         scored = self._rows.scored.nonzero()
         self._labels = self._rows.labels[scored[:, 0], scored[:, 1]]
         self._fact_of_label = facts[scored[:, 0]]
@@ -157,30 +178,30 @@ class Problem:
         self._place = place
 
     def losses(self, deltas: Mapping[Stream, Float[Tensor, "fact d_model"]]) -> Losses:
-        """What the chosen facts' prompts say with the deltas (one per fact of the batch) added."""
+        """Of the chosen facts, with the deltas (one per fact of the batch) added."""
         logp, kl_now = self._log_probs(deltas)
         n = len(kl_now)
         picked = likelihood.of_labels(logp, self._labels)
         nll = likelihood.row_sums(-picked * self._share.to(logp), self._fact_of_label, n)
         missed = (logp.detach().argmax(-1) != self._labels).to(logp.dtype)
-        said = likelihood.row_sums(missed, self._fact_of_label, n) == 0
+        all_argmax = likelihood.row_sums(missed, self._fact_of_label, n) == 0
         # As released: the divergence *of* the changed model *from* the clean one.
         before = self._kl_before[self._active]
-        return Losses(nll, (kl_now.exp() * (kl_now - before)).sum(-1), said)
+        return Losses(nll, (kl_now.exp() * (kl_now - before)).sum(-1), all_argmax)
 
     def _log_probs(self, deltas: Mapping[Stream, Tensor]) -> tuple[Tensor, Tensor]:
         """Log-probabilities where a loss is read: at the targets `[label, vocab]` and on the KL
         prompts `[fact, vocab]`."""
         rows, tail = self._rows, self.tail
         if tail is not None and tail.first > self.layer:
-            added = torch.stack([deltas[s] for s in self.streams]).sum(0)[self._owner]
+            added = torch.stack([deltas[s] for s in self.streams]).sum(0)[self._fact_of_row]
             entry = self.model.stream_hook(tail.first, "resid_pre")
             hooks = [(entry, activations.add_at(added, self._place))]
         else:
             hooks = [
                 (
                     self.model.stream_hook(self.layer, s),
-                    activations.add_at(deltas[s][self._owner], self._place),
+                    activations.add_at(deltas[s][self._fact_of_row], self._place),
                 )
                 for s in self.streams
             ]
@@ -191,8 +212,8 @@ class Problem:
             first, stop = rows.mask[:, :1], self.layer + 1
             edited = self._edited[self._chosen]
             output = tail.forward(edited, first, hooks=hooks, past=below, stop_at_layer=stop)
-            behind = self._output[self._chosen, 1 : rows.ids.shape[1]]
-            residual = torch.cat([output, behind], dim=1)
+            later = self._output[self._chosen, 1 : rows.ids.shape[1]]
+            residual = torch.cat([output, later], dim=1)
             logits = self._above.forward(residual, rows.mask, at=self._at, past=above)
         else:
             logits = tail.forward(
@@ -206,16 +227,13 @@ class Problem:
         """The residual entering the tail and the output of L at every token, and the clean streams
         at the edited token."""
         seen: dict[Stream, Tensor] = {}
-
-        def keep(stream: Stream) -> Callable[[Tensor], None]:
-            def hook(value: Tensor) -> None:
-                seen[stream] = value.to(self.model.device)
-
-            return hook
-
         streams: tuple[Stream, ...] = ("resid_pre", "resid_post", *self.streams)
         hooks: list[tuple[str, Hook]] = [
-            (self.model.stream_hook(self.layer, s), keep(s)) for s in dict.fromkeys(streams)
+            (
+                self.model.stream_hook(self.layer, s),
+                lambda value, s=s: seen.update({s: value.to(self.model.device)}),
+            )
+            for s in dict.fromkeys(streams)
         ]
         with torch.no_grad():
             self.model.forward(rows.ids, rows.mask, hooks=hooks, stop_at_layer=self.layer + 1)
@@ -226,6 +244,6 @@ class Problem:
         }
         for stream, value in clean.items():
             activations.check_finite(value, f"{stream} of layer {self.layer}")
-        behind = self.tail is not None and self.tail.first > self.layer
+        above = self.tail is not None and self.tail.first > self.layer
         output = seen["resid_post"]
-        return output if behind else seen["resid_pre"], output, clean
+        return output if above else seen["resid_pre"], output, clean

@@ -1,14 +1,13 @@
-"""Keys, residuals and a second moment in, weight delta out. No model, no I/O.
+"""Keys, residuals and a second moment in, weight delta out. No model, no files.
 
-Row convention: a projection maps `value = key @ W`, so that `W` and every delta are
-`[d_in, d_model]`, keys `K` are `[fact, d_in]`, residuals `R` are `[fact, d_model]` and the second
-moment `C = E[k kᵀ]` is `[d_in, d_in]`.
+Row convention: a projection maps `value = key @ W`, so `W` and every delta are `[d_in, d_model]`,
+keys `K` are `[fact, d_in]`, residuals `R` are `[fact, d_model]` and the second moment
+`C = E[k kᵀ]` is `[d_in, d_in]`.
 
-All solvers minimise how much the answers to *other* keys change while the facts' own keys get
-their residuals; they differ in how hard the second wish is. A solver is a small value; `factorise`
-does the part that depends on `C` alone and can be kept, `factors` the part that depends on the
-facts. Δ is linear in R, so it always comes as two thin factors: its rank is at most the number of
-facts.
+All solvers minimise how much the answers to *other* keys change while the facts' keys get their
+residuals; they differ in how strictly the second is required. `factorise` does the part that
+depends on `C` alone and can be kept, `factors` the part that depends on the facts. Δ is linear in
+R, so it comes as two thin factors: its rank is at most the number of facts.
 
 Everything is computed in float64: with λ = 30 a float32 inverse is off by 2.5e-4, with λ = 0.01
 by 0.9.
@@ -26,20 +25,23 @@ from torch import Tensor
 Keys = Float[Tensor, "fact d_in"]
 Residuals = Float[Tensor, "fact d_model"]
 Square = Float[Tensor, "d_in d_in"]
-Left = Float[Tensor, "d_in fact"]
-Right = Float[Tensor, "fact d_model"]
-Delta = Float[Tensor, "d_in d_model"]
+Thin = tuple[Float[Tensor, "d_in fact"], Float[Tensor, "fact d_model"]]
+
+_MORE_TEXT = (
+    "Take the second moment over more tokens than its size (ten times as many is a good start), "
+    "or check it for NaN."
+)
 
 
 class SolveError(ValueError):
-    """A system that has no unique solution; the message says which wish to give up."""
+    """A system that has no unique solution; the message says what to relax."""
 
 
 @runtime_checkable
 class Factor(Protocol):
     """A second moment made ready for solving."""
 
-    def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def factors(self, keys: Keys, residuals: Residuals) -> Thin:
         """The weight change for these facts as thin float64 factors: Δ = left @ right."""
         ...
 
@@ -53,14 +55,14 @@ class SecondMoment(Protocol):
         ...
 
     def cholesky(self, device: torch.device | None = None) -> Square:
-        """Its lower Cholesky factor, float64, likewise; it is computed on that device, and kept, so
-        that only the first edit pays for it."""
+        """Its lower Cholesky factor, float64, likewise; computed on that device, and kept, so that
+        only the first edit pays for it."""
         ...
 
 
 @runtime_checkable
 class Solver(Protocol):
-    """How the facts' wishes are weighed against everything else the projection stores."""
+    """How the facts are weighed against everything else the projection stores."""
 
     def factorise(
         self, moment: Square | SecondMoment, weight: float = 1.0, earlier: Keys | None = None
@@ -68,104 +70,6 @@ class Solver(Protocol):
         """Prepare `moment`; `weight` is λ. `earlier` are keys of facts edited before, whose answers
         are to survive: KₚᵀKₚ joins λC (sequential editing)."""
         ...
-
-
-class Dense:
-    """A second moment in memory, with its Cholesky factor once that has been asked for."""
-
-    def __init__(self, value: Square) -> None:
-        self._value = value
-        self._factor: Tensor | None = None
-
-    def matrix(self, device: torch.device | None = None) -> Square:
-        """See `SecondMoment`."""
-        return self._value.to(device or self._value.device)
-
-    def cholesky(self, device: torch.device | None = None) -> Square:
-        """See `SecondMoment`."""
-        if self._factor is None:
-            self._factor = cholesky(self.matrix(device)).to(self._value.device)
-        return self._factor.to(device or self._factor.device)
-
-
-@dataclass(frozen=True)
-class On:
-    """A second moment whose parts are wanted on another device than they lie on."""
-
-    moment: SecondMoment
-    device: torch.device
-
-    def matrix(self, device: torch.device | None = None) -> Square:
-        """See `SecondMoment`."""
-        return self.moment.matrix(device or self.device)
-
-    def cholesky(self, device: torch.device | None = None) -> Square:
-        """See `SecondMoment`."""
-        return self.moment.cholesky(device or self.device)
-
-
-def cholesky(moment: Square) -> Square:
-    """The lower Cholesky factor of a second moment, float64.
-
-    Raises `SolveError` for one that is singular or not finite.
-    """
-    return _cholesky(moment.double(), "The second moment C")
-
-
-def operations(facts: int, d_in: int, kept: bool = True) -> dict[str, float]:
-    """Floating-point operations of the two equal forms of the ridge solve, without what both need.
-
-    "primal": KᵀK, a factorisation of d_in, two triangular solves per fact. "dual": two triangular
-    solves per fact with the factor of C, the Gram matrix of the keys and its factorisation; and,
-    unless the factor of C is kept, that one's.
-    """
-    n, d = float(facts), float(d_in)
-    primal = 2 * n * d**2 + d**3 / 3 + 2 * n * d**2
-    dual = 2 * n * d**2 + 2 * n**2 * d + n**3 / 3 + (0 if kept else d**3 / 3)
-    return {"primal": primal, "dual": dual}
-
-
-def add_gram(total: Square, keys: Keys) -> None:
-    """Add KᵀK to `total` in place, the upper blocks only: half the operations of the product.
-
-    `mirrored` fills the rest in when all is added.
-    """
-    keys = keys.to(total.dtype)
-    size = max(256, -(-len(total) // _BLOCKS))
-    for start in range(0, len(total), size):
-        own = keys[:, start : start + size]
-        total[start : start + size, start:].addmm_(own.T, keys[:, start:])
-
-
-def mirrored(total: Square) -> Square:
-    """The symmetric matrix of which `total` holds the upper triangle."""
-    return total.triu() + total.triu(1).T
-
-
-_BLOCKS = 8
-
-
-_MORE_TEXT = (
-    "Take the second moment over more tokens than its size (ten times as many is a good start), "
-    "or check it for NaN."
-)
-
-
-def _solved(factor: Square, right: Tensor) -> Tensor:
-    """C⁻¹ · right, from the lower Cholesky factor of C."""
-    # Two triangular solves: `cholesky_solve` copies the factor in every call, and for a few facts
-    # that takes longer than the solve.
-    inner = torch.linalg.solve_triangular(factor, right, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, inner, upper=True)
-
-
-def _cholesky(matrix: Tensor, what: str, cure: str = _MORE_TEXT) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    # Rounding can leave a missing pivot just above zero; what is left then is noise.
-    noise = 10 * len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal()
-    if int(info) or not bool((factor.diagonal().square() > noise).all()):
-        raise SolveError(f"{what} is not positive definite. {cure}")
-    return factor
 
 
 @dataclass(frozen=True)
@@ -183,14 +87,12 @@ class Ridge:
     ) -> RidgeFactor:
         """See `Solver.factorise`."""
         weight = self.weight if self.weight is not None else weight
-        return RidgeFactor(_with(moment, earlier, weight), weight)
+        return RidgeFactor(preserved(moment, earlier, weight), weight)
 
 
 class RidgeFactor:
-    """Solves in the cheaper of two equal forms (`operations`).
-
-    Primal: factorise `λC + KᵀK` for every new set of facts. Dual (Woodbury):
-    `C⁻¹Kᵀ (λI + K C⁻¹ Kᵀ)⁻¹ R`, with the factor of `C`, which is computed once and kept.
+    """Solves in the cheaper of two equal forms (`operations`): primal, which factorises `λC + KᵀK`
+    for every new set of facts, or dual (Woodbury), with the factor of `C`, computed once and kept.
     """
 
     def __init__(self, moment: SecondMoment, weight: float) -> None:
@@ -201,25 +103,22 @@ class RidgeFactor:
             )
         self.moment, self.weight = moment, weight
 
-    def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def factors(self, keys: Keys, residuals: Residuals) -> Thin:
         """The weight change, by the form with fewer operations."""
-        cost = operations(keys.shape[0], keys.shape[1])
-        dual = cost["dual"] < cost["primal"]
-        return self.dual(keys, residuals) if dual else self.primal(keys, residuals)
+        cost = operations(len(keys), keys.shape[1])
+        solve = self.dual if cost["dual"] < cost["primal"] else self.primal
+        return solve(keys, residuals)
 
-    def primal(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def primal(self, keys: Keys, residuals: Residuals) -> Thin:
         """(λC + KᵀK)⁻¹ Kᵀ, R."""
         keys, residuals = keys.double(), residuals.double()
         system = self.weight * self.moment.matrix(keys.device).double() + keys.T @ keys
-        return torch.cholesky_solve(keys.T, _cholesky(system, "λC + KᵀK")), residuals
+        return torch.cholesky_solve(keys.T, cholesky(system, "λC + KᵀK")), residuals
 
-    def dual(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def dual(self, keys: Keys, residuals: Residuals) -> Thin:
         """C⁻¹Kᵀ, (λI + K C⁻¹ Kᵀ)⁻¹ R."""
-        keys, residuals = keys.double(), residuals.double()
-        whitened = _solved(self.moment.cholesky(keys.device), keys.T)
-        gram = keys @ whitened
-        gram.diagonal().add_(self.weight)
-        return whitened, torch.cholesky_solve(residuals, _cholesky(gram, "λI + K C⁻¹ Kᵀ"))
+        factor = self.moment.cholesky(keys.device)
+        return _dual(factor, keys, residuals, self.weight, "λI + K C⁻¹ Kᵀ", _MORE_TEXT)
 
 
 @dataclass(frozen=True)
@@ -234,27 +133,24 @@ class Exact:
         self, moment: Square | SecondMoment, weight: float = 1.0, earlier: Keys | None = None
     ) -> ExactFactor:
         """See `Solver.factorise`; `weight` only scales what `earlier` adds."""
-        return ExactFactor(_with(moment, earlier, weight))
+        return ExactFactor(preserved(moment, earlier, weight).cholesky())
 
 
+@dataclass(frozen=True, eq=False)
 class ExactFactor:
-    """Holds the Cholesky factor of the second moment."""
+    """Holds the lower Cholesky factor of the second moment."""
 
-    def __init__(self, moment: SecondMoment) -> None:
-        self._factor = moment.cholesky()
+    cholesky: Square
 
-    def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+    def factors(self, keys: Keys, residuals: Residuals) -> Thin:
         """The smallest change, measured by C, with `keys @ delta == residuals`."""
-        keys, residuals = keys.double(), residuals.double()
         if keys.shape[0] > keys.shape[1]:
             raise SolveError(
                 f"{keys.shape[0]} facts cannot be stored exactly in {keys.shape[1]} dimensions; "
                 "use Ridge() or fewer facts."
             )
-        whitened = _solved(self._factor.to(keys.device), keys.T)
         cure = "Two facts have the same key, or one that follows from others: use Ridge()."
-        gram = _cholesky(keys @ whitened, "K C⁻¹ Kᵀ", cure)
-        return whitened, torch.cholesky_solve(residuals, gram)
+        return _dual(self.cholesky.to(keys.device), keys, residuals, 0.0, "K C⁻¹ Kᵀ", cure)
 
 
 @dataclass(frozen=True)
@@ -276,50 +172,124 @@ class NullSpace:
         """See `Solver.factorise`; `weight` is not used."""
         threshold = 0.02 if self.threshold is None else self.threshold
         l2 = 10.0 if self.l2 is None else self.l2
-        return NullSpaceFactor(_with(moment, None, 1.0).matrix().double(), threshold, l2, earlier)
-
-
-class NullSpaceFactor:
-    """Holds the basis `[d_in, free]` of the directions that may change."""
-
-    def __init__(
-        self, moment: Square, threshold: float, l2: float, earlier: Keys | None = None
-    ) -> None:
-        values, vectors = torch.linalg.eigh(moment)
-        self.basis = vectors[:, values < threshold]
-        identity = torch.eye(self.basis.shape[1], dtype=torch.float64, device=moment.device)
-        inside = None if earlier is None else earlier.double() @ self.basis
-        self._ridge = RidgeFactor(Dense(preserved(identity, inside, l2)), l2)
-        if self.basis.shape[1] == 0:
+        values, vectors = torch.linalg.eigh(preserved(moment, None, 1.0).matrix().double())
+        basis = vectors[:, values < threshold]
+        if basis.shape[1] == 0:
             raise SolveError(
                 f"No eigenvalue of the second moment lies below {threshold} (the smallest is "
                 f"{float(values[0]):.3g}); raise the threshold of NullSpace."
             )
+        inside = None if earlier is None else earlier.double() @ basis
+        identity = torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)
+        return NullSpaceFactor(basis, RidgeFactor(preserved(identity, inside, l2), l2))
 
-    def factors(self, keys: Keys, residuals: Residuals) -> tuple[Left, Right]:
+
+@dataclass(frozen=True, eq=False)
+class NullSpaceFactor:
+    """Ridge in the directions that may change."""
+
+    basis: Float[Tensor, "d_in free"]
+    ridge: RidgeFactor
+
+    def factors(self, keys: Keys, residuals: Residuals) -> Thin:
         """Ridge in the coordinates of the basis, mapped back."""
-        left, right = self._ridge.factors(keys.double() @ self.basis, residuals)
+        left, right = self.ridge.factors(keys.double() @ self.basis, residuals)
         return self.basis @ left, right
 
 
-def preserved(moment: Square, earlier: Keys | None, weight: float) -> Square:
-    """The second moment that also protects earlier edits: `C + K_pᵀK_p / λ`, so that
-    λ times it is `λC + K_pᵀK_p` (sequential editing); in float64."""
+def _dual(
+    factor: Square, keys: Keys, residuals: Residuals, weight: float, what: str, cure: str
+) -> Thin:
+    """C⁻¹Kᵀ, (λI + K C⁻¹ Kᵀ)⁻¹ R with `weight` λ, from the lower Cholesky `factor` of C."""
+    keys, residuals = keys.double(), residuals.double()
+    # Two triangular solves: `cholesky_solve` copies the factor in every call, and for a few facts
+    # that takes longer than the solve.
+    inner = torch.linalg.solve_triangular(factor, keys.T, upper=False)
+    whitened = torch.linalg.solve_triangular(factor.mT, inner, upper=True)
+    gram = keys @ whitened
+    gram.diagonal().add_(weight)
+    return whitened, torch.cholesky_solve(residuals, cholesky(gram, what, cure))
+
+
+def operations(facts: int, d_in: int, kept: bool = True) -> dict[str, float]:
+    """Floating-point operations of the two equal forms of the ridge solve, without what both need.
+
+    "primal": KᵀK, a factorisation of d_in, two triangular solves per fact. "dual": two triangular
+    solves per fact, the Gram matrix of the keys and its factorisation; that of C unless it is kept.
+    """
+    n, d = float(facts), float(d_in)
+    primal = 2 * n * d**2 + d**3 / 3 + 2 * n * d**2
+    dual = 2 * n * d**2 + 2 * n**2 * d + n**3 / 3 + (0 if kept else d**3 / 3)
+    return {"primal": primal, "dual": dual}
+
+
+class Dense:
+    """A `SecondMoment` in memory; its Cholesky factor is kept once it has been asked for."""
+
+    def __init__(self, value: Square) -> None:
+        self._value = value
+        self._factor: Tensor | None = None
+
+    def matrix(self, device: torch.device | None = None) -> Square:
+        return self._value.to(device or self._value.device)
+
+    def cholesky(self, device: torch.device | None = None) -> Square:
+        if self._factor is None:
+            self._factor = cholesky(self.matrix(device)).to(self._value.device)
+        return self._factor.to(device or self._factor.device)
+
+
+@dataclass(frozen=True)
+class On:
+    """A `SecondMoment` that is used on another device than it lies on."""
+
+    moment: SecondMoment
+    device: torch.device
+
+    def matrix(self, device: torch.device | None = None) -> Square:
+        return self.moment.matrix(device or self.device)
+
+    def cholesky(self, device: torch.device | None = None) -> Square:
+        return self.moment.cholesky(device or self.device)
+
+
+def preserved(moment: Square | SecondMoment, earlier: Keys | None, weight: float) -> SecondMoment:
+    """The second moment that also protects earlier edits: `C + KₚᵀKₚ / λ`, so that λ times it is
+    `λC + KₚᵀKₚ` (sequential editing). Without any it is `moment`, and nothing is read."""
+    lazy = Dense(moment) if isinstance(moment, Tensor) else moment
     if earlier is None:
-        return moment.double()
+        return lazy
     if not weight > 0:
         raise SolveError(f"second_moment_weight (λ) must be positive, not {weight}.")
     earlier = earlier.double()
-    return moment.to(earlier) + earlier.T @ earlier / weight
+    return Dense(lazy.matrix().to(earlier) + earlier.T @ earlier / weight)
 
 
-def _with(moment: Square | SecondMoment, earlier: Keys | None, weight: float) -> SecondMoment:
-    """`preserved`, with nothing read that is not needed."""
-    lazy = Dense(moment) if isinstance(moment, Tensor) else moment
-    return lazy if earlier is None else Dense(preserved(lazy.matrix(), earlier, weight))
+def add_gram(total: Square, keys: Keys) -> None:
+    """Add KᵀK to `total` in place, the upper blocks only (half the operations); `mirrored` then
+    copies them down."""
+    keys = keys.to(total.dtype)
+    size = max(256, -(-len(total) // 8))
+    for start in range(0, len(total), size):
+        block = keys[:, start : start + size]
+        total[start : start + size, start:].addmm_(block.T, keys[:, start:])
 
 
-def delta(factor: Factor, keys: Keys, residuals: Residuals) -> Delta:
-    """The weight change itself, float64."""
-    left, right = factor.factors(keys, residuals)
-    return left @ right
+def mirrored(total: Square) -> Square:
+    """The symmetric matrix of which `total` holds the upper triangle."""
+    return total.triu() + total.triu(1).T
+
+
+def cholesky(matrix: Square, what: str = "The second moment C", cure: str = _MORE_TEXT) -> Square:
+    """The lower Cholesky factor, float64.
+
+    Raises:
+        SolveError: for a matrix that is singular or not finite, with `what` it is and the `cure`.
+    """
+    matrix = matrix.double()
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # Rounding can leave a missing pivot just above zero; what is left then is noise.
+    noise = 10 * len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal()
+    if int(info) or not bool((factor.diagonal().square() > noise).all()):
+        raise SolveError(f"{what} is not positive definite. {cure}")
+    return factor

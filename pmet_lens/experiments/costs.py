@@ -16,9 +16,8 @@ import torch
 from pmet_lens.data.facts import Fact, check_editable
 from pmet_lens.editing import keys, objective, solvers
 from pmet_lens.editing.edits import Editor
-from pmet_lens.editing.hparams import hparams_for
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import named
+from pmet_lens.editing.methods import hparams_for, named
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Projection, Site
 
@@ -168,14 +167,14 @@ class _Count:
         whole, at = self.tail is None or not self.tail.has_past, self.method.position
         budget = objective.budget(self.model, self.layer)
         for chunk in objective.batches(rows, per_fact, at, whole=whole, budget=budget):
-            numbers = torch.tensor([i * per_fact + k for i in chunk for k in range(per_fact)])
+            numbers = objective.rows_of(chunk, per_fact)
             self._batch(rows[numbers.to(self.model.device)], len(chunk))
         both = sum(self.blocks + self.above) + 2 * self.embedding
         self.whole += both * per_fact * int(rows.mask.sum(1).view(-1, per_fact).amax(1).sum())
         self._read(rows.at(at).view(-1, per_fact)[:, :-1] + 1)  # not the KL prompt
 
     def _batch(self, rows: tokens.Batch, facts: int) -> None:
-        """One `objective.Problem` and one of its steps."""
+        """One `objective.Objective` and one of its steps."""
         (n, width), start = rows.ids.shape, rows.at(self.method.position)
         past, alone, last = 0, False, self.tail
         if last is not None and last.resumes(start, rows.mask):

@@ -19,10 +19,9 @@ from pmet_lens.data.file_format import from_plain, hash_of, to_plain
 from pmet_lens.editing import edit_files
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.finetune import FineTune, FineTuneHparams
-from pmet_lens.editing.hparams import hparams_named, kind_of
 from pmet_lens.editing.mend import Mend, MendHparams
 from pmet_lens.editing.method import Method
-from pmet_lens.editing.methods import ABLATIONS, METHODS, PMET, named
+from pmet_lens.editing.methods import ABLATIONS, METHODS, PMET, kind_of, known_hparams, named
 from pmet_lens.models.loading import DTYPES
 
 FORMAT = "pmet_lens grid 1"
@@ -191,7 +190,7 @@ def _strengths(method: Any, model: str, hparams: Any) -> Any:
     if hparams is not None:
         return hparams
     if isinstance(method, Method):
-        return hparams_named(model, kind_of(method))
+        return known_hparams(model, kind_of(method))
     return MendHparams() if isinstance(method, Mend) else None
 
 

@@ -17,10 +17,9 @@ import pandas as pd
 from pmet_lens.data import datasets
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing.edits import Edit, Editor
-from pmet_lens.editing.hparams import hparams_for
 from pmet_lens.editing.locate_and_edit import edit, edit_sequentially
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import ABLATIONS, PMET
+from pmet_lens.editing.methods import ABLATIONS, PMET, hparams_for
 from pmet_lens.editing.solvers import Factor
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics, scoring

@@ -16,9 +16,8 @@ from pmet_lens.data import datasets
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing import locate_and_edit
 from pmet_lens.editing.edits import Edit
-from pmet_lens.editing.hparams import hparams_for
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import named
+from pmet_lens.editing.methods import hparams_for, named
 from pmet_lens.editing.targets import OnStep
 from pmet_lens.evaluation import scoring
 from pmet_lens.models import generation, loading, tokens

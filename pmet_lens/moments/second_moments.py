@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from pmet_lens.editing.hparams import known_hparams
+from pmet_lens.editing.methods import known_hparams
 from pmet_lens.models import tokens
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, Projection, Site
