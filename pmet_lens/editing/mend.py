@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from pmet_lens.editing.finetune import output_hooks, rewrites
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep
 from pmet_lens.models import likelihood, tokens
-from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, Site
 from pmet_lens.models.weights import EditError
 
@@ -227,9 +227,12 @@ def gradients(
             for site in sites
         }
         keys: dict[Site, Tensor] = {}
-        hooks: list[tuple[str, Hook]] = []
-        for site, leaf in zero.items():
-            hooks += output_hooks(model, site, _recorder(keys, site, leaf))
+
+        def record(site: Site, key: Tensor) -> Tensor:
+            keys[site] = key.detach()
+            return zero[site]
+
+        hooks = [hook for s in sites for hook in output_hooks(model, s, partial(record, s))]
         losses = -likelihood.answers(model, batch, hooks, mean=True)
         deltas = torch.autograd.grad(losses.sum(), list(zero.values()))
     pairs = {site: (keys[site], delta) for site, delta in zip(sites, deltas, strict=True)}
@@ -239,14 +242,6 @@ def gradients(
 def passes(facts: Sequence[Fact]) -> Iterator[Sequence[Fact]]:
     """The facts whose gradients are taken together: 64, a choice of memory alone."""
     return (facts[start : start + 64] for start in range(0, len(facts), 64))
-
-
-def _recorder(keys: dict[Site, Tensor], site: Site, leaf: Tensor):
-    def change(key: Tensor) -> Tensor:
-        keys[site] = key.detach()
-        return leaf
-
-    return change
 
 
 def _thin(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -63,8 +64,8 @@ def train_editor(
 
     The loss is c_edit · (−log P of the new answer after the edit, on a phrasing drawn from the
     fact's prompt and paraphrases) + KL(before ‖ after) at the answer of a locality prompt, drawn
-    from `locality` or, every other time, from the fact's neighbours where it has some. The
-    editor with the lowest loss on `held_out` is returned; its `curve` has one row per look: step,
+    from `locality` or, every other time, from the fact's neighbours where it has some. The editor
+    with the lowest loss on `held_out` is returned; its `curve` has one row per look at them: step,
     edit (nats), kl (nats), loss.
 
     Raises:
@@ -138,12 +139,12 @@ def edited(
     """Hooks with which row i of a batch is answered as with the update of `fact[i]` in the
     weights; differentiable in `updates` (`MendEditor.forward`)."""
 
-    def update(left: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda key: key.to(left) @ left.mT @ right
+    def update(left: Tensor, right: Tensor, key: Tensor) -> Tensor:
+        return key.to(left) @ left.mT @ right
 
     hooks: list[tuple[str, Hook]] = []
     for site, (left, right) in updates.items():
-        hooks += output_hooks(model, site, update(left[fact], right[fact]))
+        hooks += output_hooks(model, site, partial(update, left[fact], right[fact]))
     return hooks
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -58,9 +59,11 @@ class Moment:
 
     def cholesky(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
         """Its lower Cholesky factor, float64; computed once."""
-        if "_dense" not in self.__dict__:
-            self.__dict__["_dense"] = solvers.Dense(self.value)
-        return self.__dict__["_dense"].cholesky(device)
+        return self._dense.cholesky(device)
+
+    @cached_property
+    def _dense(self) -> solvers.Dense:
+        return solvers.Dense(self.value)
 
     @property
     def error(self) -> float:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 import torch
@@ -123,23 +124,20 @@ class Summing:
         done: dict[Site, set[int]] = {site: set() for site in self.sums}
 
         def some(rows: Sequence[int]) -> None:
-            width = int(mask[list(rows)].sum(1).max())
-            used = mask[list(rows), :width]
+            chosen = list(rows)
+            width = int(mask[chosen].sum(1).max())
+            used = mask[chosen, :width]
 
-            def adder(site: Site) -> Callable[[Tensor], None]:
-                def add(keys: Tensor) -> None:
-                    if not done[site].issuperset(rows):
-                        self.sums[site].add(keys[used.bool().to(keys.device)])
-                        done[site].update(rows)
+            def add(site: Site, keys: Tensor) -> None:
+                if not done[site].issuperset(chosen):
+                    self.sums[site].add(keys[used.bool().to(keys.device)])
+                    done[site].update(chosen)
 
-                return add
-
-            hooks = [(self.model.key_hook(site), adder(site)) for site in self.sums]
+            hooks = [(self.model.key_hook(site), partial(add, site)) for site in self.sums]
             stop = 1 + max(site.layer for site in self.sums)
+            ids_used = ids[chosen, :width]
             with torch.no_grad():
-                self.model.forward(
-                    ids[list(rows), :width], used.long(), hooks=hooks, stop_at_layer=stop
-                )
+                self.model.forward(ids_used, used.long(), hooks=hooks, stop_at_layer=stop)
 
         halving(range(len(ids)), some, "texts")
 
