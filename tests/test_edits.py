@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from tiny import tiny_hf, tiny_model, tiny_tokenizer
 
 import pmet_lens as pl
-from pmet_lens.editing import lora
+from pmet_lens.data import file_format
+from pmet_lens.editing import edit_files
 from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
@@ -143,6 +144,14 @@ def test_sums_of_other_sites_and_methods(model, pair, tmp_path):
     assert torch.equal(again.deltas[SITES[1]], high.deltas[SITES[1]])
 
 
+def test_a_sum_of_other_strengths_goes_through_a_file(model, pair, tmp_path):
+    both = pair[0] + edit_of(model, FACTS[1:], lr=0.4)
+    both.save(tmp_path / "sum.safetensors")
+    again = pl.Edit.load(tmp_path / "sum.safetensors", model)
+    assert again.method == pl.PMET
+    assert [hparams["lr"] for hparams in again.hparams.values["of"]] == [0.5, 0.4]
+
+
 def test_edits_of_different_weights_are_not_added(model, pair):
     with pair[0].applied(model):
         on_top = edit_of(model, FACTS[1:])
@@ -193,6 +202,26 @@ def test_versions_are_in_the_file(pair, tmp_path):
     assert head["parameters"]["1.mlp"] == "transformer.h.1.mlp.c_proj.weight"
 
 
+@pytest.mark.parametrize("method", [pl.PMET, pl.ALPHAEDIT])
+def test_a_file_of_the_first_format_is_read(model, pair, tmp_path, method):
+    """It named a solver by "name", other methods too, and this package's by nothing."""
+    path = tmp_path / "edit.safetensors"
+    replace(pair[0], method=method).save(path)
+    head, tensors = file_format.read(path, None, "an edit", pl.EditError)
+    solver = {"name": type(method.solver).__name__, **vars(method.solver)}
+    head |= {"format": "pmet_lens edit 1", "hparams": asdict(HP)}
+    file_format.write(
+        path, tensors, head | {"method": asdict(method) | {"solver": solver}}, "", pl.EditError
+    )
+    again = pl.Edit.load(path, model)
+    assert (again.method, again.hparams, again.facts) == (method, HP, pair[0].facts)
+    head |= {"method": {"name": "FineTune", "constrained": False}, "hparams": {"layer": 1}}
+    file_format.write(path, tensors, head, "", pl.EditError)
+    again = pl.Edit.load(path, model)
+    assert (again.method.name, again.method.values) == ("FineTune", {"constrained": False})
+    assert again.hparams.values == {"layer": 1}
+
+
 # -- adapters -------------------------------------------------------------------------------------
 
 
@@ -218,11 +247,11 @@ def test_balanced_factors_have_the_same_product():
     left = 1e6 * torch.randn(20, 3, generator=generator, dtype=torch.float64)
     right = torch.randn(3, 8, generator=generator, dtype=torch.float64)
     left, right = torch.cat([left, left[:, :1]], 1), torch.cat([right, 2 * right[:1]], 0)
-    a, b = lora.balanced(left, right)
+    a, b = edit_files.balanced(left, right)
     assert a.shape == (20, 3)  # the fourth direction was the first again
     assert torch.allclose(a @ b, left @ right, rtol=1e-12)
     assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-9)
     many = torch.randn(5, 12, generator=generator, dtype=torch.float64)
-    a, b = lora.balanced(many, many.T)
+    a, b = edit_files.balanced(many, many.T)
     assert a.shape == (5, 5)
     assert torch.allclose(a @ b, many @ many.T)

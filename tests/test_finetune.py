@@ -11,9 +11,9 @@ from test_editing import FACTS, bits, unchanged
 from tiny import tiny_model
 
 import pmet_lens as pl
-from pmet_lens.editing.finetune import HPARAMS, FineTune, FineTuneHparams, answer_losses, rewrites
+from pmet_lens.editing.finetune import HPARAMS, FineTune, FineTuneHparams, rewrites
 from pmet_lens.editing.method import SettingsError
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def test_the_hook_says_what_the_changed_weight_says(model):
     short, _ = history(model, n_steps=3)
     _, seen = history(model, n_steps=4)
     with short.applied(model), torch.no_grad():
-        losses = answer_losses(model, tokens.encode(model, rewrites(FACTS)))
+        losses = -likelihood.answers(model, tokens.encode(model, rewrites(FACTS)), mean=True)
     assert torch.allclose(losses, seen[-1][1], rtol=1e-10)
 
 

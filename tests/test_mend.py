@@ -13,11 +13,11 @@ from test_editing import FACTS, bits, unchanged
 from tiny import tiny_batch, tiny_model
 
 import pmet_lens as pl
-from pmet_lens.editing.finetune import answer_losses, rewrites
+from pmet_lens.editing.finetune import rewrites
 from pmet_lens.editing.mend import Mend, MendEditor, MendHparams, gradients
 from pmet_lens.editing.mend_training import MendTraining, edited, objective, train_editor
 from pmet_lens.editing.method import SettingsError
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.model import Model, Site
 from pmet_lens.models.weights import EditError
 
@@ -67,7 +67,7 @@ def test_keys_and_output_gradients_multiply_to_the_weight_gradient(model):
             assert not torch.allclose(u[i].T @ delta[i - 1], wanted, rtol=0, atol=1e-4)
     with torch.no_grad():
         batch = tokens.encode(model, rewrites(FACTS))
-        assert torch.allclose(losses, answer_losses(model, batch))
+        assert torch.allclose(losses, -likelihood.answers(model, batch, mean=True))
 
 
 def test_a_fresh_editor_is_a_plain_gradient_step(model, tmp_path):
@@ -139,7 +139,9 @@ def test_the_locality_loss_is_zero_without_an_edit_and_not_with_one(model):
         edit, kl = objective(model, editor_for(model, rate=0.0), FACTS, asked, local)
         batch = tokens.encode(model, asked)
         assert float(kl) == pytest.approx(0, abs=1e-6)
-        assert float(edit) == pytest.approx(float(answer_losses(model, batch).mean()), rel=1e-5)
+        assert float(edit) == pytest.approx(
+            -float(likelihood.answers(model, batch, mean=True).mean()), rel=1e-5
+        )
         after, moved = objective(model, editor_for(model, rate=0.5), FACTS, asked, local)
     assert float(moved) > 1e-3
     assert float(after) < float(edit)

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 import pmet_lens as pl
 from pmet_lens.models.model import Model, Site
-from pmet_lens.moments import second_moments as moments_module
+from pmet_lens.moments.moment import SiteSum
 from pmet_lens.moments.moment_files import load_moments, save_moments
 from pmet_lens.moments.second_moments import Moment, MomentError, second_moments
 
@@ -227,10 +227,10 @@ def noise(n: int, d: int, seed: int) -> torch.Tensor:
 
 def sampled(keys: torch.Tensor, shard: int) -> Moment:
     """The moment of keys that come in shards of `shard` tokens."""
-    total = moments_module._Sum(keys.shape[1], torch.float64, keys.device, Site(0, "mlp"))
-    for own in keys.split(shard):
-        total.adder(torch.ones(1, len(own), dtype=torch.bool))(own[None])
-        total.end_of_shard(len(own))
+    total = SiteSum(Site(0, "mlp"), keys.shape[1], torch.float64, keys.device)
+    for rows in keys.split(shard):
+        total.add(rows)
+        total.end_shard(len(rows))
     return total.moment(128)
 
 

@@ -102,7 +102,7 @@ edit.receipt(model)
 #
 # ## Ship it, and take it back
 #
-# [`save`](../pmet_lens/editing/edits.py) writes thin factors and a fingerprint of the weights the edit was computed on; `Edit.load(path, model)` refuses another base. [`to_peft`](../pmet_lens/editing/lora.py) writes the same edit as a LoRA adapter: `peft.PeftModel.from_pretrained(hf_model, folder)` puts it on, and it can be switched off, merged, or served. Or apply it here, with `apply_`, until `revert_`.
+# [`save`](../pmet_lens/editing/edits.py) writes thin factors and a fingerprint of the weights the edit was computed on; `Edit.load(path, model)` refuses another base. [`to_peft`](../pmet_lens/editing/edit_files.py) writes the same edit as a LoRA adapter: `peft.PeftModel.from_pretrained(hf_model, folder)` puts it on, and it can be switched off, merged, or served. Or apply it here, with `apply_`, until `revert_`.
 
 # %%
 weight = model.weight(pl.Site(chosen.layers[-1], "mlp"))

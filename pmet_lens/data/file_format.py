@@ -1,4 +1,7 @@
-"""The files of this package: safetensors with a JSON header. Nothing in them can run."""
+"""The files of this package: safetensors with a JSON header. Nothing in them can run.
+
+Also how a value (a method, its strengths) is written as JSON, and the hashes of all these.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,43 @@ HASHES = "sha256"
 """Where the header has the SHA-256 of every tensor."""
 
 
+def to_plain(value: Any) -> Any:
+    """`value` as JSON has it: a dataclass as its fields and, under "is", the name of its class;
+    what JSON cannot hold as its text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        values = {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+        return {"is": type(value).__name__, **values}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def from_plain(value: Any, classes: Iterable[type], error: type[ValueError]) -> Any:
+    """The inverse of `to_plain` for dataclasses of these `classes`; lists come back as tuples.
+
+    Raises `error` where another class is named.
+    """
+    known = {cls.__name__: cls for cls in classes}
+
+    def build(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(map(build, value))
+        if not isinstance(value, Mapping):
+            return value
+        values = {key: build(v) for key, v in value.items() if key != "is"}
+        if value.get("is") not in known:
+            raise error(f"There is no {value.get('is')!r} among {', '.join(known)}.")
+        return known[value["is"]](**values)
+
+    return build(value)
+
+
+def hash_of(plain: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of what JSON can hold."""
+    text = json.dumps(plain, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def write(
     path: str | Path,
     tensors: Mapping[str, Tensor],
@@ -32,19 +73,19 @@ def write(
 
     Raises `error`, which says that `what` ("an edit") could not be written there.
     """
-    own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    head = {**head, HASHES: {name: digest(tensor) for name, tensor in own.items()}}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    head = {**head, HASHES: {name: digest(tensor) for name, tensor in tensors.items()}}
     try:
         with whole(Path(path)) as part:
-            save_file(own, str(part), metadata={KEY: json.dumps(head)})
+            save_file(tensors, str(part), metadata={KEY: json.dumps(head)})
     except (OSError, SafetensorError) as cause:
         raise error(f"{what} could not be written to {path}: {cause}") from cause
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: behind the block the file is at `path`, on the disk and not
-    only on its way there; after an error nothing is, and what was at `path` still is."""
+    """A name beside `path` to write to. After the block the file is at `path`, and on the disk;
+    after an error it is not, and what was at `path` still is."""
     # No process id: on a shared disk another machine may have a process of the same.
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
@@ -58,29 +99,29 @@ def whole(path: Path) -> Iterator[Path]:
 
 def read(
     path: str | Path,
-    form: str | None,
+    form: str | tuple[str, ...] | None,
     what: str,
     error: type[ValueError],
     names: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors (on the CPU; `names`: these alone) of a file whose header names the format
-    `form` (None: any).
+    `form` (several: one of them; None: any).
 
     Raises `error`, which says that the file is missing, damaged, or not `what` ("an edit").
     """
     with _opened(path, form, what, error) as (head, file):
-        found = {key: file.get_tensor(key) for key in (file.keys() if names is None else names)}
+        tensors = {key: file.get_tensor(key) for key in (file.keys() if names is None else names)}
     known = head.get(HASHES)  # files of the first days have none
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if known is not None and known.get(name) != digest(tensor):
             raise error(f"{path} is damaged: {name} is not what was written. Make it again.")
-    return head, found
+    return head, tensors
 
 
 def head(path: str | Path, form: str, what: str, error: type[ValueError]) -> dict[str, Any]:
     """The header alone; raises as `read` does."""
-    with _opened(path, form, what, error) as (found, _):
-        return found
+    with _opened(path, form, what, error) as (header, _):
+        return header
 
 
 def shape(path: str | Path, name: str, what: str, error: type[ValueError]) -> tuple[int, ...]:
@@ -91,12 +132,12 @@ def shape(path: str | Path, name: str, what: str, error: type[ValueError]) -> tu
 
 def file_digest(*paths: Path) -> str:
     """SHA-256 of the files' bytes, one after the other, read piece by piece."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
+                sha.update(block)
+    return sha.hexdigest()
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -113,15 +154,16 @@ def digest(tensor: Tensor) -> str:
 
 @contextmanager
 def _opened(
-    path: str | Path, form: str | None, what: str, error: type[ValueError]
+    path: str | Path, form: str | tuple[str, ...] | None, what: str, error: type[ValueError]
 ) -> Iterator[tuple[dict[str, Any], Any]]:
+    forms = (form,) if isinstance(form, str) else form
     try:
         with safe_open(str(path), framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            own = isinstance(found, dict) and (form is None or found.get("format") == form)
-            if own:
-                yield found, file
+            header = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            fits = isinstance(header, dict) and (forms is None or header.get("format") in forms)
+            if fits:
+                yield header, file
     except (OSError, ValueError, SafetensorError) as cause:
         raise error(f"{path} cannot be read as {what}: {cause}") from cause
-    if not own:
+    if not fits:
         raise error(f"{path} is a safetensors file, but not {what} saved by pmet_lens.")

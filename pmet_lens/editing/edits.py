@@ -1,34 +1,36 @@
-"""An edit as a value: weight changes that can be applied, undone, added up, saved and loaded."""
+"""An edit as a value: weight changes that can be applied, undone, added up, saved and loaded; and
+its receipt, which tells what it did to the weights and to the answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens.data import markup
+from pmet_lens.data import file_format, markup
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing import edit_files, lora, receipts
+from pmet_lens.editing import edit_files
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep, Targets
+from pmet_lens.evaluation import scoring
+from pmet_lens.models import tokens
 from pmet_lens.models.chat import Frame
 from pmet_lens.models.model import Model, Site
 from pmet_lens.models.weights import EditError
 
-Delta = Float[Tensor, "d_in d_model"]
-
 
 @runtime_checkable
 class Editor(Protocol):
-    """A method with an algorithm of its own (fine-tuning, MEND) instead of the four answers of a
-    `Method`. `pl.edit` hands it everything it was given."""
+    """A method that is another algorithm (fine-tuning, MEND) than the one a `Method` describes.
+    `pl.edit` hands it all its arguments."""
 
     def edit(
         self,
@@ -40,7 +42,7 @@ class Editor(Protocol):
         targets: Any = None,
         on_step: OnStep | None = None,
     ) -> Edit:
-        """The edit; `model` is left as it was found."""
+        """The edit; `model` is left as it was."""
         ...
 
 
@@ -73,7 +75,7 @@ class Edit:
     """The chat template its prompts stood in."""
 
     @cached_property
-    def deltas(self) -> Mapping[Site, Delta]:
+    def deltas(self) -> Mapping[Site, Float[Tensor, "d_in d_model"]]:
         """What is added to `model.weight(site)`, in the dtype of the weight."""
         return {site: (a @ b).to(self.dtype) for site, (a, b) in self.factors.items()}
 
@@ -84,15 +86,14 @@ class Edit:
     def _repr_html_(self) -> str:
         sites = [f"{site} (rank {a.shape[1]})" for site, (a, _) in self.factors.items()]
         facts = [f"{f.text} → {f.target_new}" for f in self.facts]
-        told = {"facts": markup.listed(facts, 5), "weights": ", ".join(sites)}
-        told |= {"method": repr(self.method), "model": self.model or "–"}
-        return markup.pairs(
-            told, f"Edit of {len(self.facts)} fact{'' if len(self.facts) == 1 else 's'}"
-        )
+        rows = {"facts": markup.listed(facts, 5), "weights": ", ".join(sites)}
+        rows |= {"method": repr(self.method), "model": self.model or "–"}
+        title = f"Edit of {len(facts)} fact{'' if len(facts) == 1 else 's'}"
+        return markup.pairs(rows, title)
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
-        """The model with the edit inside the block, and bit for bit as before behind it."""
+        """The model with the edit inside the block, and bit for bit as before after it."""
         self.apply_(model)
         try:
             yield model
@@ -104,7 +105,7 @@ class Edit:
         model.live_edits.add(self, self.deltas)
 
     def revert_(self, model: Model) -> None:
-        """Take this edit back. When no edit is left the weights are the original bits, in whatever
+        """Take this edit back. When no edit is left, the weights are the original bits, in whatever
         order the edits were taken back.
 
         Raises:
@@ -114,8 +115,7 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file: thin factors, facts, settings, hashes; no code."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "targets"}
-        edit_files.save(parts, path)
+        edit_files.save(vars(self), path)
 
     @staticmethod
     def load(path: str | Path, model: Model | None = None, *, any_base: bool = False) -> Edit:
@@ -136,7 +136,7 @@ class Edit:
         """Raises `EditError` unless the edit was computed on the weights of this model."""
         for site, digest in self.base.items():
             try:
-                now = edit_files.fingerprint(model.live_edits.original(site))
+                now = file_format.digest(model.live_edits.original(site))
             except ValueError as error:
                 raise EditError(f"The edit changes {site}, but {error}") from error
             if now != digest:
@@ -147,11 +147,12 @@ class Edit:
                 )
 
     def __add__(self, other: Edit) -> Edit:
-        """One edit that changes the weights by what both change together, exactly: the sum is
-        rounded once. Its rank is at most theirs together.
+        """The edit that changes the weights by what both change together, rounded once. Its rank is
+        at most theirs together.
 
-        Both must have been computed on the same weights. The sum is not what one edit of all facts
-        would be: neither knew of the other. For edits made one after the other, see `merged`.
+        Both must have been computed on the same weights. The sum is not one edit of all facts:
+        neither was computed with the other applied. For edits made one after the other, see
+        `merged`.
 
         Raises:
             EditError: for edits computed on different weights or in different dtypes.
@@ -171,10 +172,29 @@ class Edit:
             parameters={**other.parameters, **self.parameters},
         )
 
-    def receipt(self, model: Model, n: int | None = 50) -> receipts.Receipt:
+    def receipt(self, model: Model, n: int | None = 50) -> Receipt:
         """What the edit does to the weights and to the answers about its first `n` facts (None:
-        all): two tables, which show themselves in a notebook. The model is left as it was found."""
-        return receipts.receipt(self, model, n)
+        all): two tables, which show themselves in a notebook. The model may have the edit applied;
+        it is left as it was."""
+        facts = [fact for fact in self.facts if fact.target_new is not None][:n]
+        with model.live_edits.without(self):
+            sites = _weights_written(self, model)
+            before = _answers(model, facts)
+            with self.applied(model):
+                after = _answers(model, facts)
+        table = pd.DataFrame(
+            {
+                "subject": [f.subject for f in facts],
+                "prompt": [f.text for f in facts],
+                "wanted": [f.target_new for f in facts],
+                "before": before["token"],
+                "after": after["token"],
+                "nll before": before["nll"],
+                "nll after": after["nll"],
+                "said": after["argmax"],
+            }
+        )
+        return Receipt(sites, table, len(self.facts) - len(facts))
 
     def to_peft(self, directory: str | Path, *, max_rank: int = 256) -> None:
         """Write a LoRA adapter that `peft.PeftModel.from_pretrained(base, directory)` puts onto the
@@ -184,13 +204,63 @@ class Edit:
             EditError: where its rank exceeds `max_rank`, for an edit from a file that does not name
                 the weights, or where the files cannot be written.
         """
-        if self.factors.keys() - self.parameters.keys():
-            raise EditError(
-                "This edit was saved before files named their weights: make it again, or apply it "
-                "and save the whole model with model.hf.save_pretrained."
-            )
-        where = (self.factors, self.parameters, self.fan_in_fan_out, self.model)
-        lora.export(*where, directory, max_rank)
+        edit_files.export_lora(vars(self), directory, max_rank)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Shows itself as two tables in a notebook; `to_frame` is the one of the facts."""
+
+    sites: pd.DataFrame
+    """One row per written weight (index: its name in the Hugging Face model): site, rank, norm
+    (Frobenius, of the change), relative (to the norm of the weight)."""
+    facts: pd.DataFrame
+    """One row per fact: subject, prompt, wanted; before, after (the likeliest next token); nll
+    before and after (−log P of the wanted answer, nats per token, ≥ 0, lower is better); said
+    (whether every token of it is now the argmax)."""
+    left_out: int
+    """Facts of the edit that were not asked about."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table of the facts."""
+        return self.facts
+
+    def __repr__(self) -> str:
+        more = f"\n… and {self.left_out} more facts" if self.left_out else ""
+        return f"{self.sites.to_string()}\n\n{self.facts.round(3).to_string()}{more}"
+
+    def _repr_html_(self) -> str:
+        right = int(self.facts["said"].sum())
+        head = f"<p><b>{right} of {len(self.facts)}</b> facts are answered as wanted now"
+        head += f" ({self.left_out} more were not asked about)" if self.left_out else ""
+        facts = self.facts.round(3).to_html(index=False, border=0)
+        sites = self.sites.to_html(border=0, float_format="{:.3g}".format)
+        return f"{head}.</p>{facts}<p>Weights written:</p>{sites}"
+
+
+def _weights_written(edit: Edit, model: Model) -> pd.DataFrame:
+    table = pd.DataFrame(
+        {
+            "weight": [model.parameter_name(site) for site in edit.factors],
+            "site": [str(site) for site in edit.factors],
+            "rank": [left.shape[1] for left, _ in edit.factors.values()],
+            "norm": [float(delta.double().norm()) for delta in edit.deltas.values()],
+        }
+    )
+    weights = [float(model.weight(site).double().norm()) for site in edit.factors]
+    return table.assign(relative=table["norm"] / weights).set_index("weight")
+
+
+def _answers(model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
+    """Per fact the likeliest next token, and the wanted answer's nll and whether it is the
+    argmax."""
+    asked = scoring.ask(model, [f.text for f in facts], k=1)
+    scores = scoring.score(model, [tokens.Prompt(f.text, None, f.target_new) for f in facts])
+    return {
+        "token": asked["token"].str.strip(),
+        "nll": [s.nll for s in scores],
+        "argmax": [s.right == 1 for s in scores],
+    }
 
 
 def merged(edits: Sequence[Edit]) -> Edit:
@@ -207,21 +277,21 @@ def merged(edits: Sequence[Edit]) -> Edit:
 def _sum(edits: Sequence[Edit]) -> Edit:
     """The first edit with the factors and facts of all."""
     sites = dict.fromkeys(site for e in edits for site in e.factors)
-    factors = {
-        site: (
-            torch.cat([e.factors[site][0] for e in edits if site in e.factors], dim=1),
-            torch.cat([e.factors[site][1] for e in edits if site in e.factors], dim=0),
-        )
-        for site in sites
-    }
+    factors = {s: side_by_side([e.factors[s] for e in edits if s in e.factors]) for s in sites}
     facts = tuple(f for e in edits for f in e.facts)
     return replace(edits[0], factors=factors, facts=facts, targets=None)
+
+
+def side_by_side(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is the sum of the products of these."""
+    left, right = zip(*factors, strict=True)
+    return torch.cat(left, dim=1), torch.cat(right)
 
 
 def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:
     """The fields of an `Edit` of these sites that say what it was computed on."""
     return {
-        "base": {site: edit_files.fingerprint(model.weight(site)) for site in sites},
+        "base": {site: file_format.digest(model.weight(site)) for site in sites},
         "parameters": {site: model.parameter_name(site) for site in sites},
         "fan_in_fan_out": model.fan_in_fan_out,
         "model": model.name,

@@ -1,7 +1,7 @@
 """Fine-tuning as a baseline: Adam on one output projection until the new answers are likely.
 
 FT-W is plain; FT+L keeps every entry of the weight change within a bound. Both optimise a change
-that a hook adds behind the projection, so the model's own weights are only read.
+whose effect a hook adds to the projection's output, so the model's weights are only read.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class FineTune:
         targets: object = None,
         on_step: OnStep | None = None,
     ) -> Edit:
-        """The change of one weight that makes the facts' new answers likely on their own prompts.
+        """The change of one weight that makes the facts' new answers likely on their prompts.
 
         The loss is the mean over facts of the mean over target tokens of −log P (nats), on the
         plain prompt, under teacher forcing. `moments`, `contexts` and `targets` are those of other
@@ -125,7 +125,7 @@ class FineTune:
         known = HPARAMS.get(name.lower(), {})
         hp = known.get(self.constrained) if hparams is None else hparams
         if hp is None:
-            have = ", ".join(sorted(n for n, own in HPARAMS.items() if self.constrained in own))
+            have = ", ".join(sorted(n for n, sets in HPARAMS.items() if self.constrained in sets))
             raise SettingsError(
                 f"There are no fine-tuning settings for the model {name!r} (there are: "
                 f"{have}). Pass hparams=FineTuneHparams(layer=…)."
@@ -150,13 +150,13 @@ class FineTune:
         delta = torch.zeros(weight.shape, dtype=dtype, device=weight.device, requires_grad=True)
         bound = None if hp.norm_constraint is None else _at_most(hp.norm_constraint, dtype)
         optimiser = torch.optim.Adam([delta], lr=hp.lr)
-        hooks = behind(model, site, lambda key: key.to(dtype) @ delta)
+        hooks = output_hooks(model, site, lambda key: key.to(dtype) @ delta)
         batch = tokens.encode(model, rewrites(facts))
         for step in range(hp.n_steps):
-            found: list[Tensor] = []
+            per_fact: list[Tensor] = []
             for rows in torch.arange(len(batch), device=batch.ids.device).split(hp.batch_size):
-                losses = answer_losses(model, batch[rows], hooks)
-                found.append(losses.detach())
+                losses = -likelihood.answers(model, batch[rows], hooks, mean=True)
+                per_fact.append(losses.detach())
                 if float(losses.detach().mean()) >= hp.stop_loss:
                     (gradient,) = torch.autograd.grad(losses.mean(), [delta])
                     # The decay of Adam itself would be that of the change.
@@ -164,10 +164,10 @@ class FineTune:
                     optimiser.step()
                 if bound is not None:
                     delta.data.clamp_(-bound, bound)
-            whole = torch.cat(found)
+            losses = torch.cat(per_fact)
             if on_step is not None:
-                on_step(step, {"loss": whole})
-            if float(whole.mean()) < hp.stop_loss:
+                on_step(step, {"loss": losses})
+            if float(losses.mean()) < hp.stop_loss:
                 break
         return delta.detach()
 
@@ -177,8 +177,10 @@ def rewrites(facts: Sequence[Fact]) -> list[tokens.Prompt]:
     return [tokens.Prompt(f.prompt, f.subject, f.target_new) for f in facts]
 
 
-def behind(model: Model, site: Site, change: Callable[[Tensor], Tensor]) -> list[tuple[str, Hook]]:
-    """Hooks that add `change(key)` to what the projection at an MLP site puts out.
+def output_hooks(
+    model: Model, site: Site, change: Callable[[Tensor], Tensor]
+) -> list[tuple[str, Hook]]:
+    """Hooks that add `change(key)` to the output of the projection at an MLP site.
 
     With `change = key @ Δ` the model answers as with `W + Δ`, and differentiably in Δ. `key` is
     `[row, token, d_in]`, the result `[row, token, d_model]`.
@@ -192,13 +194,6 @@ def behind(model: Model, site: Site, change: Callable[[Tensor], Tensor]) -> list
         return value + change(kept.pop()).to(value)
 
     return [(model.key_hook(site), keep), (model.stream_hook(site.layer, "mlp_out"), add)]
-
-
-def answer_losses(
-    model: Model, batch: tokens.Batch, hooks: Sequence[tuple[str, Hook]] = ()
-) -> Float[Tensor, " row"]:
-    """Per row the mean over its target tokens of −log P, in nats (teacher forcing)."""
-    return -likelihood.answers(model, batch, hooks, mean=True)
 
 
 def _at_most(bound: float, dtype: torch.dtype) -> float:

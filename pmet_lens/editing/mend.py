@@ -8,8 +8,9 @@ the weight changes by −α Σ_t ũ_t δ̃_tᵀ. Source: Mitchell et al., ICLR 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,18 +20,15 @@ from torch import Tensor, nn
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, check_editable
-from pmet_lens.editing import edit_files
-from pmet_lens.editing.edits import Edit, origin
-from pmet_lens.editing.finetune import answer_losses, behind, rewrites
+from pmet_lens.editing.edits import Edit, origin, side_by_side
+from pmet_lens.editing.finetune import output_hooks, rewrites
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep
-from pmet_lens.models import tokens
-from pmet_lens.models.bridge import Hook
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.model import Model, Site
 from pmet_lens.models.weights import EditError
 
 FORMAT = "pmet_lens mend 1"
-FACTS_PER_PASS = 64
 Pairs = Mapping[Site, tuple[Float[Tensor, "fact token d_in"], Float[Tensor, "fact token d_model"]]]
 """Per site two factors of every token; Σ over a fact's tokens of their outer products is a weight
 change, or a gradient."""
@@ -82,30 +80,29 @@ class Mend:
         editor = MendEditor.load(self._file(model)).to(model.device)
         editor.check(model)
         parts: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in editor.sites}
-        for step, start in enumerate(range(0, len(facts), FACTS_PER_PASS)):
-            pairs, losses = gradients(model, facts[start : start + FACTS_PER_PASS], editor.sites)
+        for step, chunk in enumerate(passes(facts)):
+            pairs, losses = gradients(model, chunk, editor.sites)
             with torch.no_grad():
                 for site, (left, right) in editor(pairs).items():
-                    there = right.any(-1)
-                    parts[site].append(
-                        (left[there].T.double(), hp.strength * right[there].double())
-                    )
+                    used = right.any(-1)
+                    update = left[used].T.double(), hp.strength * right[used].double()
+                    parts[site].append(update)
             if on_step is not None:
                 on_step(step, {"loss": losses})
-        factors = {site: _thin(own) for site, own in parts.items()}
+        factors = {site: _thin(updates) for site, updates in parts.items()}
         made_on = origin(model, editor.sites)
         return Edit(factors, model.dtype, tuple(facts), self, hp, (), **made_on)
 
     def _file(self, model: Model) -> Path:
         if self.path is not None:
             return Path(self.path)
-        found = Path(str(files("pmet_lens"))) / "bundled" / "mend" / f"{model.name}.safetensors"
-        if not found.is_file():
+        path = Path(str(files("pmet_lens"))) / "bundled" / "mend" / f"{model.name}.safetensors"
+        if not path.is_file():
             raise EditError(
                 f"There is no MEND editor for the model {model.name!r}. Train one with "
                 "train_editor, save it, and use Mend(path=…)."
             )
-        return found
+        return path
 
 
 class MendEditor(nn.Module):
@@ -166,9 +163,9 @@ class MendEditor(nn.Module):
                 inner = z @ self.down[layer] @ self.up[layer] + self.bias[layer]
                 # clamp, not relu: at 0, where it starts, its gradient is 1.
                 z = z + (self.scale[layer, i] * inner + self.shift[layer, i]).clamp(min=0)
-            there = delta.any(-1, keepdim=True)
+            used = delta.any(-1, keepdim=True)
             left, right = z.split([self.d_in, self.d_model], dim=-1)
-            out[site] = (left, -self.rate[i] * right * there)
+            out[site] = (left, -self.rate[i] * right * used)
         return out
 
     def normalise(self, pairs: Sequence[Pairs]) -> None:
@@ -216,8 +213,8 @@ class MendEditor(nn.Module):
 def gradients(
     model: Model, facts: Sequence[Fact], sites: Sequence[Site]
 ) -> tuple[Pairs, Float[Tensor, " fact"]]:
-    """Per site the keys u and output gradients δ of every token of each fact's own prompt and new
-    answer, and the loss they are of: the mean over target tokens of −log P, in nats.
+    """Per site the keys u and output gradients δ of every token of each fact's prompt and new
+    answer, and the loss: the mean over target tokens of −log P, in nats.
 
     Σ_t u_t δ_tᵀ of a fact is the gradient of its loss in `model.weight(site)`. δ is zero on
     padding. No gradient of a weight is formed.
@@ -225,33 +222,36 @@ def gradients(
     batch = tokens.encode(model, rewrites(facts))
     shape = (*batch.ids.shape, model.d_model)
     with torch.enable_grad():
-        zero = {site: torch.zeros(shape, device=model.device, dtype=model.dtype) for site in sites}
+        zero = {
+            site: torch.zeros(shape, device=model.device, dtype=model.dtype, requires_grad=True)
+            for site in sites
+        }
         keys: dict[Site, Tensor] = {}
-        hooks: list[tuple[str, Hook]] = []
-        for site, leaf in zero.items():
-            hooks += behind(model, site, _recorder(keys, site, leaf.requires_grad_()))
-        losses = answer_losses(model, batch, hooks)
-        found = torch.autograd.grad(losses.sum(), list(zero.values()))
-    pairs = {site: (keys[site], delta) for site, delta in zip(sites, found, strict=True)}
+
+        def record(site: Site, key: Tensor) -> Tensor:
+            keys[site] = key.detach()
+            return zero[site]
+
+        hooks = [hook for s in sites for hook in output_hooks(model, s, partial(record, s))]
+        losses = -likelihood.answers(model, batch, hooks, mean=True)
+        deltas = torch.autograd.grad(losses.sum(), list(zero.values()))
+    pairs = {site: (keys[site], delta) for site, delta in zip(sites, deltas, strict=True)}
     return pairs, losses.detach()
 
 
-def _recorder(keys: dict[Site, Tensor], site: Site, leaf: Tensor):
-    def change(key: Tensor) -> Tensor:
-        keys[site] = key.detach()
-        return leaf
-
-    return change
+def passes(facts: Sequence[Fact]) -> Iterator[Sequence[Fact]]:
+    """The facts whose gradients are taken together: 64, a choice of memory alone."""
+    return (facts[start : start + 64] for start in range(0, len(facts), 64))
 
 
-def _thin(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """All tokens' factors side by side; their product and an identity where that is smaller."""
-    left, right = torch.cat([a for a, _ in parts], dim=1), torch.cat([b for _, b in parts])
+def _thin(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The factors of all tokens; their product and an identity where that is smaller."""
+    left, right = side_by_side(updates)
     if left.shape[1] <= right.shape[1]:
         return left, right
     return left @ right, torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
 
 
 def _embedding(model: Model) -> str:
-    # In float32, so that a model loaded in another precision is still known.
-    return edit_files.fingerprint(model.embedding.float())
+    # In float32, so that a model loaded in a narrower dtype has the same hash.
+    return file_format.digest(model.embedding.float())

@@ -8,32 +8,20 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing.finetune import behind
-from pmet_lens.editing.mend import FACTS_PER_PASS, MendEditor, gradients
+from pmet_lens.editing.finetune import output_hooks
+from pmet_lens.editing.mend import MendEditor, gradients, passes
 from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, Site
-
-
-def edited(
-    model: Model, updates: Mapping[Site, tuple[Tensor, Tensor]], fact: Tensor
-) -> list[tuple[str, Hook]]:
-    """Hooks with which row i of a batch is answered as with the update of `fact[i]` in the
-    weights; differentiable in `updates` (`MendEditor.forward`)."""
-
-    def hooks_at(site: Site, left: Tensor, right: Tensor) -> Iterator[tuple[str, Hook]]:
-        mine, theirs = left[fact], right[fact]
-        yield from behind(model, site, lambda key: key.to(mine) @ mine.mT @ theirs)
-
-    return [hook for site, pair in updates.items() for hook in hooks_at(site, *pair)]
 
 
 @dataclass(frozen=True)
@@ -76,8 +64,8 @@ def train_editor(
 
     The loss is c_edit · (−log P of the new answer after the edit, on a phrasing drawn from the
     fact's prompt and paraphrases) + KL(before ‖ after) at the answer of a locality prompt, drawn
-    from `locality` or, every other time, from the fact's own neighbours where it has some. The
-    editor with the lowest loss on `held_out` is returned; its `curve` has one row per look: step,
+    from `locality` or, every other time, from the fact's neighbours where it has some. The editor
+    with the lowest loss on `held_out` is returned; its `curve` has one row per look at them: step,
     edit (nats), kl (nats), loss.
 
     Raises:
@@ -89,8 +77,7 @@ def train_editor(
         torch.manual_seed(cfg.seed)
         editor = MendEditor.of(model, sites, cfg.rank, cfg.rate).to(model.device)
     sample = rng.sample(list(facts), min(len(facts), 512))
-    chunks = [sample[i : i + FACTS_PER_PASS] for i in range(0, len(sample), FACTS_PER_PASS)]
-    editor.normalise([gradients(model, chunk, sites)[0] for chunk in chunks])
+    editor.normalise([gradients(model, chunk, sites)[0] for chunk in passes(sample)])
     network = [p for name, p in editor.named_parameters() if name != "rate"]
     groups = [{"params": network, "lr": cfg.lr}, {"params": [editor.rate], "lr": cfg.rate_lr}]
     optimiser = torch.optim.Adam(groups)
@@ -128,8 +115,8 @@ def objective(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Edit loss and locality loss of facts edited one at a time, both in nats.
 
-    `asked`: per fact the prompt and answer that should come out. `local`: per fact a prompt with
-    its own answer, where the edit should change nothing.
+    `asked`: per fact the prompt and the answer wanted after the edit. `local`: per fact a prompt
+    and answer where the edit should change nothing.
     """
     updates = editor(gradients(model, facts, editor.sites)[0])
     batch, n = tokens.encode(model, [*asked, *local]), len(facts)
@@ -137,23 +124,38 @@ def objective(
     hooks = edited(model, updates, torch.arange(n, device=model.device).repeat(2))
     logits = model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
     log_p, share = likelihood.log_probs(logits), 1 / batch.scored.sum(1)[at[:, 0]]
-    kept = at[:, 0] >= n
+    is_local = at[:, 0] >= n
     with torch.no_grad():
-        own, first = batch[torch.arange(n, 2 * n)], torch.tensor([n, 0], device=model.device)
-        clean = likelihood.log_probs(model.forward(own.ids, own.mask, at=at[kept] - first))
+        rows, first = batch[torch.arange(n, 2 * n)], torch.tensor([n, 0], device=model.device)
+        clean = likelihood.log_probs(model.forward(rows.ids, rows.mask, at=at[is_local] - first))
     nll = -likelihood.of_labels(log_p, batch.labels[at[:, 0], at[:, 1]])
-    kl = (clean.exp() * (clean - log_p[kept])).sum(1)
-    return (nll * share)[~kept].sum() / n, (kl * share[kept]).sum() / n
+    kl = (clean.exp() * (clean - log_p[is_local])).sum(1)
+    return (nll * share)[~is_local].sum() / n, (kl * share[is_local]).sum() / n
+
+
+def edited(
+    model: Model, updates: Mapping[Site, tuple[Tensor, Tensor]], fact: Tensor
+) -> list[tuple[str, Hook]]:
+    """Hooks with which row i of a batch is answered as with the update of `fact[i]` in the
+    weights; differentiable in `updates` (`MendEditor.forward`)."""
+
+    def update(left: Tensor, right: Tensor, key: Tensor) -> Tensor:
+        return key.to(left) @ left.mT @ right
+
+    hooks: list[tuple[str, Hook]] = []
+    for site, (left, right) in updates.items():
+        hooks += output_hooks(model, site, partial(update, left[fact], right[fact]))
+    return hooks
 
 
 def _draw(
     facts: Sequence[Fact], locality: Sequence[tokens.Prompt], rng: random.Random
 ) -> tuple[list[tokens.Prompt], list[tokens.Prompt]]:
     """Per fact one phrasing to be answered, and one locality prompt: every other time one of its
-    own neighbours, where it has some."""
+    neighbours, where it has some."""
     asked = [tokens.Prompt(rng.choice((f.text, *f.paraphrases)), None, f.target_new) for f in facts]
     near = [[tokens.Prompt(text, None, answer) for text, answer in f.neighbours] for f in facts]
-    local = [rng.choice(own if own and rng.random() < 0.5 else locality) for own in near]
+    local = [rng.choice(some if some and rng.random() < 0.5 else locality) for some in near]
     return asked, local
 
 
@@ -166,10 +168,9 @@ def _look(
 ) -> dict[str, float]:
     """The losses on held-out facts, with the same prompts every time."""
     rng, edit, kl = random.Random("look"), 0.0, 0.0
-    for start in range(0, len(facts), FACTS_PER_PASS):
-        chunk = facts[start : start + FACTS_PER_PASS]
+    for chunk in passes(facts):
         with torch.no_grad():
-            own = objective(model, editor, chunk, *_draw(chunk, locality, rng))
-        edit += float(own[0]) * len(chunk) / len(facts)
-        kl += float(own[1]) * len(chunk) / len(facts)
+            losses = objective(model, editor, chunk, *_draw(chunk, locality, rng))
+        edit += float(losses[0]) * len(chunk) / len(facts)
+        kl += float(losses[1]) * len(chunk) / len(facts)
     return {"edit": edit, "kl": kl, "loss": cfg.edit_weight * edit + kl}

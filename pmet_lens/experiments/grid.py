@@ -15,13 +15,13 @@ from typing import Any
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, FactError, check_editable
+from pmet_lens.data.file_format import from_plain, hash_of, to_plain
+from pmet_lens.editing import edit_files
 from pmet_lens.editing.edits import Editor
-from pmet_lens.editing.finetune import FineTune
+from pmet_lens.editing.finetune import FineTune, FineTuneHparams
 from pmet_lens.editing.mend import Mend, MendHparams
 from pmet_lens.editing.method import Method
 from pmet_lens.editing.methods import ABLATIONS, METHODS, PMET, kind_of, known_hparams, named
-from pmet_lens.editing.plain import GridError as GridError
-from pmet_lens.editing.plain import from_plain, hash_of, to_plain
 from pmet_lens.models.loading import DTYPES
 
 FORMAT = "pmet_lens grid 1"
@@ -29,6 +29,12 @@ ENGINES = ("serial", "ray")
 METRICS = ("answers", "collateral", "generation", "ability")
 """What can be measured: the scores of `evaluate`; the share of `others` still right; fluency and
 consistency of generated text; perplexity and KL on what the edit is not about."""
+_VALUES = (*edit_files.VALUES, FineTune, FineTuneHparams, Mend, MendHparams)
+"""The classes that a file of a grid may name."""
+
+
+class GridError(ValueError):
+    """A grid, or a folder of results, that cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +291,6 @@ def load_grid(path: str | Path) -> list[Run]:
 def _read(row: Mapping[str, Any], lists: Mapping[str, tuple[Fact, ...]]) -> Run:
     values = {k: v for k, v in row.items() if k not in ("facts", "others", "cut")}
     for key in ("method", "hparams", "metrics"):
-        values[key] = from_plain(values[key])
+        values[key] = from_plain(values[key], _VALUES, GridError)
     facts, others = lists[row["facts"]], lists[row["others"]] if row["others"] else ()
     return Run(facts=facts, others=others, cut=Cut(**row["cut"]), **values)

@@ -23,8 +23,8 @@ import pandas as pd
 from safetensors import SafetensorError
 
 from pmet_lens.data import file_format
+from pmet_lens.data.file_format import hash_of
 from pmet_lens.editing import edit_files
-from pmet_lens.editing.plain import hash_of
 from pmet_lens.evaluation import metrics
 from pmet_lens.experiments.grid import GridError, Run
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from pmet_lens.data.file_format import hash_of, to_plain
 from pmet_lens.editing.method import Method
-from pmet_lens.editing.plain import hash_of, to_plain
 from pmet_lens.experiments import target_files
 from pmet_lens.experiments.grid import Run
 from pmet_lens.models.model import Site

@@ -14,11 +14,11 @@ import pandas as pd
 
 from pmet_lens.data import datasets, file_format
 from pmet_lens.data.facts import Fact
+from pmet_lens.data.file_format import hash_of
 from pmet_lens.editing import targets
 from pmet_lens.editing.edits import Edit, merged
 from pmet_lens.editing.locate_and_edit import edit
 from pmet_lens.editing.method import Method
-from pmet_lens.editing.plain import hash_of
 from pmet_lens.evaluation import ability, scoring
 from pmet_lens.experiments import store, target_files, tasks
 from pmet_lens.experiments.grid import Run

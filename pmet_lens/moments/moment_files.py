@@ -1,7 +1,7 @@
-"""Second moments on disk: kept while they are computed, read whole or site by site.
+"""Second moments on disk: saved while they are computed, read whole or site by site.
 
-The file is safetensors with the sums in their own dtype; counts, and what else a `Moment` knows, in
-the header.
+The file is safetensors with the sums in the dtype they were summed in; counts, and the other fields
+of a `Moment`, are in the header.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 from pmet_lens.data import file_format
 from pmet_lens.editing import solvers
 from pmet_lens.models.model import Model, Site
-from pmet_lens.moments.second_moments import Moment, MomentError, OnTokens, Summing, chained
+from pmet_lens.moments.moment import Moment, MomentError
+from pmet_lens.moments.second_moments import OnTokens, Summing, chained, text_iterator
 
 FORMAT = "pmet_lens moments 1"
 FACTOR = "pmet_lens factor 1"
@@ -42,42 +43,39 @@ def kept_moments(
 ) -> dict[Site, Moment]:
     """`second_moments` of the same arguments, kept at `path` (`.safetensors`): computed once.
 
-    What is there is read. While it is computed, the sums so far are kept beside it every `every`
-    seconds, and a run that was cut goes on there, to the same bits. Of two processes one computes
-    and the other waits for it. `options`: those of `second_moments`.
+    An existing file is read. While it is computed, the sums so far are saved beside it every
+    `every` seconds, and a run that was interrupted continues from there, to the same bits. Of two
+    processes one computes and the other waits for it. `options`: those of `second_moments`.
 
     Raises:
         MomentError: as `second_moments`; for a file made of other weights, other texts or with
             other settings, and for a folder that cannot be written.
     """
-    path, run = Path(path), Summing(model, layers, **options)
+    path, run, texts = Path(path), Summing(model, layers, **options), text_iterator(texts)
     part = path.with_name(f"{path.name}.begun")
-    if isinstance(texts, str):
-        raise MomentError("texts is one string; pass a list of texts, or pl.texts(path).")
-    texts = iter(texts)
     with _alone(path):
         if path.exists():
             _check(path, file_format.head(path, FORMAT, _WHAT, MomentError), run, texts)
             return load_moments(path)
         if part.exists():
-            _go_on(part, run, texts)
+            _continue(part, run, texts)
         last = time.monotonic()
         for _ in run.read(texts, on_tokens):
             if time.monotonic() - last >= every:
                 _keep(part, run)
                 last = time.monotonic()
-        found = run.moments()
+        moments = run.moments()
         try:
-            save_moments(found, path, model.name, made=_settings(run))
+            save_moments(moments, path, model.name, made=_settings(run))
             part.unlink(missing_ok=True)
         except MomentError as error:  # hours of work are not thrown away for a full disk
             warnings.warn(f"{error}. They are returned, but not kept.", stacklevel=2)
-    return found
+    return moments
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """A block that one process at a time is in, for this file."""
+    """One process at a time is inside the block, per file."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(f"{path}.lock")
@@ -101,11 +99,8 @@ def _settings(run: Summing) -> dict[str, Any]:
     return {
         "weights": file_format.state_digest(run.model.hf.state_dict()),
         "sites": [str(site) for site in run.sums],
-        "n_tokens": run.n_tokens,
-        "max_length": run.max_length,
-        "batch_tokens": run.batch_tokens,
-        "precision": run.precision,
-        "dtype": str(next(iter(run.sums.values())).total.dtype),
+        **{k: getattr(run, k) for k in ("n_tokens", "max_length", "batch_tokens", "precision")},
+        "dtype": str(run.dtype),
         "n_texts": run.n_texts,
         "texts": run.read_texts,
     }
@@ -114,8 +109,8 @@ def _settings(run: Summing) -> dict[str, Any]:
 def _check(
     path: Path, head: Mapping[str, Any], run: Summing, texts: Iterator[str]
 ) -> dict[str, Any]:
-    """What the file was made of; it must be what `run` is to be made of, and its texts the first of
-    `texts`, which are taken from there."""
+    """The settings in the header, which must be those of `run`, and its texts the first of `texts`,
+    which are taken from there."""
     made, asked = head.get("made"), _settings(run)
     if made is None:
         raise MomentError(f"{path} does not say what it was made of; read it with load_moments.")
@@ -130,9 +125,10 @@ def _check(
 
 
 def _keep(part: Path, run: Summing) -> None:
-    states = {site: one.state() for site, one in run.sums.items()}
-    tensors = {f"{s}.{name}": t for s, (own, _) in states.items() for name, t in own.items()}
-    numbers = {str(s): own for s, (_, own) in states.items()}
+    """Save the sums so far."""
+    states = {str(site): sums.state() for site, sums in run.sums.items()}
+    tensors = {f"{s}.{name}": t for s, (parts, _) in states.items() for name, t in parts.items()}
+    numbers = {s: values for s, (_, values) in states.items()}
     head = {"format": PART, "made": _settings(run), "count": run.count, "numbers": numbers}
     try:
         file_format.write(part, tensors, head, _WHAT, MomentError)
@@ -140,13 +136,13 @@ def _keep(part: Path, run: Summing) -> None:
         warnings.warn(f"{error}. Going on without keeping what was read so far.", stacklevel=3)
 
 
-def _go_on(part: Path, run: Summing, texts: Iterator[str]) -> None:
-    """Put `run` where the file stopped, and `texts` behind what it read."""
+def _continue(part: Path, run: Summing, texts: Iterator[str]) -> None:
+    """Restore `run` from the file, and advance `texts` by those it has read."""
     head, tensors = file_format.read(part, PART, _WHAT, MomentError)
     made = _check(part, head, run, texts)
-    for site, one in run.sums.items():
-        own = {name: tensors[f"{site}.{name}"] for name in ("total", "all")}
-        one.restore(own, head["numbers"][str(site)])
+    for site, sums in run.sums.items():
+        parts = {name: tensors[f"{site}.{name}"] for name in ("total", "all")}
+        sums.restore(parts, head["numbers"][str(site)])
     run.count, run.n_texts, run.read_texts = head["count"], made["n_texts"], made["texts"]
 
 
@@ -158,7 +154,7 @@ def save_moments(
     made: Mapping[str, Any] | None = None,
 ) -> None:
     """Write moments to a `.safetensors` file. `made`: what they were made of (`kept_moments`)."""
-    tensors = {str(s): m.total.cpu().contiguous() for s, m in moments.items()}
+    tensors = {str(s): m.total for s, m in moments.items()}
     head = {
         "format": FORMAT,
         "model": model_name,
@@ -182,10 +178,10 @@ def load_moments(path: str | Path, sites: Sequence[Site] | None = None) -> dict[
 
 
 def open_moments(path: str | Path) -> dict[Site, StoredMoment]:
-    """The moments of a file, each read when an edit comes to its site and not kept in memory.
+    """The moments of a file, each read when an edit reaches its site, and not kept in memory.
 
-    A Cholesky factor that is computed is kept beside the file (`NAME.SITE.factor.safetensors`,
-    d_in² · 8 bytes), so that every later edit costs triangular solves only.
+    A Cholesky factor that is computed is saved beside the file (`NAME.SITE.factor.safetensors`,
+    d_in² · 8 bytes), so that later edits cost triangular solves only.
 
     Raises:
         MomentError: for a file that is missing, damaged, or holds no moments.
@@ -208,21 +204,21 @@ class StoredMoment:
 
     def matrix(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
         """E[k kᵀ], read from the file."""
-        head, found = self._read()
-        return found.to(device or found.device) / head["counts"][self.site]
+        head, total = self._read()
+        return total.to(device or total.device) / head["counts"][self.site]
 
     def cholesky(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
         """Its lower Cholesky factor, float64, read from its file; computed where there is none, or
         one of another moment."""
         head = file_format.head(self.path, FORMAT, _WHAT, MomentError)
         # Older files call it digests.
-        known = head.get(file_format.HASHES, head.get("digests", {}))
-        digest = known.get(self.site) or file_format.digest(self._read()[1])
+        digests = head.get(file_format.HASHES, head.get("digests", {}))
+        digest = digests.get(self.site) or file_format.digest(self._read()[1])
         file = self.path.with_name(f"{self.path.stem}.{self.site}.factor.safetensors")
         what = "the factor of a moment"
         if file.exists() and file_format.head(file, FACTOR, what, MomentError).get("of") == digest:
-            found = file_format.read(file, FACTOR, what, MomentError)[1]["factor"]
-            return found.to(device or found.device)
+            factor = file_format.read(file, FACTOR, what, MomentError)[1]["factor"]
+            return factor.to(device or factor.device)
         # As it is read from the file: solves of another memory layout round otherwise.
         factor = solvers.cholesky(self.matrix(device)).contiguous()
         try:
@@ -233,5 +229,5 @@ class StoredMoment:
         return factor
 
     def _read(self) -> tuple[dict[str, Any], Tensor]:
-        head, found = file_format.read(self.path, FORMAT, _WHAT, MomentError, [self.site])
-        return head, found[self.site]
+        head, tensors = file_format.read(self.path, FORMAT, _WHAT, MomentError, [self.site])
+        return head, tensors[self.site]

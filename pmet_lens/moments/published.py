@@ -18,15 +18,15 @@ import torch
 
 from pmet_lens.data import file_format
 from pmet_lens.models.model import Model, Projection, Site
-from pmet_lens.moments.second_moments import Moment, MomentError
+from pmet_lens.moments.moment import Moment, MomentError
 
 _NAME = re.compile(r"(?P<module>.+)_float(32|64|16)_mom2_[^_]*\.npz")
 _CONSTRUCTOR = "util.runningstats.SecondMoment()"
 
 
 def import_moments(model: Model, source: str | Path | Sequence[str | Path]) -> dict[Site, Moment]:
-    """The moments in published `.npz` files: `source` is a folder, a file or several files. Which
-    site a file belongs to says its name, a module of `model`; other files of a folder are left out.
+    """The moments in published `.npz` files: `source` is a folder, a file or several files. A
+    file's name tells its site, a module of `model`; other files of a folder are left out.
 
     Raises:
         MomentError: for a file that cannot be read, belongs to no site of this model, or holds a
@@ -36,28 +36,31 @@ def import_moments(model: Model, source: str | Path | Sequence[str | Path]) -> d
         model.parameter_name(site).removesuffix(".weight"): site
         for site in (Site(n, p) for n in range(model.n_layers) for p in get_args(Projection))
     }
-    found: dict[Site, Moment] = {}
-    for path in _files(source):
+    paths = [Path(p) for p in ([source] if isinstance(source, (str, Path)) else source)]
+    folder = isinstance(source, (str, Path)) and paths[0].is_dir()
+    if folder:
+        paths = sorted(paths[0].glob("*.npz"))
+    moments: dict[Site, Moment] = {}
+    for path in paths:
         name = _NAME.fullmatch(path.name)
-        if name is None or name["module"] not in sites:
-            if isinstance(source, (str, Path)) and Path(source).is_dir():
-                continue
+        if name is not None and name["module"] in sites:
+            site = sites[name["module"]]
+            moments[site] = _read(path, model.d_in(site))
+        elif not folder:
             raise MomentError(
                 f"{path.name} names no module of {model.name!r}; published moments are called like "
                 f"{next(iter(sites))}_float32_mom2_100000.npz."
             )
-        site = sites[name["module"]]
-        found[site] = _read(path, model.d_in(site))
-    if not found:
+    if not moments:
         raise MomentError(f"{source} holds no published moments of {model.name!r}.")
-    return dict(sorted(found.items()))
+    return dict(sorted(moments.items()))
 
 
 def export_moments(
     moments: Mapping[Site, Moment], directory: str | Path, model: Model, sample: int
 ) -> list[Path]:
     """Write one published file per site into `directory` (float32, as they are read there), named
-    for `sample`, the number of texts that the reading code is told (`mom2_n_samples`).
+    for `sample`, the number of texts (`mom2_n_samples` of the code that reads them).
 
     Raises:
         MomentError: where they cannot be written.
@@ -80,12 +83,6 @@ def export_moments(
     except OSError as error:
         raise MomentError(f"The moments could not be written to {folder}: {error}") from error
     return written
-
-
-def _files(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    if not isinstance(source, (str, Path)):
-        return [Path(path) for path in source]
-    return sorted(Path(source).glob("*.npz")) if Path(source).is_dir() else [Path(source)]
 
 
 def _read(path: Path, d_in: int) -> Moment:

@@ -15,10 +15,10 @@ import torch
 
 from pmet_lens.data import datasets
 from pmet_lens.data.facts import Fact
+from pmet_lens.data.file_format import hash_of, to_plain
 from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.locate_and_edit import edit
 from pmet_lens.editing.method import Method
-from pmet_lens.editing.plain import hash_of, to_plain
 from pmet_lens.evaluation import ability, scoring
 from pmet_lens.experiments import target_files
 from pmet_lens.experiments.grid import Run
