@@ -50,7 +50,7 @@ def general_ability(
 ) -> pd.DataFrame:
     """The model with `edit` applied (None: as it is) on what the edit is not about: a table like
     that of `summarise`, one row per metric (index), columns mean, ci_low, ci_high (95 % bootstrap
-    over texts, prompts or facts) and n. The model is left as it was found.
+    over texts, prompts or facts) and n. The model is left unchanged.
 
     - perplexity: exp of the mean −log P per token, nats, of `texts`; from 1, lower is better. The
       first token of a text is read and not predicted; texts are cut to what the model reads. The
@@ -70,7 +70,7 @@ def general_ability(
         batch_tokens: padded tokens per forward pass.
 
     An empty collection leaves its row out. The defaults suit models that know the bundled world;
-    for another model bring your own, or know that only the difference an edit makes is of meaning.
+    for another model pass yours: of the defaults only the difference an edit makes has a meaning.
 
     Raises:
         FactError: for texts or prompts that are one string, hold no token or (prompts) are longer
@@ -157,7 +157,7 @@ def lm_eval_model(model: Model, **options: Any) -> Any:
     """The model for EleutherAI's lm-evaluation-harness, e.g.
     `lm_eval.simple_evaluate(model=lm_eval_model(model), tasks=["lambada_openai"])`.
 
-    It wraps the user's own Hugging Face model and tokenizer, so that an applied edit counts;
+    It wraps the user's Hugging Face model and tokenizer, so that an applied edit counts;
     `options` go to its `HFLM`. lm_eval is no dependency of this package, and its tasks download
     their data.
 
