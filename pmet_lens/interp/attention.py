@@ -9,6 +9,7 @@ length comparable, and the patterns of facts are compared within and across rela
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact
 from pmet_lens.evaluation import metrics
+from pmet_lens.evaluation.scoring import last_places
 from pmet_lens.interp import passes
 from pmet_lens.models import tokens
 from pmet_lens.models.activations import batches
@@ -48,13 +50,9 @@ def attention_patterns(
     prompts = [tokens.Prompt(f.prompt, f.subject) for f in facts]
     frames = []
     for chosen, batch in batches(model, prompts, batch_tokens):
-        rows = torch.arange(len(batch))
-
-        def of_last(value: Tensor, rows: Tensor = rows, batch: tokens.Batch = batch) -> Tensor:
-            return value[rows.to(value.device), :, batch.last.to(value.device)]
-
         roles = _roles(batch)
-        for layer, weights in _weights(model, batch, layers, of_last).items():
+        of_layers = _weights(model, batch, layers, partial(_of_last, batch))
+        for layer, weights in of_layers.items():
             frames.append(_table(weights.double(), roles, chosen, layer))
     frame = pd.concat(frames, ignore_index=True).sort_values(by=["fact", "layer", "head"])
     frame.insert(1, "subject", [facts[i].subject for i in frame["fact"]])
@@ -140,6 +138,11 @@ def pattern_similarity(patterns: pd.DataFrame, facts: Sequence[Fact]) -> pd.Data
 def _overlap(weights: metrics.Numbers) -> metrics.Numbers:
     """`[fact, head, role]` → `[fact, fact]`: 1 − total variation distance, mean over heads."""
     return np.stack([np.minimum(one, weights).sum(-1).mean(-1) for one in weights])
+
+
+def _of_last(batch: tokens.Batch, weights: Tensor) -> Float[Tensor, "fact head key"]:
+    row, last = last_places(batch).T.to(weights.device)
+    return weights[row, :, last]
 
 
 def _roles(batch: tokens.Batch) -> Float[Tensor, "fact role token"]:

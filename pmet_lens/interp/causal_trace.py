@@ -105,7 +105,7 @@ def trace_tokens(
     runs = _run(model, {0: fact}, stream, around, samples, noise, seed)
     p_clean, p_corrupted = float(runs.clean.mean()), float(runs.corrupted.mean())
     lost = float((runs.clean - runs.corrupted).mean())
-    place = torch.arange(len(texts), device=runs.batch.ids.device)
+    place = torch.arange(runs.batch.ids.shape[1], device=runs.batch.ids.device)
     table: list[dict[str, object]] = []
     for layer in around:
         for position, token in enumerate(texts):

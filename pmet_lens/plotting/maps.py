@@ -58,7 +58,8 @@ def token_map(table: pd.DataFrame, figure: Figure, measure: str) -> None:
         rows = where(table, panel=panel)
         wide = rows.pivot(index="order", columns="layer", values=measure)
         names = dict(zip(rows["order"], rows["row"], strict=True))
-        _cells(ax, wide.set_axis([names[n] for n in wide.index]), measure, worst)
+        named = wide.astype(float).set_axis([names[n] for n in wide.index])
+        _cells(ax, named, measure, worst)
         ax.set_xlabel("layer")
         ax.set_title(panel)
     bar = figure.colorbar(axes[0].images[0], ax=list(axes), label=MEASURES[measure], shrink=0.9)
@@ -69,13 +70,13 @@ def token_map(table: pd.DataFrame, figure: Figure, measure: str) -> None:
 
 def _cells(ax: Axes, wide: pd.DataFrame, measure: str, worst: float) -> None:
     """The map of one panel, with the numbers written in where there is room."""
-    wide, low, write = wide.astype(float), 0.0, _share
+    low, high, write = 0.0, 1.0, _share
     if measure == "rank":
-        wide, low, write = -np.log10(wide), -np.log10(max(worst, 10.0)), _rank
+        wide = wide.transform(lambda rank: -np.log10(rank))
+        low, high, write = -float(np.log10(max(worst, 10.0))), 0.0, _rank
     step = 1 if wide.shape[1] <= WRITTEN else 4
-    room = max(wide.shape) <= WRITTEN
-    high = 0.0 if measure == "rank" else 1.0
-    number_map(wide, ax, low, high, write if room else None, bright=0.55, step=step, gid="cell")
+    written = write if max(wide.shape) <= WRITTEN else None
+    number_map(wide, ax, low, high, written, bright=0.55, step=step, gid="cell")
 
 
 def _rank(shade: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,8 +35,8 @@ def load_lines(table: pd.DataFrame, ax: Axes, metric: str) -> Axes:
     95 % bands. Columns edits, run, metric, mean, ci_low, ci_high."""
     rows = where(table, metric=metric)
     for run in dict.fromkeys(rows["run"]):
-        look = {"marker": MARKERS.get(run, ""), "ls": ":" if run == "unedited" else "-"}
-        _run_line(where(rows, run=run), ax, color=colour_of(run), label=run, **look)
+        style = ":" if run == "unedited" else "-"
+        _run_line(where(rows, run=run), ax, run, colour_of(run), MARKERS.get(run, ""), style)
     ax.set_xscale("log")
     edits = sorted(rows["edits"].unique())
     ticks = [n for n in edits if n in {1, 10, 100} and 2 * n < max(edits)] + [max(edits)]
@@ -54,16 +53,17 @@ def step_lines(table: pd.DataFrame, ax: Axes, metric: str) -> Axes:
     for run in dict.fromkeys(rows["run"]):
         line = where(rows, run=run).sort_values(by="edits")
         method, _, protected = run.partition(",")
-        look = {"marker": MARKERS.get(method, "o"), "ls": "--" if protected else "-"}
-        _run_line(line, ax, color=colour_of(method), label=run, **look)
+        style = "--" if protected else "-"
+        _run_line(line, ax, run, colour_of(method), MARKERS.get(method, "o"), style)
         broken = line.loc[line["collapsed"].astype(bool)].head(1)
         ax.plot(broken["edits"], broken["mean"], "x", color="black", ms=8, mew=1.5)
     ax.set(xlabel="edits so far", ylabel=metric)
     return ax
 
 
-def _run_line(rows: pd.DataFrame, ax: Axes, **look: Any) -> None:
-    band(rows, ax, "mean", "edits", ms=3, lw=1, alpha=0.12, **look)
+def _run_line(rows: pd.DataFrame, ax: Axes, run: str, colour: str, marker: str, style: str) -> None:
+    shape = {"ms": 3, "lw": 1, "alpha": 0.12}
+    band(rows, ax, "mean", "edits", color=colour, marker=marker, ls=style, label=run, **shape)
 
 
 def effect_dots(
@@ -80,9 +80,9 @@ def effect_dots(
     for i, metric in enumerate(metrics):
         rows = where(changes, metric=metric).set_index("run").reindex(runs)
         y = np.arange(len(runs)) + (i - (len(metrics) - 1) / 2) * 0.18
-        look = {"label": metric, "color": METRIC_COLOURS.get(metric, "#000000")}
+        value, colour = rows["difference"], METRIC_COLOURS.get(metric, "#000000")
         error = errors(rows, "difference", "difference_low", "difference_high")
-        ax.errorbar(rows["difference"], y, xerr=error, fmt="o", ms=2.5, lw=0.8, **look)
+        ax.errorbar(value, y, xerr=error, fmt="o", ms=2.5, lw=0.8, label=metric, color=colour)
     ax.axvline(0, color="#444444", lw=0.8)
     for line in range(1, len(runs)):
         ax.axhline(line - 0.5, color="#eeeeee", lw=0.6, zorder=0)
@@ -99,8 +99,8 @@ def sweep_lines(
 ) -> Axes:
     """Metrics over one setting (column `x`), one line per metric, with 95 % bands."""
     for metric in metrics:
-        look = {"label": metric, "color": METRIC_COLOURS.get(metric, "#000000")}
-        band(where(table, metric=metric), ax, "mean", x, ms=2.5, lw=1, alpha=0.15, **look)
+        rows, colour = where(table, metric=metric), METRIC_COLOURS.get(metric, "#000000")
+        band(rows, ax, "mean", x, alpha=0.15, ms=2.5, lw=1, color=colour, label=metric)
     ax.set(ylim=(0, 105), ylabel="per cent (higher is better)")
     return ax
 
@@ -112,6 +112,6 @@ def layer_map(table: pd.DataFrame, ax: Axes, metric: str = "S") -> Axes:
     count = rows["layers"].astype(str).str.split().str.len()
     rows = rows.assign(count=count, last=rows["last"].astype(int))
     wide = rows.pivot(index="count", columns="last", values="mean")
-    number_map(wide, ax, 50, 100, lambda value: f"{value:.0f}")
+    number_map(wide, ax, 50.0, 100.0, lambda value: f"{value:.0f}")
     ax.set(xlabel="last critical layer", ylabel="critical layers")
     return ax

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -20,7 +19,7 @@ STYLE: Mapping[str, object] = {
     "axes.labelsize": 8,
     "legend.fontsize": 7,
     "legend.frameon": False,
-    "legend.handlelength": 2.6,  # so that dashes can be told from full lines
+    "legend.handlelength": 2.6,  # dashes and full lines differ at a glance
     "axes.spines.top": False,
     "axes.spines.right": False,
     "pdf.fonttype": 42,
@@ -96,13 +95,13 @@ def band(
 
 def errors(
     table: pd.DataFrame, value: str, low: str = "ci_low", high: str = "ci_high"
-) -> npt.NDArray[np.float64]:
+) -> np.ndarray:
     """`[2, row]`: how far the interval reaches below and above the value."""
     return np.vstack([table[value] - table[low], table[high] - table[value]]).clip(0)
 
 
 def bars(
-    table: pd.DataFrame, ax: Axes, x: npt.NDArray[np.float64], value: str, width: float, **bar: Any
+    table: pd.DataFrame, ax: Axes, x: np.ndarray, value: str, width: float, **bar: Any
 ) -> None:
     """Bars with their 95 % intervals; `bar` is for `Axes.bar`."""
     style = {"elinewidth": 0.8, "capsize": 1.5}
@@ -131,8 +130,8 @@ def number_map(
     for (y, x), value in np.ndenumerate(wide.to_numpy()):
         if not np.isnan(value):
             colour = "black" if value > low + bright * (high - low) else "white"
-            place = {"ha": "center", "va": "center"}
-            ax.text(x, y, write(value), fontsize=6, color=colour, gid=gid, **place)
+            cell = ax.text(x, y, write(value), ha="center", va="center", fontsize=6, color=colour)
+            cell.set_gid(gid)
 
 
 def _layers(ax: Axes, table: pd.DataFrame) -> Axes:
@@ -196,8 +195,8 @@ def before_after(before: pd.DataFrame, after: pd.DataFrame, ax: Axes) -> Axes:
             ax.plot([x - 0.15, x + 0.15], pair, color="#bbbbbb", lw=0.8, zorder=1)
         ends = ((x - 0.15, old, "unedited", "before"), (x + 0.15, new, "PMET", "after"))
         for at, values, name, legend in ends:
-            look = {"color": colour_of(name), "label": legend if x == 0 else None}
-            ax.scatter([at] * len(values), values, s=18, zorder=2, **look)
+            label = legend if x == 0 else None
+            ax.scatter([at] * len(values), values, 18, color=colour_of(name), label=label, zorder=2)
     ax.axhline(0, color="#444444", lw=0.8)
     ax.set_xticks(range(len(kinds)), kinds)
     ax.set(ylim=(-1.05, 1.05), ylabel="P(wanted) − P(rival)")
@@ -212,8 +211,8 @@ def similarity_lines(table: pd.DataFrame, ax: Axes, measure: str) -> Axes:
     for component in ("MHSA", "FFN"):
         for position, style, more in positions:
             rows = where(table, component=component, position=position, measure=measure)
-            look = {"color": COMPONENT_COLOURS[component], "ls": style, "label": component + more}
-            band(rows, ax, "mean", **look)
+            colour, label = COMPONENT_COLOURS[component], component + more
+            band(rows, ax, "mean", color=colour, ls=style, label=label)
     ax.axhline(0, color="#bbbbbb", lw=0.6, zorder=0)
     ax.set_ylabel(f"{measure}, input and output")
     return _layers(ax, table)
@@ -224,9 +223,9 @@ def share_lines(table: pd.DataFrame, ax: Axes) -> Axes:
     phrasings (dashed), per component over the layers, 95 % bands."""
     for stream, component in COMPONENT_NAMES.items():
         for factor, style in (("subject", "-"), ("relation, other phrasing", "--")):
-            look = {"color": COMPONENT_COLOURS[stream], "ls": style}
-            label = f"{component}: {factor.split(',')[0]}"
-            band(where(table, stream=stream, factor=factor), ax, "share", label=label, **look)
+            rows = where(table, stream=stream, factor=factor)
+            colour, label = COMPONENT_COLOURS[stream], f"{component}: {factor.split(',')[0]}"
+            band(rows, ax, "share", color=colour, ls=style, label=label)
     ax.axhline(0, color="#bbbbbb", lw=0.6, zorder=0)
     ax.set_ylabel("share of variance")
     return _layers(ax, table)
@@ -239,8 +238,8 @@ def transfer_bars(table: pd.DataFrame, ax: Axes) -> Axes:
     for i, (stream, component) in enumerate(COMPONENT_NAMES.items()):
         rows = where(whole, stream=stream, outcome="donor").set_index("kind").reindex(list(KINDS))
         x = np.arange(len(KINDS)) + (i - 0.5) * 0.38
-        look = {"color": COMPONENT_COLOURS[stream], "label": f"{component} swapped"}
-        bars(rows, ax, x, "share", 0.35, **look)
+        colour, label = COMPONENT_COLOURS[stream], f"{component} swapped"
+        bars(rows, ax, x, "share", 0.35, color=colour, label=label)
     ax.set_xticks(range(len(KINDS)), [k.replace(", ", ",\n") for k in KINDS])
     ax.set(ylim=(0, 1.2), yticks=np.linspace(0, 1, 6), ylabel="answer follows the donor")
     return ax
@@ -249,8 +248,8 @@ def transfer_bars(table: pd.DataFrame, ax: Axes) -> Axes:
 def pattern_lines(table: pd.DataFrame, ax: Axes) -> Axes:
     """`pattern_similarity`: overlap of two facts' attention per kind of pair, 95 % bands."""
     for pair, style in zip(PAIRS, (":", "-", "--"), strict=True):
-        look = {"color": COMPONENT_COLOURS["MHSA"], "ls": style, "label": pair}
-        band(where(table, pair=pair), ax, "mean", **look)
+        rows = where(table, pair=pair)
+        band(rows, ax, "mean", color=COMPONENT_COLOURS["MHSA"], ls=style, label=pair)
     ax.set(ylim=(0, 1.05), ylabel="overlap of attention")
     return _layers(ax, table)
 
@@ -259,7 +258,7 @@ def lens_map(table: pd.DataFrame, ax: Axes, streams: Sequence[str]) -> Axes:
     """Mean probability of the answer through the lens (columns stream, layer, mean), as a map of
     stream × layer with the numbers written in."""
     wide = table.pivot(index="stream", columns="layer", values="mean").reindex(list(streams))
-    number_map(wide, ax, 0, 1, lambda p: f"{p:.2f}".removeprefix("0") if p < 0.995 else "1")
+    number_map(wide, ax, 0.0, 1.0, lambda p: f"{p:.2f}".removeprefix("0") if p < 0.995 else "1")
     ax.set_xlabel("layer")
     return ax
 
@@ -277,7 +276,7 @@ def drift_lines(table: pd.DataFrame, ax: Axes, position: str = "last") -> Axes:
     for stream, component in COMPONENT_NAMES.items():
         for kind, style in styles.items():
             rows = where(table, stream=stream, position=position, kind=kind)
-            look = {"color": COMPONENT_COLOURS[stream], "ls": style}
-            band(rows, ax, "mean", label=f"{component}, {kind}", **look)
+            colour, label = COMPONENT_COLOURS[stream], f"{component}, {kind}"
+            band(rows, ax, "mean", color=colour, ls=style, label=label)
     ax.set_ylabel("relative change")
     return _layers(ax, table)
