@@ -153,6 +153,14 @@ def _statistics(values: Numbers, statistic: str) -> Numbers:
         return means.shape[1] / (1 / means).sum(axis=1)
 
 
+def where(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
+    """The rows in which each named column has the given value."""
+    chosen = np.ones(len(table), dtype=bool)
+    for column, value in wanted.items():
+        chosen &= (table[column] == value).to_numpy()
+    return table.loc[chosen]
+
+
 def means(frame: pd.DataFrame, by: Sequence[str], value: str, case: str = "fact") -> pd.DataFrame:
     """Mean of column `value` per group of `by`, first within each `case`, then over cases: columns
     `by`, mean, ci_low, ci_high (95 % bootstrap over cases) and n (cases)."""

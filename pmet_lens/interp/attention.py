@@ -116,16 +116,15 @@ def pattern_similarity(patterns: pd.DataFrame, facts: Sequence[Fact]) -> pd.Data
     a fact without a relation.
     """
     passes.check_relations(facts, "comparing relations")
-    relation = np.array([f.relation for f in facts])
-    prompt, subject = np.array([f.prompt for f in facts]), np.array([f.subject for f in facts])
-    alike = relation[:, None] == relation
-    same_words = prompt[:, None] == prompt
-    others = subject[:, None] != subject
-    kinds = (alike & same_words & others, alike & ~same_words & others, ~alike & others)
+    relation, subject, prompt = passes.same_pairs(facts)
+    others = ~subject
+    kinds = (relation & prompt & others, relation & ~prompt & others, ~relation & others)
     rows = []
     for layer, of_layer in patterns.groupby("layer"):
         weights = of_layer.sort_values(["fact", "head"])[list(ROLES)].to_numpy()
-        overlap = _overlap(weights.reshape(len(facts), -1, len(ROLES)))
+        weights = weights.reshape(len(facts), -1, len(ROLES))
+        # 1 − total variation distance, mean over heads: [fact, fact].
+        overlap = np.stack([np.minimum(one, weights).sum(-1).mean(-1) for one in weights])
         for pair, chosen in zip(PAIRS, kinds, strict=True):
             count = chosen.sum(1)
             has = count > 0
@@ -133,11 +132,6 @@ def pattern_similarity(patterns: pd.DataFrame, facts: Sequence[Fact]) -> pd.Data
                 per_fact = (overlap * chosen).sum(1)[has] / count[has]
                 rows.append((layer, pair, *metrics.interval(per_fact)))
     return pd.DataFrame(rows, columns=["layer", "pair", *metrics.INTERVAL])
-
-
-def _overlap(weights: metrics.Numbers) -> metrics.Numbers:
-    """`[fact, head, role]` → `[fact, fact]`: 1 − total variation distance, mean over heads."""
-    return np.stack([np.minimum(one, weights).sum(-1).mean(-1) for one in weights])
 
 
 def _of_last(batch: tokens.Batch, weights: Tensor) -> Float[Tensor, "fact head key"]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import pandas as pd
+
+from pmet_lens.evaluation.metrics import where
 
 Tables = Mapping[str, pd.DataFrame]
 Layers = set[int] | None
@@ -45,28 +46,21 @@ def _reading_layers(tables: Tables) -> Layers:
     table = tables.get("transfer")
     if table is None:
         return None
-    chosen = (
-        (table["stream"] == "attn_out")
-        & (table["kind"] == "same relation, other subject")
-        & (table["outcome"] == "donor")
-        & table["layer"].notna()
-    )
-    moved = table.loc[chosen & (table["ci_low"] > 0), "layer"]
-    layers = table.loc[chosen, "layer"].astype(int)
-    return {int(n) for n in layers if moved.empty or n >= moved.min()}
+    kind = "same relation, other subject"
+    rows = where(table, stream="attn_out", kind=kind, outcome="donor").dropna(subset=["layer"])
+    moved = rows.loc[rows["ci_low"] > 0, "layer"]
+    return {int(n) for n in rows["layer"] if moved.empty or n >= moved.min()}
 
 
 def _mean(table: pd.DataFrame, value: str, layers: Layers = None, **wanted: str) -> float:
-    chosen = np.ones(len(table), dtype=bool)
-    for column, name in wanted.items():
-        chosen &= (table[column] == name).to_numpy()
+    rows = where(table, **wanted)
     if layers is not None:
-        chosen &= table["layer"].isin(list(layers)).to_numpy()
-    return float(table.loc[chosen, value].mean())
+        rows = rows.loc[rows["layer"].isin(list(layers))]
+    return float(rows[value].mean())
 
 
 def _similarity(table: pd.DataFrame, reading: Layers) -> Iterator[Row]:
-    cosine = table[(table["position"] == "last") & (table["measure"] == "cosine")]
+    cosine = where(table, position="last", measure="cosine")
     wide = cosine.pivot(index="layer", columns="component", values=["ci_low", "ci_high"])
     apart = (wide["ci_low", "MHSA"] > wide["ci_high", "FFN"]) | (
         wide["ci_low", "FFN"] > wide["ci_high", "MHSA"]
@@ -98,8 +92,7 @@ def _variance(table: pd.DataFrame, reading: Layers) -> Iterator[Row]:
 
 
 def _transfer(table: pd.DataFrame, reading: Layers) -> Iterator[Row]:
-    together = table["layer"].isna() & (table["kind"] == "same relation, other subject")
-    whole = table.loc[together]
+    whole = where(table.loc[table["layer"].isna()], kind="same relation, other subject")
     yield (
         "MHSA output at the answer position can be swapped between subjects of one relation",
         "answers that stay the recipient's (against: that follow the donor)",

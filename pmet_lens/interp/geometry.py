@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing.locate_and_edit import Edit
+from pmet_lens.editing.edits import Edit
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics
 from pmet_lens.interp import passes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -55,6 +56,18 @@ def parts_of(batch: Batch) -> dict[str, Bool[Tensor, "row token"]]:
         "between": (position > subject) & (position < last),
         "last": (position == last) & (last > subject),
     }
+
+
+def same_pairs(facts: Sequence[Fact]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`[fact, fact]` each: whether two facts share the relation, the subject, the template."""
+
+    def same(values: list[str]) -> np.ndarray:
+        codes = np.unique(values, return_inverse=True)[1]
+        return codes[:, None] == codes
+
+    columns = zip(*((str(f.relation), f.subject, f.prompt) for f in facts), strict=True)
+    relation, subject, prompt = (same(list(values)) for values in columns)
+    return relation, subject, prompt
 
 
 def layers_of(model: Model, layers: Sequence[int] | None, needed_by: str) -> Sequence[int]:

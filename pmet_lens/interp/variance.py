@@ -19,7 +19,7 @@ import pandas as pd
 
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.evaluation import metrics
-from pmet_lens.interp.passes import check_relations
+from pmet_lens.interp.passes import check_relations, same_pairs
 from pmet_lens.models.activations import Activations, Position, probe
 from pmet_lens.models.model import Model, Stream
 
@@ -110,14 +110,9 @@ def _check(facts: Sequence[Fact]) -> None:
 def _partners(facts: Sequence[Fact]) -> dict[str, metrics.Numbers]:
     """Per factor `[fact, fact]`: row i averages over the partners of fact i; a row of 0 where it
     has none."""
-
-    def same(values: list[str]) -> np.ndarray:
-        codes = np.unique(values, return_inverse=True)[1]
-        return codes[:, None] == codes
-
-    relation, subject = same([str(f.relation) for f in facts]), same([f.subject for f in facts])
+    relation, subject, prompt = same_pairs(facts)
     by_relation = relation & ~subject
-    chosen = (by_relation, by_relation & ~same([f.prompt for f in facts]), subject & ~relation)
+    chosen = (by_relation, by_relation & ~prompt, subject & ~relation)
     return {
         factor: partners / np.maximum(partners.sum(1, keepdims=True), 1.0)
         for factor, partners in zip(FACTORS, chosen, strict=True)

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from pmet_lens.plotting.plots import COMPONENT_NAMES, number_map, where
+from pmet_lens.evaluation.metrics import where
+from pmet_lens.plotting.plots import COMPONENT_NAMES, number_map
 
 MEASURES: Mapping[str, str] = {
     "probability": "probability of the answer",

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from pmet_lens.plotting.plots import band, colour_of, errors, number_map, where
+from pmet_lens.evaluation.metrics import where
+from pmet_lens.plotting.plots import band, colour_of, errors, number_map
 
 MARKERS: Mapping[str, str] = {
     "PMET": "o",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from pmet_lens.evaluation.metrics import where
 from pmet_lens.interp.attention import PAIRS
 from pmet_lens.interp.causal_trace import PLACES
 from pmet_lens.interp.patching import KINDS
@@ -70,14 +71,6 @@ def colour_of(name: str) -> str:
 
 
 # What the plots are made of.
-
-
-def where(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
-    """The rows in which each named column has the given value."""
-    chosen = np.ones(len(table), dtype=bool)
-    for column, value in wanted.items():
-        chosen &= (table[column] == value).to_numpy()
-    return table.loc[chosen]
 
 
 def band(
