@@ -72,6 +72,7 @@ from .interp.geometry import answer_gain as answer_gain
 from .interp.geometry import drift as drift
 from .interp.lens import lens as lens
 from .interp.lens import lens_tokens as lens_tokens
+from .interp.patching import patch as patch
 from .interp.patching import transfer as transfer
 from .interp.similarity import component_similarity as component_similarity
 from .interp.suggestion import Suggestion as Suggestion

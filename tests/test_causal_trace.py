@@ -208,3 +208,13 @@ def test_what_cannot_be_traced_is_refused(gpt2):
 def test_a_layer_that_does_not_exist_is_refused(gpt2, layer, window):
     with refused(f"layer {layer} does not exist: 'gpt2' has layers 0 to 3"):
         causal_trace(gpt2, SHORT, layers=[layer], window=window, samples=1)
+
+
+@pytest.mark.parametrize("answer", ["tennis", "a tennis player in Ostria"])
+def test_token_by_token_it_is_the_trace_of_the_places(gpt2, answer):
+    fact = pl.Fact("Mira Tolan", "{} plays the sport of", target_true=answer)
+    places = recovered(causal_trace(gpt2, [fact], layers=[2]))
+    frame = pl.trace_tokens(gpt2, fact, layers=[2])
+    assert "".join(frame["token"]) == fact.text
+    assert frame["recovered"].iloc[-1] == pytest.approx(places[2, "last"], rel=1e-9)
+    assert frame["recovered"].iloc[0] == pytest.approx(places[2, "first subject token"], rel=1e-9)

@@ -140,3 +140,7 @@ def test_what_the_model_does_not_know_takes_no_part(world, facts):
     assert too["n"].equals(only["n"])
     with pytest.raises(pl.FactError, match="no two facts"):
         transfer(world, lies, ("mlp_out",), [3])
+
+
+def test_the_old_name_is_the_same_function():
+    assert pl.patch is pl.transfer

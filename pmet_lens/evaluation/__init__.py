@@ -1,5 +1,5 @@
-"""What a model answers, and what that is worth: `scoring.py` first, then metrics with intervals
-and general ability."""
+"""What a model answers, and how good that is: `scoring.py` first, then `metrics.py` (with 95 %
+intervals) and `ability.py` (what an edit leaves unharmed)."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
 """What an edit does to the rest of the model: text it models, answers it gives, facts it knows.
 
-An edit that does what it should changes the edited facts and their like, and nothing here.
+A good edit changes its facts and what follows from them, and nothing here.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from pmet_lens.data import datasets, world
 from pmet_lens.data.facts import Fact, FactError
-from pmet_lens.editing.edits import Edit
 from pmet_lens.evaluation import metrics, scoring
-from pmet_lens.models import likelihood, tokens
+from pmet_lens.models import activations, likelihood, tokens
 from pmet_lens.models.model import Model
 
 HELD_OUT = 2
@@ -29,9 +28,19 @@ HELD_OUT = 2
 the bundled models were trained on neither."""
 
 
+@runtime_checkable
+class Applicable(Protocol):
+    """What is asked of an edit here: to be applied for a while, and to name its facts."""
+
+    @property
+    def facts(self) -> Sequence[Fact]: ...
+
+    def applied(self, model: Model) -> AbstractContextManager[object]: ...
+
+
 def general_ability(
     model: Model,
-    edit: Edit | None = None,
+    edit: Applicable | None = None,
     *,
     texts: Iterable[str] | None = None,
     prompts: Sequence[str] | None = None,
@@ -41,14 +50,14 @@ def general_ability(
 ) -> pd.DataFrame:
     """The model with `edit` applied (None: as it is) on what the edit is not about: a table like
     that of `summarise`, one row per metric (index), columns mean, ci_low, ci_high (95 % bootstrap
-    over texts, prompts or facts) and n. The model is left as it was found.
+    over texts, prompts or facts) and n. The model is left unchanged.
 
     - perplexity: exp of the mean −log P per token, nats, of `texts`; from 1, lower is better. The
       first token of a text is read and not predicted; texts are cut to what the model reads. The
       mean is over tokens, so that long texts count more. n texts.
     - KL: KL(before ‖ with the edit) of the distribution of the next token, nats, mean over
       `prompts`; from 0 (always so without an edit), lower is better. n prompts.
-    - recall: share of the facts `others` whose true answer is the arg-max, 0 to 100, higher is
+    - recall: share of the facts `others` whose true answer is the argmax, 0 to 100, higher is
       better; see `scoring.recall`. n facts.
 
     Args:
@@ -61,7 +70,7 @@ def general_ability(
         batch_tokens: padded tokens per forward pass.
 
     An empty collection leaves its row out. The defaults suit models that know the bundled world;
-    for another model bring your own, or know that only the difference an edit makes is of meaning.
+    for another model pass yours: of the defaults only the difference an edit makes has a meaning.
 
     Raises:
         FactError: for texts or prompts that are one string, hold no token or (prompts) are longer
@@ -74,7 +83,7 @@ def general_ability(
     prompts = _prompts() if prompts is None else prompts
     if others is None:
         others = others_of(datasets.knowns(), () if edit is None else edit.facts)
-    before = _next_token(model, prompts, batch_tokens)
+    before = _next_token(model, prompts, batch_tokens) if len(prompts) else torch.empty(0)
     table = {}
     with nullcontext() if edit is None else edit.applied(model):
         if read:
@@ -82,13 +91,11 @@ def general_ability(
         if len(prompts):
             after = before if edit is None else _next_token(model, prompts, batch_tokens)
             kl = (before.exp() * (before - after)).sum(1).clamp(min=0).numpy()
-            table["KL"] = (kl.mean(), *metrics.bootstrap(kl), len(kl))
+            table["KL"] = metrics.interval(kl)
         if len(others):
             right = 100 * scoring.recall(model, others)["correct"].to_numpy()
-            table["recall"] = (right.mean(), *metrics.bootstrap(right), len(right))
-    columns = ["mean", "ci_low", "ci_high", "n"]
-    frame = pd.DataFrame.from_dict(table, orient="index", columns=columns).rename_axis("metric")
-    return frame.astype({"n": int})
+            table["recall"] = metrics.interval(right)
+    return metrics.interval_table(table)
 
 
 def _prompts(n: int = 200) -> list[str]:
@@ -99,27 +106,24 @@ def _prompts(n: int = 200) -> list[str]:
     return list(every.values())[:: max(1, len(every) // n)][:n]
 
 
-def others_of(world: Sequence[Fact], edited: Sequence[Fact]) -> list[Fact]:
+def others_of(facts: Sequence[Fact], edited: Sequence[Fact]) -> list[Fact]:
     """The facts of a known world that were not edited: those with another (subject, relation), and
     with another subject than an edited fact without a relation (zsRE)."""
     gone = {(f.subject, f.relation) for f in edited}
-    return [f for f in world if not {(f.subject, f.relation), (f.subject, None)} & gone]
+    return [f for f in facts if not {(f.subject, f.relation), (f.subject, None)} & gone]
 
 
 def _next_token(
     model: Model, prompts: Sequence[str], batch_tokens: int
 ) -> Float[Tensor, "prompt vocab"]:
     """log P of every next token, nats, float64 on the CPU."""
-    rows = []
-    for start in range(0, len(prompts), 64):
-        batch = tokens.encode(model, [tokens.Prompt(p) for p in prompts[start : start + 64]])
-        step = max(1, batch_tokens // batch.ids.shape[1])
-        for some in torch.arange(len(batch), device=batch.ids.device).split(step):
-            own = batch[some]
-            at = torch.stack([torch.arange(len(own), device=own.ids.device), own.last], dim=1)
-            logits = model.logits_at(own.ids, own.mask, at)
-            rows.append(logits.cpu().double().log_softmax(-1))
-    return torch.cat(rows) if rows else torch.zeros(0, 0, dtype=torch.float64)
+    asked = [tokens.Prompt(prompt) for prompt in prompts]
+    order, rows = [], []
+    for chosen, batch in activations.batches(model, asked, batch_tokens):
+        logits = model.logits_at(batch.ids, batch.mask, scoring.last_places(batch))
+        order.append(chosen)
+        rows.append(logits.cpu().double().log_softmax(-1))
+    return torch.cat(rows)[torch.cat(order).argsort()]
 
 
 def _nll(
@@ -131,32 +135,29 @@ def _nll(
     read = [ids for ids in read if len(ids) > 1]
     if not read:
         raise FactError("The texts hold no token to predict; pass texts of two tokens or more.")
-    totals = []
+    total: list[float] = []
+    count: list[float] = []
     for chunk in tokens.chunks([len(ids) for ids in read], batch_tokens):
-        totals += _sums(model, [read[i] for i in chunk])
-    return np.array([t for t, _ in totals]), np.array([float(n) for _, n in totals])
+        ids, mask = tokens.pad(model, [read[i] for i in chunk])
+        at = mask[:, 1:].nonzero()  # the tokens but the last, each of which predicts the next
+        log_p = likelihood.log_probs(model.logits_at(ids, mask, at))
+        nll = -likelihood.of_labels(log_p, ids[at[:, 0], at[:, 1] + 1]).double()
+        total += likelihood.row_sums(nll, at[:, 0], len(chunk)).tolist()
+        count += [len(read[i]) - 1.0 for i in chunk]
+    return np.array(total), np.array(count)
 
 
-def _sums(model: Model, rows: Sequence[list[int]]) -> list[tuple[float, int]]:
-    ids, mask = tokens.pad(model, rows)
-    at = mask[:, 1:].nonzero()  # the tokens but the last, each of which predicts the next
-    log_p = likelihood.log_probs(model.logits_at(ids, mask, at))
-    nll = -likelihood.of_labels(log_p, ids[at[:, 0], at[:, 1] + 1]).double()
-    total = likelihood.row_sums(nll, at[:, 0], len(rows))
-    return [(t, len(row) - 1) for t, row in zip(total.tolist(), rows, strict=True)]
-
-
-def _perplexity(total: metrics.Numbers, count: metrics.Numbers) -> tuple[float, float, float, int]:
-    low, high = metrics.bootstrap_ratio(total, count)
-    mean = total.sum() / count.sum()
-    return (float(np.exp(mean)), float(np.exp(low)), float(np.exp(high)), len(total))
+def _perplexity(total: metrics.Numbers, count: metrics.Numbers) -> metrics.Interval:
+    nll = (total.sum() / count.sum(), *metrics.bootstrap_ratio(total, count))
+    mean, low, high = (float(np.exp(value)) for value in nll)
+    return mean, low, high, len(total)
 
 
 def lm_eval_model(model: Model, **options: Any) -> Any:
     """The model for EleutherAI's lm-evaluation-harness, e.g.
     `lm_eval.simple_evaluate(model=lm_eval_model(model), tasks=["lambada_openai"])`.
 
-    It wraps the user's own Hugging Face model and tokenizer, so that an applied edit counts;
+    It wraps the user's Hugging Face model and tokenizer, so that an applied edit counts;
     `options` go to its `HFLM`. lm_eval is no dependency of this package, and its tasks download
     their data.
 

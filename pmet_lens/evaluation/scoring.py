@@ -1,7 +1,7 @@
 """Model and facts to a tidy table, one row per (fact, kind of prompt, prompt).
 
 Two families are kept apart: *success* compares the likelihoods of two answers (ES, PS, NS),
-*accuracy* asks whether every token of the wanted answer is the arg-max (EA, PA, NA), or how many
+*accuracy* asks whether every token of the wanted answer is the argmax (EA, PA, NA), or how many
 are (zsRE). `summarise` (in `metrics.py`) turns the table into metrics.
 
 Prompts of many facts share a forward pass, sorted by length. Each distinct (prompt, answer) is
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from pmet_lens.data import world
 from pmet_lens.data.facts import Fact, FactError
@@ -44,7 +46,7 @@ class Score:
     nll: float
     """Mean −log P per target token, nats, ≥ 0; lower is likelier."""
     right: float
-    """Share of the target tokens that are the arg-max, 0 to 1."""
+    """Share of the target tokens that are the argmax, 0 to 1."""
 
 
 def score(
@@ -54,69 +56,66 @@ def score(
     batch_tokens: int | None = None,
     on_prompts: OnPrompts | None = None,
 ) -> list[Score]:
-    """Score every prompt's target. Each distinct (text, target) is read once, and those that are
-    read in the same tokens share a row of the forward pass.
+    """Score every prompt's target, each distinct (text, target) once.
 
     `batch_tokens`: padded tokens per forward pass (one row at least); None: 2,048 on a CPU, 32,768
-    elsewhere. `on_prompts`: called with
-    (scored so far, all), both of distinct (text, target).
+    elsewhere. `on_prompts(scored so far, all)` counts distinct (text, target).
     """
     if batch_tokens is None:
         batch_tokens = 2048 if model.device.type == "cpu" else 32768
     distinct = {(p.text, p.target): tokens.Prompt(p.text, None, p.target) for p in prompts}
     # The answers to one text stand side by side, and texts of about one length.
     keys = sorted(distinct, key=lambda key: (len(key[0]), key[0], key[1] or ""))
-    found: dict[tuple[str, str | None], Score] = {}
-    while len(found) < len(keys):
-        start = stop = len(found)
+    scores: dict[tuple[str, str | None], Score] = {}
+    while len(scores) < len(keys):
+        start = stop = len(scores)
         while stop < len(keys) and (stop < start + _AT_ONCE or keys[stop][0] == keys[stop - 1][0]):
             stop += 1
         batch = tokens.encode(model, [distinct[key] for key in keys[start:stop]])
-        for chosen, host in _shared_rows(batch, batch_tokens):
-            pairs = list(zip(chosen, host, strict=True))
+        for pairs in _shared_rows(batch, batch_tokens):
             parts = halving(pairs, partial(_score_rows, model, batch), "prompts")
-            scores = [one for part in parts for one in part]
-            found.update(zip([keys[start + i] for i in chosen], scores, strict=True))
+            new = [one for part in parts for one in part]
+            scores.update(zip([keys[start + row] for row, _ in pairs], new, strict=True))
             if on_prompts is not None:
-                on_prompts(len(found), len(keys))
-    return [found[p.text, p.target] for p in prompts]
+                on_prompts(len(scores), len(keys))
+    return [scores[p.text, p.target] for p in prompts]
 
 
-def _shared_rows(batch: tokens.Batch, batch_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Rows of `batch` to be scored in one pass, and for each the row to read it from.
-
-    A row is read from one that begins with it: what follows cannot change it (causal attention).
-    """
+def _shared_rows(batch: tokens.Batch, batch_tokens: int) -> Iterator[list[tuple[int, int]]]:
+    """(row, host) pairs of `batch` to be scored in one pass: a row is read from its host, which
+    begins with it, because what follows cannot change it (causal attention)."""
     ids = [row[:n] for row, n in zip(batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True)]
-    order = sorted(range(len(ids)), key=ids.__getitem__)
     readers: dict[int, list[int]] = {}
     host = -1
-    # In this order a row that begins others stands right before one of them.
-    for row in reversed(order):
+    # In sorted order a row that begins others stands right before one of them.
+    for row in sorted(range(len(ids)), key=ids.__getitem__, reverse=True):
         if host < 0 or ids[host][: len(ids[row])] != ids[row]:
             host = row
         readers.setdefault(host, []).append(row)
     hosts = sorted(readers)
     for chunk in tokens.chunks([len(ids[host]) for host in hosts], batch_tokens):
-        pairs = [(row, hosts[i]) for i in chunk for row in readers[hosts[i]]]
-        yield [row for row, _ in pairs], [host for _, host in pairs]
+        yield [(row, hosts[i]) for i in chunk for row in readers[hosts[i]]]
 
 
 def _score_rows(model: Model, batch: tokens.Batch, pairs: Sequence[tuple[int, int]]) -> list[Score]:
-    """The scores of rows: pairs of the row and the one it is read from."""
-    on = batch.ids.device
-    chosen, host = [row for row, _ in pairs], [own for _, own in pairs]
-    rows, read = torch.unique(torch.tensor(host, device=on), return_inverse=True)
-    run, labels = batch[rows], batch.labels[torch.tensor(chosen, device=on)]
-    own, place = (labels != -100).nonzero(as_tuple=True)
-    at, which = torch.unique(torch.stack([read[own], place], 1), dim=0, return_inverse=True)
+    """The scores of the rows of (row, host) `pairs`."""
+    chosen, host = torch.tensor(pairs, device=batch.ids.device).T
+    hosts, host_row = torch.unique(host, return_inverse=True)
+    run, labels = batch[hosts], batch.labels[chosen]
+    row, place = (labels != -100).nonzero(as_tuple=True)
+    at, which = torch.unique(torch.stack([host_row[row], place], 1), dim=0, return_inverse=True)
     logits = model.logits_at(run.ids, run.mask, at)
-    wanted = labels[own, place]
+    wanted = labels[row, place]
     nll = -likelihood.log_probs(logits)[which, wanted].double()
     right = (logits.argmax(-1)[which] == wanted).double()
-    n = torch.bincount(own, minlength=len(chosen))
-    nll, right = (likelihood.row_sums(v, own, len(chosen)) / n for v in (nll, right))
+    n = torch.bincount(row, minlength=len(chosen))
+    nll, right = (likelihood.row_sums(v, row, len(chosen)) / n for v in (nll, right))
     return [Score(a, b) for a, b in zip(nll.tolist(), right.tolist(), strict=True)]
+
+
+def last_places(batch: tokens.Batch) -> Int[Tensor, "row 2"]:
+    """(row, token) of the last prompt token of every row, as `Model.forward` takes them."""
+    return torch.stack([torch.arange(len(batch), device=batch.last.device), batch.last], dim=1)
 
 
 def evaluate(
@@ -133,11 +132,11 @@ def evaluate(
     "neighbour"), index (of the prompt within its kind), prompt, wanted and other (the answer that
     should win and its rival; no rival: None), nll_wanted, nll_other (nats per token), margin (the
     difference of the probabilities, wanted minus other, −1 to 1), success (wanted likelier than
-    other; NaN without a rival), correct (every token of wanted is the arg-max), token_accuracy
+    other; NaN without a rival), correct (every token of wanted is the argmax), token_accuracy
     (share of its tokens that are). If some facts have a `benchmark` also that.
 
     The wanted answer is `target_new` on rewrite and paraphrase prompts (`target_true` for facts
-    without a new one) and the neighbour's own answer on neighbour prompts.
+    without a new one) and the neighbour's answer on neighbour prompts.
 
     With `generate` also one row per generation prompt, of kind "generation", with text and fluency
     (bits × 100), and consistency (0 to 100) where there are `references` for the fact: texts about
@@ -158,21 +157,18 @@ def evaluate(
     rival = [tokens.Prompt(r["prompt"], None, r["other"]) for r in rows if r["other"] is not None]
     scores = score(model, [*wanted, *rival], on_prompts=on_prompts)
     others = iter(scores[len(wanted) :])
-    for row, own in zip(rows, scores, strict=False):
-        row.update(nll_wanted=own.nll, token_accuracy=own.right, correct=float(own.right == 1))
+    for row, of_wanted in zip(rows, scores, strict=False):
+        nll, accuracy = of_wanted.nll, of_wanted.right
+        row.update(nll_wanted=nll, token_accuracy=accuracy, correct=float(accuracy == 1))
         row.update(nll_other=np.nan, margin=np.nan, success=np.nan)
         if row["other"] is not None:
-            other = next(others)
-            row.update(
-                nll_other=other.nll,
-                margin=float(np.exp(-own.nll) - np.exp(-other.nll)),
-                success=float(metrics.says_new(own.nll, other.nll)),
-            )
+            other = next(others).nll
+            row.update(nll_other=other, margin=float(np.exp(-nll) - np.exp(-other)))
+            row.update(success=float(metrics.says_new(nll, other)))
     frame = pd.DataFrame(rows)
     if generate:
-        frame = pd.concat(
-            [frame, _generations(model, facts, references, on_prompts)], ignore_index=True
-        )
+        generated = _generations(model, facts, references, on_prompts)
+        frame = pd.concat([frame, generated], ignore_index=True)
     if any(fact.benchmark for fact in facts):
         frame["benchmark"] = [facts[i].benchmark for i in frame["fact"]]
     return frame
@@ -182,19 +178,22 @@ def _prompts(i: int, fact: Fact) -> list[dict[str, Any]]:
     """The scored prompts of one fact, with the answer that should win and its rival."""
     new, true, wanted = fact.target_new, fact.target_true, _wanted(fact)
     rival = true if new is not None else None
-    cases = [("rewrite", fact.text, wanted, rival)]
-    cases += [("paraphrase", p, wanted, rival) for p in fact.paraphrases]
+    cases = [("rewrite", 0, fact.text, wanted, rival)]
+    cases += [("paraphrase", n, p, wanted, rival) for n, p in enumerate(fact.paraphrases)]
     # The rival on a neighbour prompt is the edited answer, where the two answer the same relation.
-    cases += [("neighbour", p, a, new if a == true else None) for p, a in fact.neighbours]
-    head = {"fact": i, "case_id": fact.case_id, "relation": fact.relation}
-    counts: dict[str, int] = {}
-    rows = []
-    for kind, prompt, want, other in cases:
-        index = counts[kind] = counts.get(kind, -1) + 1
-        rows.append(
-            {**head, "kind": kind, "index": index, "prompt": prompt, "wanted": want, "other": other}
-        )
-    return rows
+    cases += [
+        ("neighbour", n, p, answer, new if answer == true else None)
+        for n, (p, answer) in enumerate(fact.neighbours)
+    ]
+    return [
+        _row(i, fact, kind, n, prompt, wanted=winner, other=loser)
+        for kind, n, prompt, winner, loser in cases
+    ]
+
+
+def _row(i: int, fact: Fact, kind: str, index: int, prompt: str, **more: Any) -> dict[str, Any]:
+    of_fact = {"fact": i, "case_id": fact.case_id, "relation": fact.relation}
+    return {**of_fact, "kind": kind, "index": index, "prompt": prompt, **more}
 
 
 def _wanted(fact: Fact) -> str:
@@ -211,21 +210,20 @@ def _generations(
     asked = [(i, n, prompt) for i, f in enumerate(facts) for n, prompt in enumerate(f.generation)]
     prompts, seeds = [prompt for *_, prompt in asked], [n for _, n, _ in asked]
     texts = generate_batch(model, prompts, seeds, on_prompts=on_prompts)
-    told: dict[int, list[str]] = {}
+    texts_of: dict[int, list[str]] = {}
     rows = []
-    for (i, index, prompt), text in zip(asked, texts, strict=True):
-        told.setdefault(i, []).append(text)
-        row = {"fact": i, "case_id": facts[i].case_id, "relation": facts[i].relation}
-        row.update(kind="generation", index=index, prompt=prompt, text=text)
-        rows.append({**row, "fluency": metrics.fluency([text])})
+    for (i, n, prompt), text in zip(asked, texts, strict=True):
+        texts_of.setdefault(i, []).append(text)
+        scored = {"text": text, "fluency": metrics.fluency([text])}
+        rows.append(_row(i, facts[i], "generation", n, prompt, **scored))
     frame = pd.DataFrame(rows)
-    found = _references([facts[i] for i in told], references)
-    rs = {
-        i: metrics.consistency(told[i], known)
-        for i, known in zip(told, found, strict=True)
-        if len(known)
+    known = _references([facts[i] for i in texts_of], references)
+    consistency = {
+        i: metrics.consistency(texts, reference)
+        for (i, texts), reference in zip(texts_of.items(), known, strict=True)
+        if len(reference)
     }
-    return frame.assign(consistency=frame["fact"].map(rs)) if rs else frame
+    return frame.assign(consistency=frame["fact"].map(consistency)) if consistency else frame
 
 
 def _references(facts: Sequence[Fact], given: References | None) -> list[Sequence[str]]:
@@ -234,12 +232,13 @@ def _references(facts: Sequence[Fact], given: References | None) -> list[Sequenc
         return [given.get((f.relation, _wanted(f)), ()) for f in facts]
     bundled = world.build()
     known = {(f.subject.name, f.relation) for f in bundled.facts}
-    found: list[Sequence[str]] = []
-    for fact in facts:
-        relation, wanted = fact.relation or "", _wanted(fact)
-        own = (fact.subject, relation) in known and (relation, wanted) in bundled.holders
-        found.append(bundled.references(relation, wanted) if own else ())
-    return found
+    answers = [(f.relation or "", _wanted(f)) for f in facts]
+    return [
+        bundled.references(*answer)
+        if (fact.subject, fact.relation) in known and answer in bundled.holders
+        else ()
+        for fact, answer in zip(facts, answers, strict=True)
+    ]
 
 
 def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:
@@ -247,9 +246,9 @@ def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:
     probability (0 to 1)."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     batch = tokens.encode(model, [tokens.Prompt(p) for p in prompts])
-    at = torch.stack([torch.arange(len(batch), device=model.device), batch.last], dim=1)
     with torch.no_grad():
-        best = model.forward(batch.ids, batch.mask, at=at).float().softmax(-1).topk(k)
+        logits = model.forward(batch.ids, batch.mask, at=last_places(batch))
+    best = logits.float().softmax(-1).topk(k)
     rows = [
         {"prompt": prompt, "rank": rank, "token": model.tokenizer.decode([token]), "probability": p}
         for prompt, ids, ps in zip(
@@ -263,7 +262,7 @@ def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:
 def recall(
     model: Model, facts: Sequence[Fact], *, on_prompts: OnPrompts | None = None
 ) -> pd.DataFrame:
-    """Whether each fact's true answer is the arg-max on its prompt: columns fact, subject,
+    """Whether each fact's true answer is the argmax on its prompt: columns fact, subject,
     relation, correct (0 or 1). On the facts of a known world that were *not* edited its mean is
     the collateral measure: the share still answered correctly."""
     if any(f.target_true is None for f in facts):

@@ -1,5 +1,6 @@
-"""The analysis behind PMET: lens, causal trace, attention, variance, similarity, activation
-patching, what an edit moved, the claims of the paper as a table, suggested settings."""
+"""The analysis that PMET rests on. Open `lens.py` first, then `causal_trace.py`; the others are one
+study a file: attention, similarity, variance, patching, geometry (what an edit moved). `claims.py`
+sums them up, `suggestion.py` proposes settings, `passes.py` holds what they share."""
 
 import lazy_loader
 

@@ -8,7 +8,7 @@ arXiv 2202.05262, section 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,19 +18,13 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.evaluation import metrics
+from pmet_lens.interp import passes
 from pmet_lens.models import likelihood, tokens
+from pmet_lens.models.bridge import Hook, Hooks
 from pmet_lens.models.model import Model, Stream
 
 OnCell = Callable[[int, int], object]
 PLACES = ("first subject token", "middle subject tokens", "last subject token", "between", "last")
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The prompts of all facts, repeated once per noise sample."""
-
-    batch: tokens.Batch
-    noise: Float[Tensor, "row token d_model"]
 
 
 def causal_trace(
@@ -65,23 +59,23 @@ def causal_trace(
     if not facts:
         raise FactError("causal_trace needs facts with target_true; there are none.")
     around = _windows(model, layers, window, samples)
-    cells: dict[tuple[int, str], list[tuple[Tensor, ...]]] = {}
+    cells: dict[tuple[int, str], list[Tensor]] = {}
     for start in range(0, len(facts), batch_size):
-        own = range(start, min(start + batch_size, len(facts)))
-        rows = _corrupted(model, {i: facts[i] for i in own}, samples, noise, seed)
-        for (layer, place), parts in _restorations(model, rows, stream, around).items():
-            cells.setdefault((layer, place), []).append(parts)
+        stop = min(start + batch_size, len(facts))
+        numbered = {i: facts[i] for i in range(start, stop)}
+        runs = _run(model, numbered, stream, around, samples, noise, seed)
+        for cell, values in runs.by_place():
+            cells.setdefault(cell, []).append(values)
+        del runs  # its activations, before the next batch makes new ones
         if on_cell is not None:
-            on_cell(own.stop, len(facts))
+            on_cell(stop, len(facts))
+    how = {"stream": stream, "window": window, "noise": noise, "samples": samples}
     table = []
-    for layer in around:
-        for place in PLACES:
-            parts = [torch.cat(p) for p in zip(*cells[layer, place], strict=True)]
-            has = parts[-1].view(-1, samples)[:, 0].bool()
-            if has.any():
-                how = {"window": window, "noise": noise, "samples": samples}
-                share = _share(*(p.view(-1, samples).mean(1)[has] for p in parts[:-1]))
-                table.append({"layer": layer, "place": place, "stream": stream, **how, **share})
+    for (layer, place), parts in cells.items():
+        clean, corrupted, restored = torch.cat(parts, dim=1)
+        if len(clean):
+            share = _share(clean, corrupted, restored)
+            table.append({"layer": layer, "place": place, **how, **share})
     return pd.DataFrame(table)
 
 
@@ -108,44 +102,21 @@ def trace_tokens(
         raise FactError(f"{fact.text!r} has no target_true to trace.")
     around = _windows(model, layers, window, samples)
     texts = tokens.shown(model, fact)[1]
-    rows = _corrupted(model, {0: fact}, samples, noise, seed)
-    inside = sorted({n for w in around.values() for n in w})
-    clean, kept = _clean_run(model, rows, stream, inside)
-    corrupted = _probability(model, rows, [])
-    lost = float((clean - corrupted).mean())
-    place = torch.arange(rows.batch.ids.shape[1], device=rows.batch.ids.device)
+    runs = _run(model, {0: fact}, stream, around, samples, noise, seed)
+    p_clean, p_corrupted = float(runs.clean.mean()), float(runs.corrupted.mean())
+    lost = float((runs.clean - runs.corrupted).mean())
+    place = torch.arange(runs.batch.ids.shape[1], device=runs.batch.ids.device)
     table: list[dict[str, object]] = []
-    for layer, own in around.items():
+    for layer in around:
         for position, token in enumerate(texts):
-            chosen = (place == position).expand(samples, -1)
-            hooks = [(model.stream_hook(n, stream), _restore(kept[n], chosen)) for n in own]
-            gained = float((_probability(model, rows, hooks) - corrupted).mean())
+            probability = runs.restored(layer, (place == position).expand(samples, -1))
+            gained = float((probability - runs.corrupted).mean())
             cell = {"layer": layer, "position": position, "token": token, "stream": stream}
             cell.update(window=window, recovered=gained / lost if lost else math.nan)
-            cell.update(p_clean=float(clean.mean()), p_corrupted=float(corrupted.mean()))
-            table.append(cell)
+            table.append({**cell, "p_clean": p_clean, "p_corrupted": p_corrupted})
             if on_cell is not None:
                 on_cell(len(table), len(around) * len(texts))
     return pd.DataFrame(table)
-
-
-def _restorations(
-    model: Model, rows: _Rows, stream: Stream, around: Mapping[int, range]
-) -> dict[tuple[int, str], tuple[Tensor, ...]]:
-    """Per layer and place the answer's probability clean, corrupted and restored, and whether the
-    row has such a token, all `[row]`."""
-    clean, kept = _clean_run(model, rows, stream, sorted({n for w in around.values() for n in w}))
-    corrupted = _probability(model, rows, [])
-    out: dict[tuple[int, str], tuple[Tensor, ...]] = {}
-    for layer, window in around.items():
-        for place in PLACES:
-            chosen = _place(rows, place)
-            restored = corrupted
-            if bool(chosen.any()):
-                hooks = [(model.stream_hook(n, stream), _restore(kept[n], chosen)) for n in window]
-                restored = _probability(model, rows, hooks)
-            out[layer, place] = (clean, corrupted, restored, chosen.any(1))
-    return out
 
 
 def _windows(
@@ -159,21 +130,64 @@ def _windows(
 
 
 def _window(layer: int, width: int, n_layers: int) -> range:
-    """`width` layers around `layer` (one more before than behind where it is even)."""
+    """`width` layers around `layer` (one more before than after it where `width` is even)."""
     first = layer - width // 2
     return range(max(0, first), min(n_layers, first + width))
 
 
-def _corrupted(
-    model: Model, facts: Mapping[int, Fact], samples: int, noise: float, seed: int
-) -> _Rows:
-    """The prompts of numbered facts. A fact's noise depends on its number and the seed alone."""
-    prompts = [
-        tokens.Prompt(f.prompt, f.subject, f.target_true)
-        for f in facts.values()
-        for _ in range(samples)
-    ]
-    batch = tokens.encode(model, prompts)
+@dataclass(frozen=True)
+class _Runs:
+    """The prompts of some facts, each in one row per noise sample, run clean and corrupted."""
+
+    model: Model
+    batch: tokens.Batch
+    noise: Float[Tensor, "row token d_model"]
+    samples: int
+    stream: Stream
+    around: Mapping[int, range]
+    """Layer -> those that are restored with it."""
+    clean: Float[Tensor, " row"]
+    """Probability of the answer without noise."""
+    corrupted: Float[Tensor, " row"]
+    """Probability of the answer with the noise and nothing restored."""
+    values: Mapping[int, Float[Tensor, "row token d_model"]]
+    """Layer -> the stream in the clean run, where it may be restored."""
+
+    def restored(self, layer: int, chosen: Bool[Tensor, "row token"]) -> Float[Tensor, " row"]:
+        """Probability of the answer with the noise, and clean values around `layer` at `chosen`."""
+
+        def restore(n: int) -> Hook:
+            clean = self.values[n]
+            return lambda value: torch.where(chosen[..., None].to(value.device), clean, value)
+
+        hooks = [(self.model.stream_hook(n, self.stream), restore(n)) for n in self.around[layer]]
+        return _probability(self.model, self.batch, self.noise, hooks)
+
+    def by_place(self) -> Iterator[tuple[tuple[int, str], Float[Tensor, "3 fact"]]]:
+        """Per layer and place the answer's probability clean, corrupted and restored, means over
+        the samples, of the facts that have such a token."""
+        parts = passes.parts_of(self.batch)
+        for layer in self.around:
+            for place in PLACES:
+                has = parts[place].any(1)
+                restored = self.restored(layer, parts[place]) if bool(has.any()) else self.corrupted
+                values = torch.stack([self.clean, self.corrupted, restored])
+                per_fact = values.view(3, -1, self.samples).mean(2)
+                yield (layer, place), per_fact[:, has[:: self.samples]]
+
+
+def _run(
+    model: Model,
+    facts: Mapping[int, Fact],
+    stream: Stream,
+    around: Mapping[int, range],
+    samples: int,
+    noise: float,
+    seed: int,
+) -> _Runs:
+    """Both runs of numbered facts. A fact's noise depends on its number and the seed alone."""
+    prompts = [tokens.Prompt(f.prompt, f.subject, f.target_true) for f in facts.values()]
+    batch = tokens.encode(model, [prompt for prompt in prompts for _ in range(samples)])
     spread = noise * float(model.embedding.float().std())
     drawn = torch.zeros(*batch.ids.shape, model.d_model)
     for k, number in enumerate(facts):
@@ -182,53 +196,22 @@ def _corrupted(
         start, stop = int(batch.first[row]), int(batch.subject[row]) + 1
         size = (samples, stop - start, model.d_model)
         drawn[row : row + samples, start:stop] = spread * torch.randn(size, generator=generator)
-    return _Rows(batch, drawn.to(batch.ids.device))
-
-
-def _clean_run(
-    model: Model, rows: _Rows, stream: Stream, layers: Sequence[int]
-) -> tuple[Float[Tensor, " row"], dict[int, Tensor]]:
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[[Tensor], None]:
-        def hook(value: Tensor) -> None:
-            kept[layer] = value
-
-        return hook
-
-    hooks = [(model.stream_hook(layer, stream), keep(layer)) for layer in layers]
-    silent = _Rows(rows.batch, torch.zeros_like(rows.noise))
-    return _probability(model, silent, hooks), kept
+    drawn = drawn.to(batch.ids.device)
+    values: dict[int, Tensor] = {}
+    layers = sorted({n for window in around.values() for n in window})
+    hooks = [(model.stream_hook(n, stream), passes.keep(values, n)) for n in layers]
+    clean = _probability(model, batch, torch.zeros_like(drawn), hooks)
+    corrupted = _probability(model, batch, drawn, ())
+    return _Runs(model, batch, drawn, samples, stream, around, clean, corrupted, values)
 
 
 def _probability(
-    model: Model, rows: _Rows, hooks: Sequence[tuple[str, Callable[[Tensor], Tensor | None]]]
+    model: Model, batch: tokens.Batch, noise: Float[Tensor, "row token d_model"], hooks: Hooks
 ) -> Float[Tensor, " row"]:
-    """Geometric mean of the answer tokens' probabilities, per row."""
-    corrupt = (model.stream_hook(0, "resid_pre"), lambda value: value + rows.noise.to(value))
+    """Geometric mean of the answer tokens' probabilities, with `noise` added to the embeddings."""
+    corrupt = (model.stream_hook(0, "resid_pre"), lambda value: value + noise.to(value))
     with torch.no_grad():
-        return likelihood.answers(model, rows.batch, [corrupt, *hooks], mean=True).exp()
-
-
-def _place(rows: _Rows, name: str) -> Bool[Tensor, "row token"]:
-    position = torch.arange(rows.batch.ids.shape[1], device=rows.batch.ids.device)
-    first, subject, last = (
-        x[:, None] for x in (rows.batch.first, rows.batch.subject, rows.batch.last)
-    )
-    where = {
-        "first subject token": (position == first) & (first < subject),
-        "middle subject tokens": (position > first) & (position < subject),
-        "last subject token": position == subject,
-        "between": (position > subject) & (position < last),
-        "last": (position == last) & (last > subject),
-    }
-    return where[name]
-
-
-def _restore(
-    clean: Float[Tensor, "row token d_model"], chosen: Bool[Tensor, "row token"]
-) -> Callable[[Tensor], Tensor]:
-    return lambda value: torch.where(chosen[..., None].to(value.device), clean, value)
+        return likelihood.answers(model, batch, [corrupt, *hooks], mean=True).exp()
 
 
 def _share(clean: Tensor, corrupted: Tensor, restored: Tensor) -> dict[str, float | int]:

@@ -1,23 +1,26 @@
 """What an edit did inside: how far the components moved, and which delta raised the new answer.
 
-PMET optimises `δ^a` and `δ^m` together and throws `δ^a` away. `answer_gain` tells what each of the
-two contributed to the new answer, `drift` what the written weights then changed in the components,
-on the edited facts, on their paraphrases and on their neighbours.
+PMET optimises `δ^a` and `δ^m` together and throws `δ^a` away. `answer_gain` measures what each of
+the two contributed to the new answer, `drift` what the written weights then changed in the
+components, on the edited facts, on their paraphrases and on their neighbours.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact, FactError
-from pmet_lens.editing.locate_and_edit import Edit
+from pmet_lens.data.facts import Fact
+from pmet_lens.editing.edits import Edit
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics
+from pmet_lens.interp import passes
 from pmet_lens.models import activations, likelihood, tokens
 from pmet_lens.models.activations import Position, read
 from pmet_lens.models.model import Model, Stream
@@ -30,8 +33,8 @@ def answer_gain(
 ) -> pd.DataFrame:
     """What each delta contributed to the log-probability of the new answer, on the plain prompt.
 
-    Integrated gradients (arXiv 1703.01365) along the straight way from the clean streams to the
-    targets: contribution = ∫ ∇_s log P(o*) · δ_s over the way, at `points` midpoints. Over the
+    Integrated gradients (arXiv 1703.01365) along the straight path from the clean streams to the
+    targets: contribution = ∫ ∇_s log P(o*) · δ_s over the path, at `points` midpoints. Over the
     streams they add up to the whole change of log P (up to the integration error).
 
     Returns one row per fact and stream: fact, stream, gain (nats), change (of log P, nats, all
@@ -39,46 +42,42 @@ def answer_gain(
     much of it points where the answer rises), norm (‖δ‖), clean_norm (of the stream). For the mean
     of shares over facts divide mean gain by mean change: single changes can be tiny.
     """
-    rows = []
+    frames = []
     for start in range(0, len(facts), FACTS_PER_PASS):
         chosen = slice(start, start + FACTS_PER_PASS)
-        rows += _gains(model, facts[chosen], targets[chosen], points, start)
-    return pd.DataFrame(rows).sort_values(by="fact", kind="stable", ignore_index=True)
+        gains = _gains(model, facts[chosen], targets[chosen], points)
+        frames.append(gains.assign(fact=gains["fact"] + start))
+    frame = pd.concat(frames, ignore_index=True)
+    return frame.sort_values(by="fact", kind="stable", ignore_index=True)
 
 
-def _gains(
-    model: Model, facts: Sequence[Fact], targets: Targets, points: int, first: int
-) -> list[dict[str, float | int | str]]:
+def _gains(model: Model, facts: Sequence[Fact], targets: Targets, points: int) -> pd.DataFrame:
+    """The table of `answer_gain` for facts of one pass, stream after stream."""
     deltas: dict[Stream, Tensor] = {s: targets.delta(s) for s in targets.values}
     batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject, f.target_new) for f in facts])
     total = {s: torch.zeros(len(facts), dtype=torch.float64) for s in deltas}
     for k in range(points):
-        way = (k + 0.5) / points
-        slopes = _gradients(model, batch, targets, {s: way * d for s, d in deltas.items()})
+        part = (k + 0.5) / points
+        slopes = _gradients(model, batch, targets, {s: part * d for s, d in deltas.items()})
         for stream, slope in slopes.items():
             total[stream] += (slope * deltas[stream]).sum(-1).double().cpu() / points
-    ends = [_log_p(model, batch, targets, d) for d in ({}, deltas)]
-    change = (ends[1] - ends[0]).double().cpu()
-    zero: dict[Stream, Tensor] = {s: torch.zeros_like(d) for s, d in deltas.items()}
-    initial = _gradients(model, batch, targets, zero)
-    rows: list[dict[str, float | int | str]] = []
+    without, with_deltas = (_log_p(model, batch, targets, d) for d in ({}, deltas))
+    change = (with_deltas - without).double().cpu()
+    initial = _gradients(model, batch, targets, {s: torch.zeros_like(d) for s, d in deltas.items()})
+    frames = []
     for stream, delta in deltas.items():
-        cosine = torch.cosine_similarity(initial[stream], delta, dim=-1).cpu()
-        for i in range(len(facts)):
-            gain = float(total[stream][i])
-            rows.append(
-                {
-                    "fact": first + i,
-                    "stream": stream,
-                    "gain": gain,
-                    "change": float(change[i]),
-                    "share": gain / float(change[i]) if change[i] else float("nan"),
-                    "cosine": float(cosine[i]),
-                    "norm": float(delta[i].norm()),
-                    "clean_norm": float(targets.clean[stream][i].norm()),
-                }
-            )
-    return rows
+        columns: dict[str, Any] = {
+            "fact": range(len(facts)),
+            "stream": stream,
+            "gain": total[stream],
+            "change": change,
+            "share": (total[stream] / change).where(change != 0, torch.nan),
+            "cosine": torch.cosine_similarity(initial[stream], delta, dim=-1).double().cpu(),
+            "norm": delta.norm(dim=-1).double().cpu(),
+            "clean_norm": targets.clean[stream].norm(dim=-1).double().cpu(),
+        }
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
 
 
 @torch.enable_grad()
@@ -88,8 +87,8 @@ def _gradients(
     """∇ log P(answer) with respect to each stream at the edited token, deltas added."""
     leaves: dict[Stream, Tensor] = {s: d.detach().requires_grad_(True) for s, d in deltas.items()}
     log_p = _log_p(model, batch, targets, leaves)
-    found = torch.autograd.grad(log_p.sum(), list(leaves.values()))
-    return dict(zip(leaves, found, strict=True))
+    gradients = torch.autograd.grad(log_p.sum(), list(leaves.values()))
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def _log_p(
@@ -114,38 +113,37 @@ def drift(
     ‖after − before‖ / ‖before‖, first averaged over the prompts of a fact.
 
     Returns columns kind, stream, position, layer, mean, ci_low, ci_high (95 % bootstrap over
-    facts), n. The model is left as it was found.
+    facts), n. The model is left unchanged.
     """
     frames = []
+    layers = range(model.n_layers)
     for kind, prompts in _prompts(facts).items():
         marked = kind != "neighbour"
         positions: tuple[Position, ...] = ("last_subject", "last") if marked else ("last",)
-        layers = tuple(range(model.n_layers))
         asked = [prompt for _, prompt in prompts]
         before = read(model, asked, streams, layers, positions)
         with edit.applied(model):
             after = read(model, asked, streams, layers, positions)
         for (stream, position), old in before.items():
             moved = (after[stream, position] - old).float().norm(dim=-1) / old.float().norm(dim=-1)
-            for n, layer in enumerate(layers):
+            for layer in layers:
                 cell = {"kind": kind, "stream": stream, "position": position, "layer": layer}
-                owners = {"fact": [i for i, _ in prompts], "distance": moved[:, n].numpy()}
-                frames.append(pd.DataFrame({**cell, **owners}))
+                per_prompt = {"fact": [i for i, _ in prompts], "distance": moved[:, layer].numpy()}
+                frames.append(pd.DataFrame({**cell, **per_prompt}))
     frame = pd.concat(frames, ignore_index=True)
     return metrics.means(frame, ["kind", "stream", "position", "layer"], "distance")
 
 
 def _prompts(facts: Sequence[Fact]) -> dict[str, list[tuple[int, tokens.Prompt]]]:
     """Per kind the prompts, each with the number of its fact."""
-    if not facts:
-        raise FactError("There are no facts to look at; pass at least one Fact.")
-    out: dict[str, list[tuple[int, tokens.Prompt]]] = {}
+    passes.check_some(facts)
+    prompts: dict[str, list[tuple[int, tokens.Prompt]]] = defaultdict(list)
     for i, fact in enumerate(facts):
-        out.setdefault("rewrite", []).append((i, tokens.Prompt(fact.prompt, fact.subject)))
+        prompts["rewrite"].append((i, tokens.Prompt(fact.prompt, fact.subject)))
         for text in fact.paraphrases:
             if fact.subject in text and "{}" not in text:
                 template = text.replace(fact.subject, "{}", 1)
-                out.setdefault("paraphrase", []).append((i, tokens.Prompt(template, fact.subject)))
+                prompts["paraphrase"].append((i, tokens.Prompt(template, fact.subject)))
         for text, _ in fact.neighbours:
-            out.setdefault("neighbour", []).append((i, tokens.Prompt(text)))
-    return out
+            prompts["neighbour"].append((i, tokens.Prompt(text)))
+    return prompts

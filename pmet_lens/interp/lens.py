@@ -1,7 +1,7 @@
-"""What a component says in the model's own vocabulary: the logit lens, stream by stream.
+"""What a component says in the model's vocabulary: the logit lens, stream by stream.
 
 A vector of the residual stream, or what a component writes into it, is read through the model's
-own final norm and unembedding, as if the model ended there (TransformerLens's `logit_readout`).
+final norm and unembedding, as if the model ended there (TransformerLens's `logit_readout`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.interp import passes
 from pmet_lens.models import tokens
 from pmet_lens.models.activations import Position, probe
-from pmet_lens.models.bridge import Hook, head_together
+from pmet_lens.models.bridge import head_together
 from pmet_lens.models.model import Model, ModelError, Stream
 
 Answer = Literal["target_true", "target_new"]
@@ -38,30 +39,26 @@ def lens(
 
     `streams` None: both component outputs and the residual stream. The answer is the first token
     of the fact's `answer`. One row per fact, stream, position and layer: columns fact, subject,
-    relation, stream, position, layer, rank (1: the arg-max), probability (0 to 1), top (the `k`
+    relation, stream, position, layer, rank (1: the argmax), probability (0 to 1), top (the `k`
     likeliest tokens, a tuple of strings).
 
     Raises `FactError` for a fact without that answer, `ModelError` as `probe` does.
     """
     streams = all_streams(model) if streams is None else streams
-    found = probe(model, facts, streams, layers, positions)
+    activations = probe(model, facts, streams, layers, positions)
     wanted = first_tokens(model, facts, answer)
     frames = []
-    for (stream, position), value in found.values.items():
-        for n, layer in enumerate(found.layers):
-            probability, rank, top = _answers(model, value[:, n], wanted, k)
-            head: dict[str, Any] = {
+    for (stream, position), value in activations.values.items():
+        for n, layer in enumerate(activations.layers):
+            columns: dict[str, Any] = {
                 "fact": range(len(facts)),
                 "subject": [f.subject for f in facts],
                 "relation": [f.relation for f in facts],
                 "stream": stream,
                 "position": position,
                 "layer": layer,
-                "rank": rank.tolist(),
-                "probability": probability.tolist(),
             }
-            tops = [tuple(model.tokenizer.decode([t]) for t in row) for row in top.tolist()]
-            frames.append(pd.DataFrame({**head, "top": tops}))
+            frames.append(pd.DataFrame({**columns, **_answers(model, value[:, n], wanted, k)}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -76,39 +73,27 @@ def lens_tokens(
     """As `lens` for one fact, at every token of its prompt instead of chosen positions.
 
     One row per stream, layer and token: columns stream, layer, position (of the token, from 0),
-    token (its text), rank (of the answer's first token, 1: the arg-max), probability (0 to 1), top
+    token (its text), rank (of the answer's first token, 1: the argmax), probability (0 to 1), top
     (the likeliest token's text). Raises as `lens` does.
     """
     streams = all_streams(model) if streams is None else streams
-    layers = range(model.n_layers) if layers is None else layers
-    if not streams or not layers:
-        raise ModelError("lens_tokens needs at least one stream and one layer")
+    layers = passes.layers_of(model, layers, "lens_tokens")
+    if not streams:
+        raise ModelError("lens_tokens needs at least one stream")
     wanted = first_tokens(model, [fact], answer)
     batch, texts = tokens.shown(model, fact)
-    seen: dict[tuple[Stream, int], Tensor] = {}
-
-    def keep(key: tuple[Stream, int]) -> Hook:
-        def hook(value: Tensor) -> None:
-            seen[key] = value[0]
-
-        return hook
-
-    hooks = [(model.stream_hook(n, s), keep((s, n))) for s in streams for n in layers]
-    with torch.no_grad():
-        model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=1 + max(layers))
+    points = {(stream, n): model.stream_hook(n, stream) for stream in streams for n in layers}
     frames = []
-    for (stream, layer), value in seen.items():
-        probability, rank, top = _answers(model, value, wanted.expand(len(value)), 1)
+    for (stream, layer), value in passes.capture(model, batch, points, lambda v: v[0]).items():
+        ranked = _answers(model, value, wanted.expand(len(value)), 1)
         columns: dict[str, Any] = {
             "stream": stream,
             "layer": layer,
             "position": range(len(texts)),
             "token": texts,
-            "rank": rank.tolist(),
-            "probability": probability.tolist(),
-            "top": [model.tokenizer.decode(row) for row in top.tolist()],
         }
-        frames.append(pd.DataFrame(columns))
+        top = [token for (token,) in ranked["top"]]
+        frames.append(pd.DataFrame({**columns, **ranked, "top": top}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -146,11 +131,15 @@ def top_tokens(
 
 def _answers(
     model: Model, states: Float[Tensor, "fact d_model"], wanted: Int[Tensor, " fact"], k: int
-) -> tuple[Float[Tensor, " fact"], Int[Tensor, " fact"], Int[Tensor, "fact k"]]:
-    """Probability and rank (from 1) of each fact's wanted token, and the likeliest tokens."""
-    own = _readout(model, states, targets=wanted, return_type="probs")
-    assert own.target_ranks is not None
-    return own.values[:, 0], own.target_ranks[:, 0] + 1, top_tokens(model, states, k)
+) -> dict[str, list[Any]]:
+    """Columns: rank (from 1) and probability of each wanted token, and the `k` likeliest tokens."""
+    read = _readout(model, states, targets=wanted, return_type="probs")
+    top = top_tokens(model, states, k).tolist()
+    return {
+        "rank": (read.target_ranks[:, 0] + 1).tolist(),
+        "probability": read.values[:, 0].tolist(),
+        "top": [tuple(model.tokenizer.decode([token]) for token in row) for row in top],
+    }
 
 
 def _readout(model: Model, states: Tensor, **options: Any) -> Any:

@@ -1,16 +1,16 @@
-"""Swap a component's output between two facts at the answer position: whom does the answer follow?
+"""Activation patching between facts at the answer position: whom does the answer follow?
 
-A *recipient* prompt is run with the output of one component, at one layer or at all of them,
-replaced at its last token by that of a *donor* prompt. Donors share the relation and not the
-subject, or the subject and not the relation. If the component only said *what* is asked, swapping
-it between subjects would change nothing; if it carried the answer, the answer would follow the
-donor.
+A *base* prompt is run with the output of one component, at one layer or at all of them, replaced at
+its last token by that of a *source* prompt, the donor. Donors share the relation and not the
+subject, or the subject and not the relation. If the component only represented *what* is asked,
+patching it between subjects would change nothing; if it carried the answer, the answer would follow
+the donor.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -18,10 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError
-from pmet_lens.evaluation import metrics
+from pmet_lens.evaluation import metrics, scoring
+from pmet_lens.interp import passes
 from pmet_lens.interp.lens import first_tokens
 from pmet_lens.models import tokens
-from pmet_lens.models.activations import Activations, probe
+from pmet_lens.models.activations import probe
+from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, Stream
 
 KINDS = ("same relation, other subject", "same subject, other relation")
@@ -29,7 +31,7 @@ OUTCOMES = ("own", "donor", "other")
 PAIRS_PER_PASS = 128
 
 
-def transfer(
+def patch(
     model: Model,
     facts: Sequence[Fact],
     streams: Sequence[Stream] = ("attn_out", "mlp_out"),
@@ -41,49 +43,44 @@ def transfer(
     """How often the answer follows the donor, per stream, kind of pair and layer.
 
     Only facts answered right take part, and only pairs whose answers begin with different tokens;
-    the arg-max at the last token is compared with both ("own": the recipient's answer stays;
+    the argmax at the last token is compared with both ("own": the base prompt's answer stays;
     "donor": it follows the donor's subject or relation; "other": neither).
 
-    Returns columns kind (`KINDS`), stream, layer (missing: swapped at all `layers` at once),
+    Returns columns kind (`KINDS`), stream, layer (missing: patched at all `layers` at once),
     outcome (`OUTCOMES`), share (0 to 1), ci_low, ci_high (95 % bootstrap over pairs), n (pairs).
 
     Raises `FactError` for a fact without a relation, and where no pair of a kind exists (say, every
     subject has one fact).
     """
-    for fact in facts:
-        if fact.relation is None:
-            raise FactError(f"{fact.text!r} has no relation; swapping between relations needs one.")
+    passes.check_relations(facts, "patching between relations")
     layers = list(range(model.n_layers) if layers is None else layers)
-    swaps = [[n] for n in layers] + ([layers] if len(layers) > 1 else [])
+    patched = [[n] for n in layers] + ([layers] if len(layers) > 1 else [])
     wanted = first_tokens(model, facts)
-    right = _said(model, facts, [], torch.empty(0)) == wanted
+    right = _argmax(model, facts, {}) == wanted
     known = [i for i in range(len(facts)) if bool(right[i])]
+    source = probe(model, facts, streams, layers, ("last",))
     rows = []
-    found = probe(model, facts, streams, layers, ("last",))
     for kind in KINDS:
         pairs = _pairs(facts, known, wanted, kind, n_pairs, seed)
-        recipients, donors = [facts[i] for i, _ in pairs], torch.tensor([j for _, j in pairs])
-        answers = {"own": wanted[[i for i, _ in pairs]], "donor": wanted[donors]}
+        base, donors = [i for i, _ in pairs], torch.tensor([j for _, j in pairs])
         for stream in streams:
-            for chosen in swaps:
-                where: list[tuple[int, Stream]] = [(n, stream) for n in chosen]
-                said = _said(model, recipients, where, _values(found, where)[donors])
-                hits = {k: (said == v).double().cpu() for k, v in answers.items()}
-                hits["other"] = 1 - hits["own"] - hits["donor"]
+            values = source[stream, "last"][donors]
+            for chosen in patched:
+                where = {model.stream_hook(n, stream): values[:, layers.index(n)] for n in chosen}
+                answer = _argmax(model, [facts[i] for i in base], where)
+                stays, follows = answer == wanted[base], answer == wanted[donors]
                 layer = chosen[0] if len(chosen) == 1 else pd.NA
-                for outcome in OUTCOMES:
-                    values = hits[outcome].numpy()
-                    cell = (kind, stream, layer, outcome, values.mean())
-                    rows.append((*cell, *metrics.bootstrap(values), len(values)))
-    names = ["kind", "stream", "layer", "outcome", "share", "ci_low", "ci_high", "n"]
+                for outcome, hits in zip(
+                    OUTCOMES, (stays, follows, ~(stays | follows)), strict=True
+                ):
+                    share = metrics.interval(hits.double().cpu().numpy())
+                    rows.append((kind, stream, layer, outcome, *share))
+    names = ["kind", "stream", "layer", "outcome", "share", *metrics.INTERVAL[1:]]
     return pd.DataFrame(rows, columns=names).astype({"layer": "Int64"})
 
 
-def _values(
-    found: Activations, where: Sequence[tuple[int, Stream]]
-) -> Float[Tensor, "fact place d_model"]:
-    layers = [found[stream, "last"][:, found.layers.index(n)] for n, stream in where]
-    return torch.stack(layers, dim=1)
+transfer = patch
+"""The name that `patch` had first."""
 
 
 def _pairs(
@@ -94,27 +91,21 @@ def _pairs(
     n: int,
     seed: int,
 ) -> list[tuple[int, int]]:
-    """Up to `n` (recipient, donor) pairs, each recipient at most once; deterministic in `seed`."""
-    by_relation = kind == KINDS[0]
-
-    def shared(fact: Fact) -> str | None:
-        return fact.relation if by_relation else fact.subject
-
-    def differing(fact: Fact) -> str | None:
-        return fact.subject if by_relation else fact.relation
-
-    groups: dict[str | None, list[int]] = {}
+    """Up to `n` (base, donor) pairs, each base at most once; deterministic in `seed`."""
+    shared, differing = ("relation", "subject") if kind == KINDS[0] else ("subject", "relation")
+    groups: dict[str, list[int]] = {}
     for i in known:
-        groups.setdefault(shared(facts[i]), []).append(i)
+        groups.setdefault(getattr(facts[i], shared), []).append(i)
     rng, pairs = random.Random(f"{seed} {kind}"), []
     for i in rng.sample(known, len(known)):
-        own = [
+        donors = [
             j
-            for j in groups[shared(facts[i])]
-            if differing(facts[j]) != differing(facts[i]) and wanted[j] != wanted[i]
+            for j in groups[getattr(facts[i], shared)]
+            if getattr(facts[j], differing) != getattr(facts[i], differing)
+            and wanted[j] != wanted[i]
         ]
-        if own and len(pairs) < n:
-            pairs.append((i, rng.choice(own)))
+        if donors and len(pairs) < n:
+            pairs.append((i, rng.choice(donors)))
     if not pairs:
         raise FactError(
             f"There are no two facts with the {kind} that the model answers, differently; pass "
@@ -123,30 +114,23 @@ def _pairs(
     return pairs
 
 
-def _said(
-    model: Model,
-    facts: Sequence[Fact],
-    where: Sequence[tuple[int, Stream]],
-    values: Float[Tensor, "fact place d_model"] | Float[Tensor, " none"],
+def _argmax(
+    model: Model, facts: Sequence[Fact], values: dict[str, Float[Tensor, "fact d_model"]]
 ) -> Int[Tensor, " fact"]:
-    """The arg-max at the last prompt token, with `values` written at `where` there."""
-    out = []
+    """The argmax at the last prompt token, with `values` (by hook name) written there."""
+    best = []
     for start in range(0, len(facts), PAIRS_PER_PASS):
-        own = facts[start : start + PAIRS_PER_PASS]
-        batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject) for f in own])
-        hooks = [
-            (model.stream_hook(*place), _write(values[start : start + len(own), k], batch.last))
-            for k, place in enumerate(where)
-        ]
-        at = torch.stack([torch.arange(len(own), device=model.device), batch.last], dim=1)
+        chosen = slice(start, start + PAIRS_PER_PASS)
+        batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject) for f in facts[chosen]])
+        at = scoring.last_places(batch)
+        hooks = [(name, _write(value[chosen], at)) for name, value in values.items()]
         with torch.no_grad():
-            out.append(model.forward(batch.ids, batch.mask, hooks=hooks, at=at).argmax(-1))
-    return torch.cat(out)
+            best.append(model.forward(batch.ids, batch.mask, hooks=hooks, at=at).argmax(-1))
+    return torch.cat(best)
 
 
-def _write(values: Tensor, at: Int[Tensor, " row"]) -> Callable[[Tensor], Tensor]:
+def _write(values: Float[Tensor, "row d_model"], at: Int[Tensor, "row 2"]) -> Hook:
     def hook(value: Tensor) -> Tensor:
-        rows = torch.arange(len(at), device=value.device)
-        return value.index_put((rows, at.to(value.device)), values.to(value))
+        return value.index_put(tuple(at.T.to(value.device)), values.to(value))
 
     return hook

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -42,10 +41,10 @@ def component_similarity(
 ) -> pd.DataFrame:
     """Mean similarity of what enters and what leaves each component, per layer.
 
-    Each component is compared with its *own* input, behind its norm; in parallel blocks the two
+    Each component is compared with what *it* reads, after its norm; in parallel blocks the two
     read the same, and this is what the released notebook measures. `vocabulary`: "embedding"
     multiplies the states with the input embedding, without final norm (released); "unembedding"
-    takes the model's own final norm and unembedding.
+    takes the model's final norm and unembedding.
 
     Returns columns layer, component ("MHSA", "FFN"), position, measure ("cosine", −1 to 1;
     "jaccard", 0 to 1), mean, ci_low, ci_high (95 % bootstrap over facts), n.
@@ -53,23 +52,21 @@ def component_similarity(
     if vocabulary not in ("embedding", "unembedding"):
         raise ModelError(f"unknown vocabulary {vocabulary!r}; choose embedding or unembedding")
     streams: list[Stream] = [s for _, entering, leaving in _COMPONENTS for s in (entering, leaving)]
-    found = probe(model, facts, streams, layers, positions)
+    activations = probe(model, facts, streams, layers, positions)
     rows = []
     for component, entering, leaving in _COMPONENTS:
         for position in positions:
-            before, after = found[entering, position], found[leaving, position]
-            for n, layer in enumerate(found.layers):
+            before, after = activations[entering, position], activations[leaving, position]
+            for n, layer in enumerate(activations.layers):
                 pair = before[:, n].to(model.device), after[:, n].to(model.device)
                 measured = {
                     "cosine": torch.cosine_similarity(*(x.float() for x in pair), dim=-1),
                     "jaccard": jaccard(*(_top(model, x, vocabulary, k) for x in pair)),
                 }
                 for measure, values in measured.items():
-                    numbers = values.double().cpu().numpy()
-                    low, high = metrics.bootstrap(numbers)
-                    cell = (layer, component, position, measure)
-                    rows.append((*cell, float(np.mean(numbers)), low, high, len(numbers)))
-    names = ["layer", "component", "position", "measure", "mean", "ci_low", "ci_high", "n"]
+                    mean = metrics.interval(values.double().cpu().numpy())
+                    rows.append((layer, component, position, measure, *mean))
+    names = ["layer", "component", "position", "measure", *metrics.INTERVAL]
     return pd.DataFrame(rows, columns=names)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
-from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing.method import Hparams
@@ -53,8 +52,9 @@ def suggest_hparams(model: Model, facts: Sequence[Fact], n_edits: int = 100) -> 
     if not chosen:
         raise FactError("suggest_hparams needs facts with target_true, which the model knows.")
     trace = causal_trace(model, chosen)
-    own = trace[(trace["place"] == "last subject token") & (trace["layer"] < model.n_layers - 1)]
-    recovered = own.set_index("layer")["recovered"]
+    below_last = trace["layer"] < model.n_layers - 1
+    at_subject = trace[(trace["place"] == "last subject token") & below_last]
+    recovered = at_subject.set_index("layer")["recovered"]
     best = float(recovered.max())
     if best >= _ENOUGH:
         last = int(recovered.index[recovered == best][-1])
@@ -65,7 +65,7 @@ def suggest_hparams(model: Model, facts: Sequence[Fact], n_edits: int = 100) -> 
     else:
         last = max(0, round(0.3 * model.n_layers) - 1)
         where = (
-            f"The trace found no layer that matters at the last subject token (at most {best:.2f} "
+            f"The trace shows no layer that matters at the last subject token (at most {best:.2f} "
             f"of the answer came back on {len(chosen)} facts): does the model know them? Layer "
             f"{last} is a guess, three tenths of the depth."
         )
@@ -86,11 +86,8 @@ def suggest_hparams(model: Model, facts: Sequence[Fact], n_edits: int = 100) -> 
 
 def _written(model: Model, facts: Sequence[Fact], layer: int) -> float:
     """Mean norm of the MLP's output at the last subject token, relative to the layer output's."""
-    batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject) for f in facts])
-    wanted: dict[tuple[int, Stream], Tensor] = {
-        (layer, "mlp_out"): batch.subject,
-        (layer, "resid_post"): batch.subject,
-    }
-    found = activations.read_streams(model, batch.ids, batch.mask, wanted)
-    written, whole = (value.float().norm(dim=-1).mean() for value in found.values())
+    prompts = [tokens.Prompt(f.prompt, f.subject) for f in facts]
+    streams: tuple[Stream, ...] = ("mlp_out", "resid_post")
+    read = activations.read(model, prompts, streams, (layer,), ("last_subject",))
+    written, whole = (value.float().norm(dim=-1).mean() for value in read.values())
     return float(written / whole)

@@ -1,15 +1,17 @@
 """What a component's output depends on: the relation asked for, or the subject asked about.
 
 If MHSA held general extraction patterns, its output would be a function of the relation. Of the
-variance of a stream over facts, this module tells the share that other facts with the same relation
-(and another subject) predict, and the share that other facts with the same subject (and another
-relation) predict. No fact ever predicts itself: a fact's deviation from the mean is multiplied with
-the mean deviation of its *partners*, so noise and small groups add nothing on average, and without
-any dependence the share is 0 (slightly below it, because the mean is taken from the same facts).
+variance of a stream over facts, this module measures the share that other facts with the same
+relation (and another subject) predict, and the share that other facts with the same subject (and
+another relation) predict. No fact ever predicts itself: a fact's deviation from the mean is
+multiplied with the mean deviation of its *partners*, so noise and small groups add nothing on
+average, and without any dependence the share is 0 (slightly below it, because the mean is taken
+from the same facts).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +19,7 @@ import pandas as pd
 
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.evaluation import metrics
+from pmet_lens.interp.passes import check_relations, same_pairs
 from pmet_lens.models.activations import Activations, Position, probe
 from pmet_lens.models.model import Model, Stream
 
@@ -39,8 +42,8 @@ def variance_split(
     template ("relation, other phrasing": what is asked, not the words), or share its subject and
     not its relation ("subject"). Facts without such a partner do not count for that factor.
 
-    Returns columns layer, stream, position, factor, share (1: the partners' mean deviation is the
-    fact's own; 0: unrelated; can be negative), ci_low, ci_high (95 % bootstrap over facts), null
+    Returns columns layer, stream, position, factor, share (1: the partners' mean deviation is that
+    of the fact; 0: unrelated; can be negative), ci_low, ci_high (95 % bootstrap over facts), null
     (95 % quantile of the share when labels are shuffled among the facts), p (share of shuffles that
     reach the share), n (facts with a partner).
 
@@ -49,22 +52,19 @@ def variance_split(
     return split(probe(model, facts, streams, layers, (position,)), n_permutations, seed)
 
 
-def split(found: Activations, n_permutations: int = 200, seed: int = 0) -> pd.DataFrame:
+def split(activations: Activations, n_permutations: int = 200, seed: int = 0) -> pd.DataFrame:
     """`variance_split` of activations that are there already."""
-    _check(found.facts)
-    relation = _codes([str(f.relation) for f in found.facts])
-    subject = _codes([f.subject for f in found.facts])
-    prompt = _codes([f.prompt for f in found.facts])
+    facts = activations.facts
+    _check(facts)
     cells = [
         (layer, stream, position, _gram(value[:, n].double().numpy()))
-        for (stream, position), value in found.values.items()
-        for n, layer in enumerate(found.layers)
+        for (stream, position), value in activations.values.items()
+        for n, layer in enumerate(activations.layers)
     ]
     grams = np.stack([gram for *_, gram in cells])
     rng = np.random.default_rng(seed)
     rows = []
-    for factor in FACTORS:
-        weights = _partners(factor, relation, subject, prompt)
+    for factor, weights in _partners(facts).items():
         has: np.ndarray = np.asarray(weights.any(axis=1))
         if not has.any():
             continue
@@ -95,11 +95,8 @@ def _shares(grams: metrics.Numbers, weights: metrics.Numbers, has: np.ndarray) -
 
 
 def _check(facts: Sequence[Fact]) -> None:
-    counts: dict[str, int] = {}
-    for fact in facts:
-        if fact.relation is None:
-            raise FactError(f"{fact.text!r} has no relation; the variance split needs one.")
-        counts[fact.relation] = counts.get(fact.relation, 0) + 1
+    check_relations(facts, "the variance split")
+    counts = Counter(str(fact.relation) for fact in facts)
     single = sorted(r for r, n in counts.items() if n == 1)
     if single:
         raise FactError(
@@ -110,21 +107,13 @@ def _check(facts: Sequence[Fact]) -> None:
         raise FactError("The variance split needs facts of at least two relations.")
 
 
-def _codes(names: Sequence[str]) -> np.ndarray:
-    return np.unique(np.array(names), return_inverse=True)[1]
-
-
-def _partners(
-    factor: str, relation: np.ndarray, subject: np.ndarray, prompt: np.ndarray
-) -> metrics.Numbers:
-    """`[fact, fact]`: row i averages over the partners of fact i; a row of 0 where it has none."""
-
-    def equal(codes: np.ndarray) -> np.ndarray:
-        return codes[:, None] == codes
-
-    chosen = {
-        "relation": equal(relation) & ~equal(subject),
-        "relation, other phrasing": equal(relation) & ~equal(subject) & ~equal(prompt),
-        "subject": equal(subject) & ~equal(relation),
-    }[factor].astype(np.float64)
-    return chosen / np.maximum(chosen.sum(1, keepdims=True), 1)
+def _partners(facts: Sequence[Fact]) -> dict[str, metrics.Numbers]:
+    """Per factor `[fact, fact]`: row i averages over the partners of fact i; a row of 0 where it
+    has none."""
+    relation, subject, prompt = same_pairs(facts)
+    by_relation = relation & ~subject
+    chosen = (by_relation, by_relation & ~prompt, subject & ~relation)
+    return {
+        factor: partners / np.maximum(partners.sum(1, keepdims=True), 1.0)
+        for factor, partners in zip(FACTORS, chosen, strict=True)
+    }

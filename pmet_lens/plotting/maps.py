@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from pmet_lens.plotting.plots import COMPONENT_NAMES
+from pmet_lens.evaluation.metrics import where
+from pmet_lens.plotting.plots import COMPONENT_NAMES, number_map
 
 MEASURES: Mapping[str, str] = {
     "probability": "probability of the answer",
@@ -55,35 +56,37 @@ def token_map(table: pd.DataFrame, figure: Figure, measure: str) -> None:
     axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
     worst = float(table[measure].max()) if measure == "rank" else 1.0
     for ax, panel in zip(axes, panels, strict=True):
-        own = table.loc[table["panel"] == panel]
-        wide = own.pivot(index="order", columns="layer", values=measure)
-        _cells(ax, wide.to_numpy(dtype=float), measure, worst)
-        step = 1 if len(wide.columns) <= WRITTEN else 4
-        ax.set_xticks(range(0, len(wide.columns), step), [str(n) for n in wide.columns[::step]])
-        names = dict(zip(own["order"], own["row"], strict=True))
-        ax.set_yticks(range(len(wide)), [names[n] for n in wide.index])
+        rows = where(table, panel=panel)
+        wide = rows.pivot(index="order", columns="layer", values=measure)
+        names = dict(zip(rows["order"], rows["row"], strict=True))
+        named = wide.astype(float).set_axis([names[n] for n in wide.index])
+        _cells(ax, named, measure, worst)
         ax.set_xlabel("layer")
         ax.set_title(panel)
-        ax.tick_params(length=0)
     bar = figure.colorbar(axes[0].images[0], ax=list(axes), label=MEASURES[measure], shrink=0.9)
     if measure == "rank":
         powers = range(int(np.log10(worst)) + 1)
         bar.set_ticks([-n for n in powers], labels=[f"{10**n:,}" for n in powers])
 
 
-def _cells(ax: Axes, values: np.ndarray, measure: str, worst: float) -> None:
-    """The map itself, with the numbers written in where there is room."""
-    shade = -np.log10(values) if measure == "rank" else values
-    low, high = (-np.log10(max(worst, 10.0)), 0.0) if measure == "rank" else (0.0, 1.0)
-    ax.imshow(shade, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-    if max(values.shape) > WRITTEN:
-        return
-    for (y, x), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            text = f"{value:.0f}" if measure == "rank" else f"{value:.2f}".replace("0.", ".", 1)
-            text = "" if text in (".00", "-.00") else text
-            colour = "black" if shade[y, x] > low + 0.55 * (high - low) else "white"
-            ax.text(x, y, text, ha="center", va="center", fontsize=6, color=colour, gid="cell")
+def _cells(ax: Axes, wide: pd.DataFrame, measure: str, worst: float) -> None:
+    """The map of one panel, with the numbers written in where there is room."""
+    low, high, write = 0.0, 1.0, _share
+    if measure == "rank":
+        wide = wide.transform(lambda rank: -np.log10(rank))
+        low, high, write = -float(np.log10(max(worst, 10.0))), 0.0, _rank
+    step = 1 if wide.shape[1] <= WRITTEN else 4
+    written = write if max(wide.shape) <= WRITTEN else None
+    number_map(wide, ax, low, high, written, bright=0.55, step=step, gid="cell")
+
+
+def _rank(shade: float) -> str:
+    return f"{10**-shade:.0f}"
+
+
+def _share(value: float) -> str:
+    text = f"{value:.2f}".replace("0.", ".", 1)
+    return "" if text in (".00", "-.00") else text
 
 
 def loss_curve(history: pd.DataFrame, figure: Figure, n_steps: int | None = None) -> None:
@@ -97,8 +100,7 @@ def loss_curve(history: pd.DataFrame, figure: Figure, n_steps: int | None = None
     ax.set_xlim(0, max(1, last, (n_steps or 1) - 1))
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("optimisation step")
-    ax.set_ylabel("nats")
+    ax.set(xlabel="optimisation step", ylabel="nats")
     ax.legend(frameon=False, fontsize=8, loc="upper right")
 
 
@@ -107,13 +109,11 @@ def answer_bars(table: pd.DataFrame, figure: Figure) -> None:
     axes = figure.subplots(1, 2, sharex=True)
     names = {"before": "without edits", "after": "with the edits that are on"}
     for ax, (model, colour) in zip(axes, (("before", BEFORE), ("after", AFTER)), strict=True):
-        own = table.loc[table["model"] == model]
-        ax.barh(range(len(own)), own["probability"], color=colour)
-        ax.set_yticks(range(len(own)), [repr(t.strip()) for t in own["token"]])
+        rows = where(table, model=model)
+        ax.barh(range(len(rows)), rows["probability"], color=colour)
+        ax.set_yticks(range(len(rows)), [repr(t.strip()) for t in rows["token"]])
         ax.invert_yaxis()
-        ax.set_xlim(0, 1)
-        ax.set_xlabel("probability")
-        ax.set_title(names[model])
+        ax.set(xlim=(0, 1), xlabel="probability", title=names[model])
 
 
 def prompt_shifts(table: pd.DataFrame, figure: Figure) -> None:
@@ -123,12 +123,10 @@ def prompt_shifts(table: pd.DataFrame, figure: Figure) -> None:
     ax.hlines(y, table["p_before"], table["p_after"], color=BEFORE, lw=1.5)
     ax.plot(table["p_before"], y, "o", color=BEFORE, ms=5, label="before")
     ax.plot(table["p_after"], y, "o", color=AFTER, ms=6, label="after")
-    ax.set_yticks(
-        y, [f"{k}: {_short(p)}" for k, p in zip(table["kind"], table["prompt"], strict=True)]
-    )
+    prompts = zip(table["kind"], table["prompt"], strict=True)
+    ax.set_yticks(y, [f"{kind}: {_short(prompt)}" for kind, prompt in prompts])
     ax.invert_yaxis()
-    ax.set_xlim(-0.02, 1.02)
-    ax.set_xlabel("probability of the new answer")
+    ax.set(xlim=(-0.02, 1.02), xlabel="probability of the new answer")
     figure.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=2)
 
 
@@ -142,8 +140,7 @@ def variant_bars(table: pd.DataFrame, figure: Figure) -> None:
     axes = figure.subplots(1, len(shown), sharey=True)
     for ax, (column, name) in zip(axes, shown, strict=True):
         ax.barh(range(len(table)), table[column], color=AFTER)
-        ax.set_xlim(0, 1 if column == "p_new" else 100)
-        ax.set_xlabel(name)
+        ax.set(xlim=(0, 1 if column == "p_new" else 100), xlabel=name)
     axes[0].set_yticks(range(len(table)), list(table.index))
     axes[0].invert_yaxis()
 
@@ -152,35 +149,35 @@ def lens_panels(table: pd.DataFrame, position: int | None = None) -> pd.DataFram
     """`lens_tokens` as `token_map` takes it: a panel per component and a row per token, or, of one
     token, a row per component."""
     name = table["stream"].map(lambda s: COMPONENT_NAMES.get(s, s))
-    if position is not None:
-        own = table.loc[table["position"] == position].assign(row=name)
-        order = {row: i for i, row in enumerate(dict.fromkeys(own["row"]))}
-        return own.assign(panel=_token(own), order=own["row"].map(order))
-    return table.assign(panel=name, row=table["token"].map(_visible), order=table["position"])
+    if position is None:
+        return table.assign(panel=name, row=table["token"].map(_visible), order=table["position"])
+    rows = where(table.assign(row=name), position=position)
+    order = {row: i for i, row in enumerate(dict.fromkeys(rows["row"]))}
+    return rows.assign(panel=_token(rows), order=rows["row"].map(order))
 
 
 def trace_panels(table: pd.DataFrame, position: int | None = None) -> pd.DataFrame:
     """`trace_tokens` as `token_map` takes it: a row per token, or the row of one."""
-    own = table if position is None else table.loc[table["position"] == position]
-    name = own["stream"].map(lambda s: f"{COMPONENT_NAMES.get(s, s)} restored")
-    return own.assign(panel=name, row=own["token"].map(_visible), order=own["position"])
+    rows = table if position is None else where(table, position=position)
+    name = rows["stream"].map(lambda s: f"{COMPONENT_NAMES.get(s, s)} restored")
+    return rows.assign(panel=name, row=rows["token"].map(_visible), order=rows["position"])
 
 
 def attention_panels(table: pd.DataFrame, position: int | None = None) -> pd.DataFrame:
     """`subject_attention` as `token_map` takes it: a row per looking token with the mean of the
     heads, or, of one token, a row per head."""
     if position is not None:
-        own = table.loc[table["position"] == position]
-        row = own["head"].map(lambda head: f"head {head}")
-        return own.assign(panel=f"looking: {_token(own)}", row=row, order=own["head"])
+        rows = where(table, position=position)
+        row = rows["head"].map(lambda head: f"head {head}")
+        return rows.assign(panel=f"looking: {_token(rows)}", row=row, order=rows["head"])
     mean = table.groupby(["layer", "position", "token"])["weight"].mean()
-    own = pd.DataFrame(mean).reset_index()
-    row = own["token"].map(_visible)
-    return own.assign(panel="mean over heads, per looking token", row=row, order=own["position"])
+    rows = pd.DataFrame(mean).reset_index()
+    row = rows["token"].map(_visible)
+    return rows.assign(panel="mean over heads, per looking token", row=row, order=rows["position"])
 
 
-def _token(own: pd.DataFrame) -> str:
-    return f"at “{_visible(str(own['token'].iloc[0]))}”" if len(own) else ""
+def _token(rows: pd.DataFrame) -> str:
+    return f"at “{_visible(str(rows['token'].iloc[0]))}”" if len(rows) else ""
 
 
 def _visible(token: str) -> str:

@@ -1,0 +1,91 @@
+"""What the studies here share: a pass that keeps activations, the parts of a prompt, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.models.bridge import Hook
+from pmet_lens.models.model import Model
+from pmet_lens.models.sites import ModelError, layer_of
+from pmet_lens.models.tokens import Batch
+
+Key = TypeVar("Key")
+
+
+def keep(
+    values: dict[Key, Tensor], key: Key, pick: Callable[[Tensor], Tensor] | None = None
+) -> Hook:
+    """A hook that stores the activation, or what `pick` takes of it, as `values[key]`."""
+
+    def hook(value: Tensor) -> None:
+        values[key] = value if pick is None else pick(value)
+
+    return hook
+
+
+def capture(
+    model: Model, batch: Batch, points: Mapping[Key, str], pick: Callable[[Tensor], Tensor]
+) -> dict[Key, Tensor]:
+    """What `pick` takes of the activation at each hook name of `points`, in one pass up to the
+    highest layer. A point that the model never reaches is left out."""
+    values: dict[Key, Tensor] = {}
+    hooks = [(name, keep(values, key, pick)) for key, name in points.items()]
+    stop = 1 + max(layer_of(name) or 0 for name in points.values())
+    with torch.no_grad():
+        model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=stop)
+    return values
+
+
+def parts_of(batch: Batch) -> dict[str, Bool[Tensor, "row token"]]:
+    """The parts of a prompt: each of its tokens is in exactly one. The last token counts as the
+    subject's where the prompt ends with the subject."""
+    position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    first, subject, last = (x[:, None] for x in (batch.first, batch.subject, batch.last))
+    return {
+        "before": position < first,
+        "first subject token": (position == first) & (first < subject),
+        "middle subject tokens": (position > first) & (position < subject),
+        "last subject token": position == subject,
+        "between": (position > subject) & (position < last),
+        "last": (position == last) & (last > subject),
+    }
+
+
+def same_pairs(facts: Sequence[Fact]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`[fact, fact]` each: whether two facts share the relation, the subject, the template."""
+
+    def same(values: list[str]) -> np.ndarray:
+        codes = np.unique(values, return_inverse=True)[1]
+        return codes[:, None] == codes
+
+    columns = zip(*((str(f.relation), f.subject, f.prompt) for f in facts), strict=True)
+    relation, subject, prompt = (same(list(values)) for values in columns)
+    return relation, subject, prompt
+
+
+def layers_of(model: Model, layers: Sequence[int] | None, needed_by: str) -> Sequence[int]:
+    """`layers`; None: all. Raises `ModelError` for an empty choice."""
+    layers = range(model.n_layers) if layers is None else layers
+    if not layers:
+        raise ModelError(f"{needed_by} needs at least one layer")
+    return layers
+
+
+def check_relations(facts: Sequence[Fact], needed_by: str) -> None:
+    """Raises `FactError` for a fact without a relation."""
+    for fact in facts:
+        if fact.relation is None:
+            raise FactError(f"{fact.text!r} has no relation; {needed_by} needs one.")
+
+
+def check_some(facts: Sequence[Fact]) -> None:
+    """Raises `FactError` for an empty list."""
+    if not facts:
+        raise FactError("There are no facts to look at; pass at least one Fact.")
