@@ -59,7 +59,7 @@ suggestion
 #
 # ## Ordinary text
 #
-# Second moments tell the edit what else passes through the layers it writes. Give text of the kind the model is used on; at least ten tokens per dimension of the keys (`d_mlp`) are enough. They are computed once: `pl.save_moments(moments, path)` keeps them, `pl.open_moments(path)` reads them again. Before a long run, [`estimate`](../pmet_lens/experiments/costs.py) tells what it will cost.
+# Second moments tell the edit what else passes through the layers it writes. Give text of the kind the model is used on; at least ten tokens per dimension of the keys (`d_mlp`) are enough. They are computed once: `pl.save_moments(moments, path)` keeps them, `pl.open_moments(path)` reads them again. Before a long run, [`estimate`](../pmet_lens/plans/costs.py) tells what it will cost.
 
 # %%
 hparams = suggestion.hparams
