@@ -126,6 +126,20 @@ def test_shards_change_nothing_but_roundings(model, whole, tmp_path):
     assert not few.equals(many)
 
 
+def test_a_bench_reads_the_targets_of_a_grid(model, tmp_path, monkeypatch):
+    """One cache of targets: what a grid optimised, a bench on the same folder does not again."""
+    go([tiny_run(model, cut=pl.Cut())], tmp_path)
+    texts = (Path(model) / "texts.txt").read_text(encoding="utf-8").splitlines()
+    bench = pl.Bench(pl.load(model), tmp_path, texts, n_tokens=300, hparams=lambda _: HP)
+    (path,) = (tmp_path / "targets").glob("*")
+    optimised = []
+    monkeypatch.setattr(target_files.targets, "optimise", lambda *given: optimised.append(given))
+    targets = bench.targets(pl.Trial(), FACTS)
+    assert optimised == []
+    for stream, values in target_files.load(path).values.items():
+        assert torch.equal(targets.values[stream], values)
+
+
 def test_groups_are_edited_one_at_a_time(model, tmp_path):
     """Each on the clean model, with the targets of all: the bits of doing so by hand."""
     metrics = ("answers", "collateral")

@@ -22,7 +22,7 @@ from grids import CUT, FACTS, HP, saved_model, tiny_grid, tiny_run
 
 import pmet_lens as pl
 from pmet_lens.data import file_format
-from pmet_lens.experiments import ray_engine, scheduler, shared_weights, store, worker
+from pmet_lens.experiments import ray_engine, scheduler, shared_weights, store, target_files, worker
 from pmet_lens.experiments import tasks as shards
 from pmet_lens.experiments.grid import GridError
 from pmet_lens.experiments.worker import Outcome, WorkerInfo
@@ -247,7 +247,7 @@ def test_a_model_from_a_parcel_is_the_same_and_shares_its_memory(model, parcel):
     before = {name: array.copy() for name, array in parcel["arrays"].items()}
     own = shared_weights.unpack(parcel, {run.digest: run}, None)
     first = pl.load(model, dtype="float64")
-    assert worker.identity(own) == worker.identity(first)
+    assert target_files.identity(own) == target_files.identity(first)
     places = {p.data_ptr() for p in own.hf.parameters()}
     held = {int(array.ctypes.data) for array in parcel["arrays"].values()}
     assert len(held & places) > len(places) / 2

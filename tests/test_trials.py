@@ -256,7 +256,9 @@ def key(gpt2) -> Callable[..., str]:
 
     def of(model: Model = gpt2, **change) -> str:
         given: dict[str, Any] = dict(facts=FACTS, method=pl.PMET, hparams=HP, contexts=CONTEXTS)
-        return target_files.key(model, **{**given, **change})
+        given |= change
+        prefixes = given.pop("contexts")
+        return target_files.key(target_files.identity(model), **given, prefixes=prefixes)
 
     return of
 
@@ -311,6 +313,8 @@ OTHER_TARGETS: dict[str, dict[str, Any]] = {
     "fewer": {"facts": FACTS[:2]},
     "prefixes": {"contexts": ["{}", "I. {}"]},
     "no prefixes": {"contexts": [PLAIN]},
+    "prefixes of a seed": {"contexts": 0},
+    "prefixes of another seed": {"contexts": 1},
 }
 
 

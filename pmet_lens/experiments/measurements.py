@@ -41,7 +41,7 @@ def measure(
     table = scoring.summarise(rows)
     if others:
         right = 100 * scoring.recall(model, others)["correct"].to_numpy()
-        table.loc["collateral"] = [right.mean(), *metrics.bootstrap(right), len(right)]
+        table.loc["collateral"] = list(metrics.interval(right))
     return table.astype({"n": int})
 
 

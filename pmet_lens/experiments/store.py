@@ -196,7 +196,7 @@ def summarise_parts(parts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         right = (
             100 * parts["others"].pivot_table(index="fact", values="correct")["correct"].to_numpy()
         )
-        row = [right.mean(), *metrics.bootstrap(right), len(right)]
+        row = list(metrics.interval(right))
         index = pd.Index(["collateral"], name="metric")
         tables.append(pd.DataFrame([row], index, pd.Index(["mean", "ci_low", "ci_high", "n"])))
     if "ability" in parts:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.file_format import hash_of
 from pmet_lens.editing import edit_files, targets
 from pmet_lens.editing.method import Hparams, Method
 from pmet_lens.editing.targets import Targets
@@ -59,28 +60,39 @@ def load(path: str | Path) -> Targets:
 
 
 def key(
-    model: Model,
+    weights: str,
     facts: Sequence[Fact],
     method: Method,
     hparams: Hparams,
-    contexts: Sequence[str],
+    prefixes: int | Sequence[str],
 ) -> str:
-    """A name for these facts' targets: equal for two calls whose targets are equal, different if
-    anything differs that they follow from (the weights of the model and its tokens among it)."""
-    read = strengths(hparams)
-    text = [f"{f.text} {f.target_new}" for f in facts]
+    """A name for these facts' targets, the same for a grid and for a `Bench`: equal where the
+    targets are equal, different if anything differs that they follow from.
+
+    `weights`: the `identity` of the model. `prefixes`: the context prefixes, or the seed with which
+    `sample_contexts` draws them from the model.
+    """
+    if not isinstance(prefixes, int):
+        prefixes = [prefix for prefix in prefixes if prefix != tokens.PLAIN]
     asked = [(f.subject, f.prompt, f.target_new) for f in facts]
-    prefixes = [c for c in contexts if c != tokens.PLAIN]
-    made = [method.delta_at, method.position, asdict(read), asked, prefixes]
-    made.append(model.tokenizer(text)["input_ids"])
-    made += [asdict(model.frame)] if model.frame else []
-    whole = json.dumps([*made, weights(model)])
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+    read = asdict(strengths(hparams))
+    return hash_of([weights, prefixes, method.delta_at, method.position, read, asked])
 
 
 def strengths(hparams: Hparams) -> Hparams:
     """The strengths with everything that targets do not follow from set to the same values."""
     return replace(hparams, layers=hparams.layers[-1:], **_UNREAD)
+
+
+def identity(model: Model) -> str:
+    """A hash of what every result of a model follows from: its weights as they are now, the
+    tokenizer, the chat template."""
+    fast = getattr(model.tokenizer, "backend_tokenizer", None)
+    words: Any = sorted(model.tokenizer.get_vocab().items())
+    if fast is not None:
+        words = json.loads(fast.to_str())
+        words = {k: v for k, v in words.items() if k not in ("padding", "truncation")}
+    return hash_of([weights(model), words, repr(model.frame)])
 
 
 def weights(model: Model) -> str:
@@ -97,16 +109,19 @@ def optimise(
     folder: Path,
     shard: int = 125,
     on_facts: Callable[[int, int], object] | None = None,
+    seed: int | None = None,
 ) -> Targets:
     """`targets.optimise`, `shard` facts at a time, each shard kept in `folder` and read from there
-    when it is there. `on_facts`: called with (facts so far, all)."""
+    when it is there. `on_facts`: called with (facts so far, all). `seed`: of `contexts`, where
+    `sample_contexts` drew them from this model; then a grid's files of the same name are read."""
     if not facts:
         raise FactError("There are no facts to optimise; pass at least one Fact.")
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
+    model_is, parts = identity(model), []
     for start in range(0, len(facts), shard):
         some = facts[start : start + shard]
-        path = folder / f"{key(model, some, method, hparams, contexts)}.safetensors"
+        name = key(model_is, some, method, hparams, contexts if seed is None else seed)
+        path = folder / f"{name}.safetensors"
         if not path.exists():
             save(targets.optimise(model, some, method, hparams, contexts), path)
         parts.append(load(path))

@@ -7,7 +7,7 @@ not change a bit of it, so that a grid can be cut off, gone on with, and shared 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from pmet_lens.data.file_format import hash_of, to_plain
 from pmet_lens.editing.method import Method
@@ -183,10 +183,10 @@ def target_ranges(run: Run) -> list[tuple[int, int]]:
 
 def target_file(run: Run, weights: str, start: int, stop: int) -> str:
     """The targets of these facts, which runs share that differ in nothing targets follow from."""
-    method, read = run.method, asdict(target_files.strengths(run.hparams))
-    assert isinstance(method, Method)
-    made = [method.delta_at, method.position, read, _asked(run, start, stop)]
-    return f"targets/{hash_of([weights, run.seed, *made])}.safetensors"
+    assert isinstance(run.method, Method)
+    facts = run.facts[start:stop]
+    name = target_files.key(weights, facts, run.method, run.hparams, run.seed)
+    return f"targets/{name}.safetensors"
 
 
 def _asked(run: Run, start: int, stop: int) -> list[tuple[str, str, str | None]]:

@@ -122,6 +122,7 @@ class Bench:
             self._contexts(trial),
             self.folder / "targets",
             on_facts=on_facts,
+            seed=0 if trial.prefixes else None,
         )
 
     def edit(self, trial: Trial, facts: Sequence[Fact], targets: Targets | None = None) -> Edit:
@@ -193,12 +194,12 @@ def compare(
         rows, right = first if name == baseline else _measured(bench, trial, facts, others)
         table = metrics.summarise(rows)
         if len(right):
-            table.loc["collateral"] = [right.mean(), *metrics.bootstrap(right), len(right)]
+            table.loc["collateral"] = list(metrics.interval(right))
         if name != baseline:
             change = metrics.paired(rows, first[0])
             if len(right):
                 gap = right - first[1]
-                change.loc["collateral"] = [gap.mean(), *metrics.bootstrap(gap), len(gap)]
+                change.loc["collateral"] = list(metrics.interval(gap))
             change = change.drop(columns="n")
             change.columns = ["difference", "difference_low", "difference_high"]
             table = table.join(change)

@@ -76,7 +76,7 @@ class Worker:
             device_map=device_map,
             template=first.template,
         )
-        self.weights = identity(self.model)
+        self.weights = target_files.identity(self.model)
         self._on: tuple[tuple[str, ...], Edit] | None = None
         """The files of the edits that are on the model, and their sum."""
 
@@ -281,13 +281,3 @@ class Worker:
     def _prefixes(self, run: Run) -> list[str]:
         path = self.folder.path(tasks.contexts_file(run, self.weights))
         return json.loads(path.read_text(encoding="utf-8"))["contexts"]
-
-
-def identity(model: Model) -> str:
-    """A hash of what every result of a model follows from: weights, tokens, chat template."""
-    fast = getattr(model.tokenizer, "backend_tokenizer", None)
-    words: Any = sorted(model.tokenizer.get_vocab().items())
-    if fast is not None:
-        words = json.loads(fast.to_str())
-        words = {k: v for k, v in words.items() if k not in ("padding", "truncation")}
-    return hash_of([target_files.weights(model), words, repr(model.frame)])
