@@ -126,6 +126,13 @@ def test_shards_change_nothing_but_roundings(model, whole, tmp_path):
     assert not few.equals(many)
 
 
+def test_what_drivers_share_stays_and_what_is_the_runs_goes(model, tmp_path):
+    """Another driver may be about to write an edit when this one has finished its last run."""
+    go([tiny_run(model)], tmp_path)
+    assert list((tmp_path / "edits").iterdir()) == []
+    assert list((tmp_path / "answers").iterdir()) == []
+
+
 def test_a_bench_reads_the_targets_of_a_grid(model, tmp_path, monkeypatch):
     """One cache of targets: what a grid optimised, a bench on the same folder does not again."""
     go([tiny_run(model, cut=pl.Cut())], tmp_path)

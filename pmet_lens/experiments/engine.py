@@ -7,12 +7,11 @@ often the work was cut. Two drivers on one folder share the work.
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -277,9 +276,11 @@ class _Session:
         return self._sources[model]
 
     def _remove_empty(self, tasks: Sequence[Task]) -> None:
-        for folder in {self.folder.path(t.file).parent for t in tasks if t.kind in OWN}:
-            if folder.is_dir() and not any(folder.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove the run's folder of answers; the one of edits, where others write, stays."""
+        measured = [task for task in tasks if task.kind in OWN and task.kind != "edit"]
+        for folder in {self.folder.path(task.file).parent for task in measured}:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
     def _tidy(self, every: Mapping[str, Sequence[Task]], grid: Sequence[Run]) -> None:
         """Remove the parts of second moments that were put together."""
