@@ -145,6 +145,16 @@ def test_a_bench_reads_the_targets_of_a_grid(model, tmp_path, monkeypatch):
     assert optimised == []
     for stream, values in target_files.load(path).values.items():
         assert torch.equal(targets.values[stream], values)
+    # A grid on the edited model would draw other prefixes, so the name has to be another.
+    monkeypatch.undo()
+    with torch.no_grad():
+        bench.model.weight(pl.Site(0, "mlp")).add_(0.01)
+    bench.targets(pl.Trial(), FACTS)
+    changed = target_files.identity(bench.model)
+    of_grid = target_files.key(changed, FACTS, pl.PMET, HP, 0)
+    names = {path.stem for path in (tmp_path / "targets").glob("*")}
+    assert len(names) == 2
+    assert of_grid not in names
 
 
 def test_groups_are_edited_one_at_a_time(model, tmp_path):

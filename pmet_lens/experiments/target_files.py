@@ -109,18 +109,20 @@ def optimise(
     folder: Path,
     shard: int = 125,
     on_facts: Callable[[int, int], object] | None = None,
-    seed: int | None = None,
+    drawn: tuple[str, int] | None = None,
 ) -> Targets:
     """`targets.optimise`, `shard` facts at a time, each shard kept in `folder` and read from there
-    when it is there. `on_facts`: called with (facts so far, all). `seed`: of `contexts`, where
-    `sample_contexts` drew them from this model; then a grid's files of the same name are read."""
+    when it is there. `on_facts`: called with (facts so far, all). `drawn`: the `identity`
+    of the model that `sample_contexts` drew `contexts` from, and the seed. While the model is that
+    one, the files are those of a grid."""
     if not facts:
         raise FactError("There are no facts to optimise; pass at least one Fact.")
     folder.mkdir(parents=True, exist_ok=True)
-    model_is, parts = identity(model), []
+    now, parts = identity(model), []
+    prefixes = drawn[1] if drawn is not None and drawn[0] == now else contexts
     for start in range(0, len(facts), shard):
         some = facts[start : start + shard]
-        name = key(model_is, some, method, hparams, contexts if seed is None else seed)
+        name = key(now, some, method, hparams, prefixes)
         path = folder / f"{name}.safetensors"
         if not path.exists():
             save(targets.optimise(model, some, method, hparams, contexts), path)

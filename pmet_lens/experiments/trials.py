@@ -84,6 +84,7 @@ class Bench:
         self.model, self.folder = model, Path(folder)
         self.settings = hparams or (lambda method: known(model, method))
         self.contexts = tokens.sample_contexts(model)
+        self._drawn_from = target_files.identity(model)
         self.moments = self._moments(texts, n_tokens)
         self._kept: dict[tuple[Any, ...], dict[Site, Factor]] = {}
 
@@ -122,7 +123,7 @@ class Bench:
             self._contexts(trial),
             self.folder / "targets",
             on_facts=on_facts,
-            seed=0 if trial.prefixes else None,
+            drawn=(self._drawn_from, 0) if trial.prefixes else None,
         )
 
     def edit(self, trial: Trial, facts: Sequence[Fact], targets: Targets | None = None) -> Edit:
