@@ -180,7 +180,7 @@ def _asked(
     ):
         begun = clock.seconds()
         measured = pool.ask_all(probing.seconds_of, [shard.task for shard in shards])
-    return [sum(times) / len(times) for times in zip(*measured, strict=True)], begun, pool.n
+    return [sum(times) / len(times) for times in zip(*measured, strict=True)], begun, len(pool.all)
 
 
 def _plan(
