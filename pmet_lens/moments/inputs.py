@@ -12,7 +12,7 @@ from pmet_lens.models import loading, tokens
 from pmet_lens.models.model import Model, Projection, Site
 from pmet_lens.moments.second_moments import second_moments
 
-OnProgress = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int, str], object]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 TOKENS_PER_DIMENSION = 20
 """Text for the second moments: ten per dimension give the edits that eighty give
