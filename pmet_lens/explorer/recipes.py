@@ -51,7 +51,7 @@ def ablate(session: Session, fact: Fact, methods: Mapping[str, Method], hparams:
         given["n_tokens"] = session.n_tokens
     lines = [*_load(session), f"session = {_call('pl.Session', *names, **given)}"]
     lines += [f"fact = {_fact(fact)}", "methods = {"]
-    lines += [f"    {name!r}: {_method(method)}," for name, method in methods.items()]
+    lines += [indent(f"{n!r}: {_method(method)},", "    ") for n, method in methods.items()]
     return _text([*lines, "}"], "pl.ablate(session, fact, methods)")
 
 
