@@ -7,16 +7,15 @@ in a thread (`jobs`); while one runs, leave the model alone in other cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pmet_lens.data import datasets, markup
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing.method import Hparams
 from pmet_lens.explorer import widgets
-from pmet_lens.explorer.fact_panel import FactPanel
-from pmet_lens.explorer.jobs import Runner, Stopped, Tick
+from pmet_lens.explorer.frame import Shell
+from pmet_lens.explorer.jobs import Runner
 from pmet_lens.explorer.session import Session
 from pmet_lens.explorer.tab_ablate import AblateTab
 from pmet_lens.explorer.tab_ask import AskTab
@@ -60,90 +59,20 @@ def explore(
     return Explorer(Session(model, moments, hparams, texts, n_tokens), facts)
 
 
-class Explorer:
+class Explorer(Shell):
     """The panel of `explore`. `session` does the work; `wait` blocks until a step is over."""
 
     def __init__(self, session: Session, facts: Sequence[Fact] = ()) -> None:
-        self.session = session
-        self.runner = Runner(self._progress, self._busy)
-        self.box: Any = None
-        self._buttons: list[Any] = []
-        if widgets.available():
-            self._build(facts)
-
-    def _build(self, facts: Sequence[Fact]) -> None:
-        self._bar, self._status = widgets.progress(), widgets.html()
-        stop = "Stop the step that is running; the model stays as it was"
-        self._stop = widgets.button("Stop", stop, self.runner.stop, "warning")
-        self._stop.disabled = True
-        self.fact = FactPanel(self.session, facts)
+        if not widgets.available():
+            self.session, self.runner, self.box = session, Runner(), None
+            return
+        super().__init__(session, facts)
         self.ask, self.look = AskTab(self), LookTab(self)
         self.edit, self.ablate = EditTab(self), AblateTab(self)
-        pages = {
-            "Ask": self.ask.box,
-            "Look": self.look.box,
-            "Edit": self.edit.box,
-            "Ablate": self.ablate.box,
-        }
-        self.pages = widgets.tabs(pages)
-        bar = widgets.row(self._bar, self._stop, self._status)
-        self.box = widgets.column(self.fact.box, bar, self.pages)
-        self.say(f"{self.session.model.name}: {self.session.model.n_layers} layers, unedited.")
-
-    def button(self, label: str, tip: str, on_click: Callable[[], object], style: str = "") -> Any:
-        """A button that is off while a step runs."""
-        made = widgets.button(label, tip, lambda: self._safely(on_click), style)
-        made.disabled = self.runner.busy
-        self._buttons.append(made)
-        return made
-
-    def run(self, what: str, work: Callable[[Tick], Any], then: Callable[[Any], object]) -> None:
-        """Run `work(tick)` in a thread with progress and the stop button on, then show its result
-        with `then`. Errors are shown in words."""
-        self.runner.start(work, lambda future: self._finish(what, future, then))
-        self._progress(0, 0, what)
-
-    def say(self, text: str, kind: str = "") -> None:
-        """Show a line of status."""
-        self._status.value = widgets.message(text, kind)
-
-    def wait(self) -> None:
-        """Block until the step that is running is over, and what it shows is there."""
-        self.runner.wait()
-
-    def _finish(self, what: str, future: Future[Any], then: Callable[[Any], object]) -> None:
-        error = future.exception()
-        self._bar.value = 0.0 if error else 1.0
-        if error is None:
-            self.say(f"{what}: done.")  # before `then`, which may have more to say
-            self._safely(lambda: then(future.result()))
-        elif isinstance(error, Stopped):
-            self.say(f"{what}: stopped. The model is as it was.")
-        else:
-            self._failed(error)
-
-    def _safely(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except (ValueError, OSError) as error:  # every error of this package is a ValueError
-            self._failed(error)
-
-    def _failed(self, error: BaseException) -> None:
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        self.say(f"{kind}{error}", "error")
-
-    def _busy(self, busy: bool) -> None:
-        if self.box is None:
-            return
-        self._stop.disabled = not busy
-        for made in self._buttons:
-            made.disabled = busy
-
-    def _progress(self, done: int, total: int, what: str) -> None:
-        if self.box is None:
-            return
-        self._bar.value = min(1.0, done / total) if total else 0.0
-        self.say(f"{what}: {done:,} of {total:,}" if total else f"{what} …")
+        tabs = {"Ask": self.ask, "Look": self.look, "Edit": self.edit, "Ablate": self.ablate}
+        self.pages = widgets.tabs({title: tab.box for title, tab in tabs.items()})
+        self.box.children += (self.pages,)
+        self.say(f"{session.model.name}: {session.model.n_layers} layers, unedited.")
 
     def __repr__(self) -> str:
         if self.box is None:

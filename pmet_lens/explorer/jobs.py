@@ -34,8 +34,8 @@ class Runner:
 
     def __init__(
         self,
-        on_progress: Callable[[int, int, str], object] | None = None,
-        on_busy: Callable[[bool], object] | None = None,
+        on_progress: Callable[[int, int, str], object] = lambda done, total, what: None,
+        on_busy: Callable[[bool], object] = lambda busy: None,
     ) -> None:
         self._on_progress, self._on_busy = on_progress, on_busy
         self._pool: ThreadPoolExecutor | None = None
@@ -65,7 +65,7 @@ class Runner:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:  # no front end: `wait` does what a loop would
             self._loop = None
-        self._tell(True)
+        self._on_busy(True)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pmet_lens")
         future = self._pool.submit(self._run, work)
@@ -90,9 +90,7 @@ class Runner:
     def _run(self, work: Callable[[Tick], Any]) -> Any:
         def tick(done: int, total: int, what: str) -> None:
             self._check()
-            if self._on_progress is not None:
-                report = self._on_progress
-                self.post(lambda: report(done, total, what))
+            self.post(lambda: self._on_progress(done, total, what))
 
         with _forwards_check(self._check):
             return work(tick)
@@ -106,11 +104,7 @@ class Runner:
             then(done)
         finally:
             self._over.set()
-            self._tell(False)
-
-    def _tell(self, busy: bool) -> None:
-        if self._on_busy is not None:
-            self._on_busy(busy)
+            self._on_busy(False)
 
     def _drain(self) -> None:
         with self._draining:

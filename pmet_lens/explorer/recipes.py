@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields, is_dataclass
+from textwrap import indent
 from typing import Any
 
 from pmet_lens.data.facts import Fact
@@ -16,64 +18,72 @@ from pmet_lens.models.model import Site
 
 def ask(session: Session, prompt: str, k: int, n_tokens: int) -> str:
     """What makes `Session.ask`."""
-    call = f"pl.Session(model).ask({prompt!r}, k={k}, n_tokens={n_tokens})"
-    return _text([*_before(session), "", f"table = {call}", "table"])
+    call = _call("pl.Session(model).ask", repr(prompt), k=k, n_tokens=n_tokens)
+    return _text([*_replay(session, session.on()), ""], call)
 
 
 def look(
     session: Session, fact: Fact, call: str, options: Mapping[str, Any], *, bare: bool = False
 ) -> str:
     """One of the token-level functions (`call`: its name) on a fact; `bare`: without the edits."""
-    arguments = "".join(f", {name}={value!r}" for name, value in options.items())
-    lines = [*(_load(session) if bare else _before(session)), ""]
-    lines.append(f"fact = {_fact(fact, full=False)}")
-    return _text([*lines, f"table = pl.{call}(model, fact{arguments})", "table"])
+    lines = _load(session) if bare else _replay(session, session.on())
+    lines += ["", f"fact = {_fact(fact, full=False)}"]
+    return _text(lines, _call(f"pl.{call}", "model", "fact", **options))
 
 
 def edit(session: Session, step: Step) -> str:
     """The edit of a session, made on the edits that were on the model then."""
     name = f"edit_{session.steps.index(step) + 1}"
     lines = _replay(session, step.upon, also=step)
-    return _text([*lines, f"table = pl.Session(model).answers(fact, {name})", "table"])
+    return _text(lines, f"pl.Session(model).answers(fact, {name})")
 
 
 def ablate(session: Session, fact: Fact, methods: Mapping[str, Method], hparams: Hparams) -> str:
     """What makes `variants.ablate`."""
-    given = []
+    names, given = ["model"], {}
     if session.given:
-        given.append("moments=moments")  # those that explore was given
+        names.append("moments=moments")  # those that explore was given
     if session.hparams is not None:
-        given.append(f"hparams={_settings(hparams)}")
+        given["hparams"] = hparams
     if session.texts is not None:
-        given.append("texts=texts")
+        names.append("texts=texts")
     if session.n_tokens is not None:
-        given.append(f"n_tokens={session.n_tokens}")
-    lines = [*_load(session), f"session = pl.Session({', '.join(['model', *given])})"]
+        given["n_tokens"] = session.n_tokens
+    lines = [*_load(session), f"session = {_call('pl.Session', *names, **given)}"]
     lines += [f"fact = {_fact(fact)}", "methods = {"]
-    lines += [f"    {name!r}: {_method(method)}," for name, method in methods.items()]
-    return _text([*lines, "}", "table = pl.ablate(session, fact, methods)", "table"])
+    lines += [indent(f"{n!r}: {_method(method)},", "    ") for n, method in methods.items()]
+    return _text([*lines, "}"], "pl.ablate(session, fact, methods)")
 
 
-def _call(name: str, arguments: Sequence[str]) -> str:
-    """A call, on one line where it fits."""
+def _text(lines: Sequence[str], call: str) -> str:
+    """The lines, and the call that makes the table."""
+    return "\n".join([*lines, f"table = {call}", "table"]) + "\n"
+
+
+def _call(name: str, *code: str, **values: Any) -> str:
+    """A call with arguments given as code and as values, on one line where it fits."""
+    arguments = [*code, *(f"{key}={_value(value)}" for key, value in values.items())]
     short = f"{name}({', '.join(arguments)})"
-    lines = "".join(f"    {argument},\n" for argument in arguments)
+    lines = indent("".join(f"{argument},\n" for argument in arguments), "    ")
     return short if len(short) <= 80 else f"{name}(\n{lines})"
 
 
-def _text(lines: Sequence[str]) -> str:
-    return "\n".join(lines) + "\n"
-
-
-def _before(session: Session) -> list[str]:
-    """The model as it is now: loaded, and with the edits that are on it."""
-    return _replay(session, session.on())
+def _value(value: Any) -> str:
+    """A value as code; of a dataclass, the fields that are not those of the class."""
+    if not is_dataclass(value):
+        return repr(value)
+    every = {f.name: (getattr(value, f.name), f.default) for f in fields(value)}
+    given = {name: own for name, (own, default) in every.items() if own != default}
+    return _call(f"pl.{type(value).__name__}", **given)
 
 
 def _replay(session: Session, then: Sequence[Step], also: Step | None = None) -> list[str]:
     """Load the model, make the edits `then` and `also`, each on those that were on at its time, and
     leave `then` on the model."""
-    needed = _with_all_below([*then, *([] if also is None else [also])])
+    needed = {*then} if also is None else {*then, also}
+    for step in reversed(session.steps):  # and all that were on the model when these were made
+        if step in needed:
+            needed.update(step.upon)
     lines = _load(session)
     sites = [site for s in needed if s.hparams is not None for site in s.edit.factors]
     lines += ["", *_shared(session, sites)] if sites else []
@@ -93,18 +103,6 @@ def _replay(session: Session, then: Sequence[Step], also: Step | None = None) ->
     return lines + switch(then)
 
 
-def _with_all_below(steps: Sequence[Step]) -> set[Step]:
-    """The steps and all that were on the model when they were made, and so on."""
-    needed: set[Step] = set()
-    waiting = list(steps)
-    while waiting:
-        step = waiting.pop()
-        if step not in needed:
-            needed.add(step)
-            waiting.extend(step.upon)
-    return needed
-
-
 def _load(session: Session) -> list[str]:
     name = session.model.name
     note = "" if name in loading.BUNDLED else "  # as you loaded it"
@@ -118,9 +116,10 @@ def _shared(session: Session, sites: Sequence[Site]) -> list[str]:
         return [*lines, "moments = ...  # those that explore was given"]
     layers = sorted({site.layer for site in sites})
     projections = tuple(sorted({site.projection for site in sites}))
-    call = f"layers={layers}, projections={projections}, n_tokens={session.tokens_read()}"
     texts, note = ("pl.texts()", "") if session.texts is None else ("texts", "  # texts: your own")
-    return [*lines, f"moments = pl.second_moments(model, {texts}, {call}){note}"]
+    options = {"layers": layers, "projections": projections, "n_tokens": session.tokens_read()}
+    call = _call("pl.second_moments", "model", texts, **options)
+    return [*lines, f"moments = {call}{note}"]
 
 
 def _edit(session: Session, step: Step, name: str) -> list[str]:
@@ -130,12 +129,10 @@ def _edit(session: Session, step: Step, name: str) -> list[str]:
         return [*lines, f"{name} = pl.edit(model, [fact], None, {method})"]
     given = ""
     if step.hparams != _known(session, step.method):
-        lines.append(f"hparams = {_settings(step.hparams)}")
+        lines.append(f"hparams = {_value(step.hparams)}")
         given = ", hparams"
-    return [
-        *lines,
-        f"{name} = pl.edit(model, [fact], moments, {method}{given}, contexts=contexts)",
-    ]
+    call = f"pl.edit(model, [fact], moments, {method}{given}, contexts=contexts)"
+    return [*lines, f"{name} = {call}"]
 
 
 def _known(session: Session, method: str) -> Hparams | None:
@@ -148,30 +145,15 @@ def _known(session: Session, method: str) -> Hparams | None:
 def _fact(fact: Fact, full: bool = True) -> str:
     parts = ["subject", "prompt", "target_new", "target_true"]
     parts += ["paraphrases", "neighbours"] if full else []
-    return _call("pl.Fact", [f"{n}={getattr(fact, n)!r}" for n in parts if getattr(fact, n)])
-
-
-def _settings(hparams: Hparams) -> str:
-    """The fields that are not those of the class."""
-    given = [
-        f"{f.name}={getattr(hparams, f.name)!r}"
-        for f in fields(hparams)
-        if f.default is MISSING or getattr(hparams, f.name) != f.default
-    ]
-    return _call("pl.Hparams", given)
+    return _call("pl.Fact", **{n: getattr(fact, n) for n in parts if getattr(fact, n)})
 
 
 def _method(method: Any) -> str:
     """A method by its name where it has one."""
-    constants = {"AlphaEdit": "ALPHAEDIT", "FT-W": "FT_W", "FT+L": "FT_L"}
     for name, value in METHODS.items():
-        if value == method:
-            return f"pl.{constants.get(name, name)}"
+        if value == method:  # "FT+L" is pl.FT_L
+            return f"pl.{re.sub('[-+]', '_', name.upper())}"
     for name, value in ABLATIONS.items():
         if value == method:
             return f"pl.ABLATIONS[{name!r}]"
-    solver = f"pl.{method.solver!r}"
-    return (
-        f"pl.Method(delta_at={method.delta_at!r}, write={method.write!r}, "
-        f"spread={method.spread!r}, solver={solver})"
-    )
+    return _value(method)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import pandas as pd
+
 from pmet_lens.data import markup
-from pmet_lens.editing.method import SettingsError
+from pmet_lens.editing.method import Method, SettingsError
 from pmet_lens.editing.methods import PMET
 from pmet_lens.explorer import recipes, variants, widgets
+from pmet_lens.explorer.frame import Shell, Tab, Work
 from pmet_lens.explorer.jobs import Tick
-from pmet_lens.explorer.views import Pane, Shell, View
+from pmet_lens.explorer.views import View
 from pmet_lens.plotting import maps
 
 _HEAD = ("method", "says", "P(new)", "paraphrases %", "neighbours kept %", "‖ΔW‖/‖W‖")
 
 
-class AblateTab:
+class AblateTab(Tab):
     """Boxes to tick; every combination of them is edited and measured."""
 
     def __init__(self, shell: Shell) -> None:
-        self._shell = shell
+        tip = "Edit the fact above on the unedited model under each combination, and take it back"
+        super().__init__(shell, "Compare", tip)
         self.attention = {
             True: widgets.tick("with δ^a", True, "Attention gets a delta, as in PMET"),
             False: widgets.tick("without δ^a", True, "Only the feed-forward output gets a delta"),
@@ -39,69 +44,52 @@ class AblateTab:
             "null space": "Written only where old keys hardly reach: AlphaEdit",
         }
         self.solver = {name: widgets.tick(name, name == "ridge", tips[name]) for name in tips}
-        self._count = widgets.html()
-        tip = "Edit the fact above on the unedited model under each combination, and take it back"
-        self.button = shell.button("Compare", tip, self.run, "primary")
-        self.pane = Pane(shell)
-        groups = {
-            "δ^a": self.attention,
-            "Written": self.write_attention,
-            "Spread": self.spread,
-            "Solver": self.solver,
-        }
-        for group in groups.values():
+        self._groups = (self.attention, self.write_attention, self.spread, self.solver)
+        lines = []
+        for name, group in zip(("δ^a", "Written", "Spread", "Solver"), self._groups, strict=True):
+            label = widgets.html(f'<div style="width: 5em"><b>{name}</b></div>')
+            lines.append(widgets.row(label, *group.values()))
             for box in group.values():
                 box.observe(lambda _: self._count_variants(), names="value")
-        lines = [
-            widgets.row(
-                widgets.html(f'<div style="width: 5em"><b>{name}</b></div>'), *group.values()
-            )
-            for name, group in groups.items()
-        ]
+        self._count = widgets.html()
         self.box = widgets.column(*lines, widgets.row(self.button, self._count), self.pane.box)
         self._count_variants()
 
-    def _methods(self) -> dict[str, Any]:
-        def ticked(group: dict[Any, Any]) -> list[Any]:
+    def _methods(self) -> dict[str, Method]:
+        def ticked(group: Mapping[Any, Any]) -> list[Any]:
             return [value for value, box in group.items() if box.value]
 
-        return variants.variants(
-            ticked(self.attention),
-            ticked(self.write_attention),
-            ticked(self.spread),
-            ticked(self.solver),
-        )
+        return variants.variants(*map(ticked, self._groups))
 
     def _count_variants(self) -> None:
         names = list(self._methods())
         text = f"{len(names)} variants: {'; '.join(names)}." if names else "Tick one of each."
         self._count.value = widgets.message(text)
 
-    def run(self) -> None:
-        """Compare the ticked variants, in a step."""
+    def step(self) -> tuple[str, Work]:
+        """Compare the ticked variants."""
         methods, session = self._methods(), self._shell.session
         if not methods:
             raise SettingsError("Tick at least one box of each line.")
-        session.settings(PMET)  # says what is missing before anything runs
+        hparams = session.settings(PMET)  # says what is missing before anything runs
+        assert hparams is not None
 
-        def work(tick: Tick) -> tuple[View, Any]:
+        def work(tick: Tick) -> tuple[View, str]:
             fact = self._shell.fact.read(new=True)
             rows = variants.ablate(
                 session, fact, methods, lambda step, _: tick(0, 0, f"optimising, step {step}"), tick
             )
             table = variants.compared(rows)
-            hparams = session.settings(PMET)
-            assert hparams is not None
             code = recipes.ablate(session, fact, methods, hparams)
             title = f"“{fact.text} {fact.target_new}” under {len(table)} variations of PMET"
-            size = (7.0, 0.9 + 0.26 * len(table))
-            draw = partial(maps.variant_bars, table)
-            return View("ablate", title, rows, draw, code, size), table
+            draw, size = partial(maps.variant_bars, table), (7.0, 0.9 + 0.26 * len(table))
+            return View("ablate", title, rows, draw, code, size), _table(table)
 
-        self._shell.run("Compare", work, lambda made: self._show(*made))
+        return "Compare", work
 
-    def _show(self, view: View, table: Any) -> None:
-        flat = table.reset_index()
-        for name in ("paraphrases", "neighbours"):
-            flat[name] = [None if v != v else round(v) for v in flat[name]]
-        self.pane.show(view, markup.table(maps.rows_of(flat, list(flat.columns)), _HEAD))
+
+def _table(compared: pd.DataFrame) -> str:
+    flat = compared.reset_index()
+    for name in ("paraphrases", "neighbours"):
+        flat[name] = [None if v != v else round(v) for v in flat[name]]
+    return markup.table(maps.rows_of(flat, list(flat.columns)), _HEAD)

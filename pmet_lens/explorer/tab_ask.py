@@ -8,16 +8,18 @@ import pandas as pd
 
 from pmet_lens.data import markup
 from pmet_lens.explorer import recipes, widgets
+from pmet_lens.explorer.frame import Shell, Tab, Work
 from pmet_lens.explorer.jobs import Tick
-from pmet_lens.explorer.views import Pane, Shell, View
+from pmet_lens.explorer.views import View
 from pmet_lens.plotting.maps import answer_bars
 
 
-class AskTab:
+class AskTab(Tab):
     """A prompt, the likeliest next tokens, and how the text goes on."""
 
     def __init__(self, shell: Shell) -> None:
-        self._shell = shell
+        tip = "Ask the model, once without and once with the edits that are on it"
+        super().__init__(shell, "Ask", tip)
         self.prompt = widgets.text(
             "Other prompt", tip="Empty: the prompt of the fact above", hint="that of the fact"
         )
@@ -25,29 +27,23 @@ class AskTab:
         self.length = widgets.number(
             "Continuation", 1, 60, 12, "How many tokens are written, always the likeliest"
         )
-        tip = "Ask the model, once without and once with the edits that are on it"
-        self.button = shell.button("Ask", tip, self.run, "primary")
-        self.pane = Pane(shell)
         controls = widgets.row(self.prompt, self.k, self.length, self.button)
         self.box = widgets.column(controls, self.pane.box)
 
-    def run(self) -> None:
-        """Ask, in a step."""
+    def step(self) -> tuple[str, Work]:
+        """Ask."""
         session = self._shell.session
         prompt = self.prompt.value.strip() or self._shell.fact.text
         k, length = self.k.value, self.length.value
 
-        def work(tick: Tick) -> View:
+        def work(tick: Tick) -> tuple[View, str]:
             table = session.ask(prompt, k, length)
             code = recipes.ask(session, prompt, k, length)
             title = f"The {k} likeliest tokens after “{prompt}”, without and with edits"
-            return View(
-                "ask", title, table, partial(answer_bars, table), code, (7.0, 0.9 + 0.22 * k)
-            )
+            draw, size = partial(answer_bars, table), (7.0, 0.9 + 0.22 * k)
+            return View("ask", title, table, draw, code, size), _continuations(table, prompt)
 
-        self._shell.run(
-            "Ask", work, lambda view: self.pane.show(view, _continuations(view.table, prompt))
-        )
+        return "Ask", work
 
 
 def _continuations(table: pd.DataFrame, prompt: str) -> str:

@@ -13,9 +13,10 @@ from pmet_lens.data import markup
 from pmet_lens.editing.method import Hparams, SettingsError
 from pmet_lens.editing.methods import METHODS
 from pmet_lens.explorer import recipes, widgets
+from pmet_lens.explorer.frame import Shell, Tab, Work
 from pmet_lens.explorer.jobs import Tick
 from pmet_lens.explorer.session import Step
-from pmet_lens.explorer.views import Pane, Shell, View
+from pmet_lens.explorer.views import View
 from pmet_lens.models import generation
 from pmet_lens.plotting import maps
 
@@ -24,11 +25,13 @@ _COLUMNS = ("kind", "prompt", "before", "after", "p_before", "p_after")
 _HEAD = ("", "prompt", "before", "after", "P(new) before", "P(new) after")
 
 
-class EditTab:
+class EditTab(Tab):
     """Edits one after the other; each can be taken back in any order."""
 
     def __init__(self, shell: Shell) -> None:
-        self._shell = shell
+        super().__init__(
+            shell, "Edit", "Edit the fact above; the edit stays on the model until Undo"
+        )
         last = max(1, shell.session.model.n_layers - 2)
         self.method = widgets.choice("Method", list(METHODS), "PMET", "Which method edits")
         self.layers = widgets.span(
@@ -54,22 +57,15 @@ class EditTab:
         self._note = widgets.html()
         strengths = widgets.row(self.layers, *self.controls.values())
         self._strengths = widgets.column(strengths, self._note)
-        tip = "Edit the fact above; the edit stays on the model until Undo"
-        self.button = shell.button("Edit", tip, self.run, "primary")
         tip = "Put layers and strengths back to those known for this model"
         reset = shell.button("Known settings", tip, self._reset)
-        self.pane = Pane(shell)
         self._rows = widgets.column()
         self.history: list[tuple[Step, Any, Any]] = []
         self.method.observe(lambda _: self._reset(), names="value")
         self._reset()
         shell.session.on_change = self._changed
-        self.box = widgets.column(
-            widgets.row(self.method, self.button, reset),
-            self._strengths,
-            self._rows,
-            self.pane.box,
-        )
+        top = widgets.row(self.method, self.button, reset)
+        self.box = widgets.column(top, self._strengths, self._rows, self.pane.box)
 
     def _reset(self) -> None:
         try:
@@ -96,8 +92,8 @@ class EditTab:
             chosen["layers"] = tuple(range(first, last + 1))
         return {name: value for name, value in chosen.items() if value != getattr(known, name)}
 
-    def run(self) -> None:
-        """Edit the fact, in a step, with a curve of its losses."""
+    def step(self) -> tuple[str, Work]:
+        """Edit the fact, with a curve of its losses."""
         session, name = self._shell.session, self.method.value
         known = session.settings(name)
         change = self._change(known)
@@ -108,23 +104,19 @@ class EditTab:
             curve = _Curve(self, tick, n_steps)
             return session.edit(fact, name, change, curve.on_step, tick)
 
-        self._shell.run(f"Edit with {name}", work, self._show)
+        return f"Edit with {name}", work
 
-    def _view(self, step: Step) -> View:
-        number = len(self._shell.session.steps)
-        title = f"P(“{step.fact.target_new}”) before and after the edit of “{step.fact.text}”"
-        size = (7.0, 0.9 + 0.26 * len(step.table))
-        draw = partial(maps.prompt_shifts, step.table)
-        code = recipes.edit(self._shell.session, step)
-        return View(f"edit-{number}", title, step.table, draw, code, size)
-
-    def _show(self, step: Step) -> None:
+    def show(self, made: Step) -> None:
+        """Show the answers before and after, below the losses."""
         self._remember()  # first: whatever fails after it, the edit can be undone
-        rows = maps.rows_of(step.table, _COLUMNS)
-        loss = ""
-        if step.edit.targets is not None:
-            loss = _drawn(step.edit.targets.history, step.fact.text)
-        self.pane.show(self._view(step), loss + markup.table(rows, _HEAD))
+        table, fact, session = made.table, made.fact, self._shell.session
+        title = f"P(“{fact.target_new}”) before and after the edit of “{fact.text}”"
+        draw, size = partial(maps.prompt_shifts, table), (7.0, 0.9 + 0.26 * len(table))
+        name, code = f"edit-{len(session.steps)}", recipes.edit(session, made)
+        targets = made.edit.targets
+        loss = "" if targets is None else _drawn(targets.history, fact.text)
+        answers = markup.table(maps.rows_of(table, _COLUMNS), _HEAD)
+        super().show((View(name, title, table, draw, code, size), loss + answers))
 
     def _remember(self) -> None:
         """Give every step of the session a row, those that were made in code too."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,9 +20,6 @@ from matplotlib.figure import Figure
 
 from pmet_lens.data import markup
 from pmet_lens.explorer import widgets
-from pmet_lens.explorer.fact_panel import FactPanel
-from pmet_lens.explorer.jobs import Runner, Tick
-from pmet_lens.explorer.session import Session
 from pmet_lens.plotting.maps import restyle
 
 _INK = "#0a0b0c"
@@ -76,11 +73,10 @@ class View:
         """Write `files` into a folder, made where it is missing. Raises `OSError` as files do."""
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        for name, content in self.files().items():
-            (folder / name).write_bytes(content)
-            written.append(folder / name)
-        return written
+        files = {folder / name: content for name, content in self.files().items()}
+        for path, content in files.items():
+            path.write_bytes(content)
+        return list(files)
 
     def links(self) -> str:
         """HTML of one link per file that holds it, so that it works wherever the kernel runs."""
@@ -94,38 +90,17 @@ class View:
         return "Download: " + " · ".join(links)
 
 
-@runtime_checkable
-class Shell(Protocol):
-    """What a tab may ask of the explorer."""
-
-    session: Session
-    fact: FactPanel
-    runner: Runner
-
-    def button(self, label: str, tip: str, on_click: Callable[[], object], style: str = "") -> Any:
-        """A button that is off while a step runs."""
-        ...
-
-    def run(self, what: str, work: Callable[[Tick], Any], then: Callable[[Any], object]) -> None:
-        """Run a step in a thread, then show its result."""
-        ...
-
-    def say(self, text: str, kind: str = "") -> None:
-        """Show a line of status."""
-        ...
-
-
 class Pane:
     """Shows a view: text, figure, and its export as links, as files in a folder, and as code."""
 
-    def __init__(self, shell: Shell) -> None:
-        self._shell = shell
+    def __init__(self, button: Callable[..., Any], say: Callable[[str], object]) -> None:
+        self._say = say
         self.view: View | None = None
         self._figure, self._text, self._out = widgets.html(), widgets.html(), widgets.html()
         self._folder = widgets.text("Folder", "exports", "Where Save writes, beside the notebook")
         tip = "Show links to PNG, SVG, CSV and Python of this view, and the lines that make it"
-        export = shell.button("Export", tip, self._export)
-        save = shell.button("Save", "Write these four files into the folder", self._save)
+        export = button("Export", tip, self._export)
+        save = button("Save", "Write these four files into the folder", self._save)
         self._row = widgets.row(export, self._folder, save)
         self._row.layout.display = "none"
         self.box = widgets.column(self._text, self._figure, self._row, self._out)
@@ -153,7 +128,7 @@ class Pane:
     def _save(self) -> None:
         if self.view is not None:
             written = self.view.save(self._folder.value or ".")
-            self._shell.say(f"Wrote {', '.join(map(str, written))}.")
+            self._say(f"Wrote {', '.join(map(str, written))}.")
 
 
 def _saved(figure: Figure, kind: str, transparent: bool = False) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 from pmet_lens.data.markup import escape
 
 WIDE, LABEL = "16rem", "6rem"
+_BOX = {"width": "auto", "overflow": "visible"}
 
 
 def available() -> bool:
@@ -48,32 +49,22 @@ def suggestion(label: str, options: Sequence[str], tip: str = "", hint: str = ""
 
 def number(label: str, low: int, high: int, value: int, tip: str = "") -> Any:
     """A whole number on a slider."""
-    return _make(
-        "IntSlider", label, tip, WIDE, min=low, max=high, value=value, continuous_update=False
-    )
+    return _slider("IntSlider", label, tip, low, high, value)
 
 
 def span(label: str, low: int, high: int, value: tuple[int, int], tip: str = "") -> Any:
     """From one whole number to another, both on one slider."""
-    return _make(
-        "IntRangeSlider", label, tip, WIDE, min=low, max=high, value=value, continuous_update=False
-    )
+    return _slider("IntRangeSlider", label, tip, low, high, value)
 
 
 def strength(label: str, low: float, high: float, value: float, step: float, tip: str = "") -> Any:
     """A number on a slider."""
-    return _make(
-        "FloatSlider", label, tip, WIDE, min=low, max=high, value=value, step=step,
-        readout_format=".3g", continuous_update=False,
-    )  # fmt: skip
+    return _slider("FloatSlider", label, tip, low, high, value, step=step, readout_format=".3g")
 
 
 def magnitude(label: str, low: int, high: int, value: float, tip: str = "") -> Any:
     """A number on a logarithmic slider; `low` and `high` are powers of ten."""
-    return _make(
-        "FloatLogSlider", label, tip, WIDE, min=low, max=high, value=value, step=0.05,
-        readout_format=".3g", continuous_update=False,
-    )  # fmt: skip
+    return _slider("FloatLogSlider", label, tip, low, high, value, step=0.05, readout_format=".3g")
 
 
 def tick(label: str, value: bool = False, tip: str = "") -> Any:
@@ -85,27 +76,21 @@ def tick(label: str, value: bool = False, tip: str = "") -> Any:
 
 def button(label: str, tip: str, on_click: Callable[[], object], style: str = "") -> Any:
     """A button; `style`: "primary", "warning" or nothing."""
-    import ipywidgets
-
-    made = ipywidgets.Button(description=label, tooltip=tip, button_style=style)
-    made.layout = ipywidgets.Layout(width="auto", min_width="6rem", flex="0 0 auto")
+    layout = {"width": "auto", "min_width": "6rem", "flex": "0 0 auto"}
+    made = _new("Button", layout, description=label, tooltip=tip, button_style=style)
     made.on_click(lambda _: on_click())
     return made
 
 
 def progress() -> Any:
     """A bar from 0 to 1."""
-    import ipywidgets
-
-    layout = ipywidgets.Layout(width="10rem", flex="0 0 auto")
-    return ipywidgets.FloatProgress(min=0.0, max=1.0, tooltip="Progress of the step", layout=layout)
+    layout = {"width": "10rem", "flex": "0 0 auto"}
+    return _new("FloatProgress", layout, min=0.0, max=1.0, tooltip="Progress of the step")
 
 
 def html(value: str = "") -> Any:
     """Text, tables and figures."""
-    import ipywidgets
-
-    return ipywidgets.HTML(value, layout=ipywidgets.Layout(width="auto", max_width="100%"))
+    return _new("HTML", {"width": "auto", "max_width": "100%"}, value=value)
 
 
 def beside(made: Any) -> Any:
@@ -116,30 +101,25 @@ def beside(made: Any) -> Any:
 
 def row(*children: Any) -> Any:
     """Side by side, and below each other where the page is narrow."""
-    return _box("HBox", children, flex_flow="row wrap", align_items="center")
+    layout = {"flex_flow": "row wrap", "align_items": "center"}
+    return _new("HBox", _BOX | layout, children=children)
 
 
 def column(*children: Any) -> Any:
     """Below each other."""
-    return _box("VBox", children)
+    return _new("VBox", _BOX, children=children)
 
 
 def tabs(children: Mapping[str, Any]) -> Any:
     """One page per title."""
-    import ipywidgets
-
-    made = ipywidgets.Tab(children=tuple(children.values()), titles=tuple(children))
-    made.layout.width = "auto"
-    return made
+    pages, titles = tuple(children.values()), tuple(children)
+    return _new("Tab", {"width": "auto"}, children=pages, titles=titles)
 
 
 def folded(title: str, child: Any) -> Any:
     """A part that is closed until somebody opens it."""
-    import ipywidgets
-
-    made = ipywidgets.Accordion(children=(child,), titles=(title,), selected_index=None)
-    made.layout.width = "auto"
-    return made
+    parts = {"children": (child,), "titles": (title,), "selected_index": None}
+    return _new("Accordion", {"width": "auto"}, **parts)
 
 
 def message(text: str, kind: str = "") -> str:
@@ -149,20 +129,23 @@ def message(text: str, kind: str = "") -> str:
     return f'<div role="{role}" style="line-height: 1.35">{mark}{escape(text)}</div>'
 
 
+def _slider(
+    kind: str, label: str, tip: str, low: Any, high: Any, value: Any, **options: Any
+) -> Any:
+    options |= {"min": low, "max": high, "value": value, "continuous_update": False}
+    return _make(kind, label, tip, WIDE, **options)
+
+
 def _make(kind: str, label: str, tip: str, wide: str, **options: Any) -> Any:
-    import ipywidgets
-
-    # As many side by side as there is room for, each as wide as the room lets it be.
+    """A control with its label. As many stand side by side as there is room for, each as wide as
+    the room lets it be."""
     sized = {"width": "auto", "flex": f"1 1 {WIDE}", "max_width": "24rem", "min_width": "0"}
-    layout = ipywidgets.Layout(**(sized if wide == WIDE else {"width": wide, "max_width": "98%"}))
+    layout = sized if wide == WIDE else {"width": wide, "max_width": "98%"}
     style = {"description_width": "initial" if kind == "Checkbox" else LABEL}
-    maker = getattr(ipywidgets, kind)
-    return maker(description=label, tooltip=tip or label, layout=layout, style=style, **options)
+    return _new(kind, layout, description=label, tooltip=tip or label, style=style, **options)
 
 
-def _box(kind: str, children: Sequence[Any], **layout: str) -> Any:
+def _new(kind: str, layout: Mapping[str, str], **options: Any) -> Any:
     import ipywidgets
 
-    made = getattr(ipywidgets, kind)(tuple(children))
-    made.layout = ipywidgets.Layout(width="auto", overflow="visible", **layout)
-    return made
+    return getattr(ipywidgets, kind)(layout=ipywidgets.Layout(**layout), **options)
