@@ -162,30 +162,29 @@ def _edit(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     import pmet_lens as pl
+    from pmet_lens.moments.inputs import EditInputs
 
     method = pl.named(args.method)
     model, facts = _load(args), _facts(args.facts, args.n)
-    hparams = moments = None
+    hparams = moments = contexts = None
     if isinstance(method, pl.Method):
         known = pl.Hparams(tuple(args.layers)) if args.layers else None
         if args.suggest:
             suggested = pl.suggest_hparams(model, _facts(args.suggest, 30), len(facts))
             _say(repr(suggested), sys.stderr)
             known = suggested.hparams
-        hparams = known or pl.hparams_for(model, method)
+        inputs = EditInputs(model, None, known, pl.texts(args.texts), n_tokens=100_000)
+        hparams, contexts = inputs.settings(method), inputs.contexts()
         if args.moments:
             moments = pl.open_moments(args.moments)
         else:
             with tqdm(desc="second moments", unit="token") as bar:
-                moments = pl.second_moments(
-                    model,
-                    pl.texts(args.texts),
-                    hparams.layers,
-                    on_tokens=lambda done, _: bar.update(done - bar.n),
-                )
-        _say(str(pl.estimate(model, facts, method, hparams)), sys.stderr)
+                moments, _ = inputs.needed(method, hparams, lambda n, *_: bar.update(n - bar.n))
+        _say(str(pl.estimate(model, facts, method, hparams, contexts)), sys.stderr)
     with tqdm(unit="step") as bar:
-        edit = pl.edit(model, facts, moments, method, hparams, on_step=lambda *_: bar.update())
+        edit = pl.edit(
+            model, facts, moments, method, hparams, contexts, on_step=lambda *_: bar.update()
+        )
     edit.save(args.out)
     _say(f"{edit!r}: {args.out}")
 

@@ -208,7 +208,7 @@ class Objective:
         if tail is None:
             logits = self.model.forward(rows.ids, rows.mask, hooks=hooks, at=self._at)
         elif self._above is not None and self._past is not None and rows.ids.numel() > FEW_TOKENS:
-            below, above = self._past.of(slice(1)), self._past.of(slice(1, None))
+            below, above = self._past.of(0, 1), self._past.of(1)
             first, stop = rows.mask[:, :1], self.layer + 1
             edited = self._edited[self._chosen]
             output = tail.forward(edited, first, hooks=hooks, past=below, stop_at_layer=stop)

@@ -2,7 +2,9 @@
 
 Every actor is a `worker.Worker`. It gets the runs once and its weights once, and talks to the
 driver in names of shards: weights, moments and targets never travel with a task. All that lasts
-lies in the folder, so that a worker may die at any time.
+lies in the folder, so that a worker may die at any time. Who dies is Ray's business: it starts the
+worker again and gives it its task again. Which task comes next is decided here (`scheduler.py`) and
+not by references between Ray's objects, because those bind a task to a worker before it can start.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from pmet_lens.experiments.tasks import Task
 from pmet_lens.experiments.worker import Outcome, Worker, WorkerInfo
 from pmet_lens.models.loading import ModelError
 
-CHUNK_SECONDS = 5.0
-"""How long a chunk of tasks should keep a worker busy: much longer than handing it out takes."""
+LIVES = 3
+"""How many workers may die while they work on one task."""
 START_SECONDS = 900.0
 """How long workers may take to read their model before the cluster counts as full."""
 ANSWER_SECONDS = 10.0
@@ -103,7 +105,8 @@ def actors(
         ModelError: where they cannot read their model.
     """
     n, share = shares(ray.cluster_resources(), workers, options)
-    remote = ray.remote(max_restarts=0, **share)(RemoteWorker)
+    lives = {"max_restarts": -1, "max_task_retries": LIVES - 1}
+    remote = ray.remote(**lives, **share)(RemoteWorker)
     device = options["device"]
     if device is None and share["num_gpus"] and options["device_map"] is None:
         device = "auto"
@@ -128,7 +131,7 @@ def actors(
         for other in _answer(ray, others):
             check_versions(other, store.versions())
             _check_weights(other, info)
-        yield Actors(ray, lambda: start(weights), [first, *others], info)
+        yield Actors(ray, [first, *others], info)
     finally:
         for one in made:
             ray.kill(one)
@@ -231,10 +234,10 @@ class RemoteWorker:
         assert self.worker is not None
         return shared_weights.pack(self.worker.model)
 
-    def do(self, chunk: Sequence[Task]) -> list[Outcome]:
-        """Make shards, one after the other."""
+    def do(self, task: Task) -> Outcome:
+        """Make what the task is for."""
         assert self.worker is not None
-        return [self.worker.do(task) for task in chunk]
+        return self.worker.do(task)
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """What `question(worker, *arguments)` gives here."""
@@ -247,49 +250,39 @@ class RemoteWorker:
 
 
 class Actors:
-    """A `scheduler.Pool` of actors; one that died is replaced."""
+    """A `scheduler.Pool` of actors. Ray starts one again that died, and gives it its task again."""
 
-    def __init__(
-        self, ray: Any, start: Callable[[], Any], all: Sequence[Any], info: WorkerInfo
-    ) -> None:
-        self._ray, self._start, self._info = ray, start, info
-        self.idle, self.n = list(all), len(all)
-        self.running: dict[Any, tuple[Any, Sequence[Task]]] = {}
-        self._seconds: dict[str, list[float]] = {}
+    def __init__(self, ray: Any, actors: Sequence[Any], info: WorkerInfo) -> None:
+        self._ray, self._info = ray, info
+        self.all, self._idle = tuple(actors), list(actors)
+        self._working: dict[Any, tuple[Any, Task]] = {}
 
     def info(self) -> WorkerInfo:
         return self._info
 
     def ask_all(self, question: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `question(worker, *arguments)` gives on every worker, asked at the same time."""
-        return self._ray.get([one.ask.remote(question, *arguments) for one in self.idle])
+        return self._ray.get([one.ask.remote(question, *arguments) for one in self.all])
 
-    def free(self) -> int:
-        return len(self.idle)
+    def free(self) -> bool:
+        return bool(self._idle)
 
-    def size(self, task: Task, left: int) -> int:
-        """As many as keep a worker busy for a while, and never more than half of its share of what
-        is left, so that all are done at about the same time."""
-        seen = self._seconds.get(task.kind)
-        if not seen:
-            return 1
-        mean = max(sum(seen) / len(seen), 1e-3)
-        return max(1, min(int(CHUNK_SECONDS / mean), left // (2 * self.n)))
+    def submit(self, task: Task) -> Any:
+        actor = self._idle.pop(0)
+        handle = actor.do.remote(task)
+        self._working[handle] = actor, task
+        return handle
 
-    def give(self, chunk: Sequence[Task]) -> None:
-        actor = self.idle.pop(0)
-        self.running[actor.do.remote(list(chunk))] = (actor, chunk)
-
-    def collect(self) -> list[tuple[Task, Outcome | None]]:
-        done, _ = self._ray.wait(list(self.running), num_returns=1)
-        actor, chunk = self.running.pop(done[0])
+    def wait(self, handles: Sequence[Any]) -> tuple[Any, Outcome]:
+        (handle,), _ = self._ray.wait(list(handles), num_returns=1)
+        actor, task = self._working.pop(handle)
+        self._idle.append(actor)
         try:
-            outcomes = self._ray.get(done[0])
-        except self._ray.exceptions.RayActorError:
-            self.idle.append(self._start())
-            return [(task, None) for task in chunk]
-        self.idle.append(actor)
-        for task, outcome in zip(chunk, outcomes, strict=True):
-            if outcome.seconds:
-                self._seconds.setdefault(task.kind, []).append(outcome.seconds)
-        return list(zip(chunk, outcomes, strict=True))
+            return handle, self._ray.get(handle)
+        except self._ray.exceptions.RayActorError as error:
+            raise GridError(
+                f"Workers died {LIVES} times while making {task.file}, a task of kind "
+                f"{task.kind!r}. Most often the machine ran out of memory: take fewer workers on "
+                "it, a smaller dtype, or smaller shards (Cut), and start again; what was finished "
+                "is kept."
+            ) from error

@@ -1,23 +1,19 @@
-"""Who does what next: the shards of a grid, handed to workers as soon as they can be made.
+"""Who makes what next: the tasks of a grid, handed out as soon as what they need is there.
 
-Knows nothing of models: a `Pool` takes chunks of tasks and gives their outcomes back.
+Knows nothing of models: a `Pool` takes a task and gives its outcome back.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from pmet_lens.experiments.grid import GridError
 from pmet_lens.experiments.store import Folder, FolderError
 from pmet_lens.experiments.tasks import OWN, Task
 from pmet_lens.experiments.worker import Outcome, Worker, WorkerInfo
 
-LIVES = 3
-"""How many workers may die while they work on one shard."""
 POLL = 0.2
 """Seconds between two looks at what another process works on."""
 OnTask = Callable[[Task, Outcome], object]
@@ -31,44 +27,37 @@ class Pool(Protocol):
         """What every worker reports of itself."""
         ...
 
-    def free(self) -> int:
-        """How many chunks can be handed out now."""
+    def free(self) -> bool:
+        """Whether a worker has nothing to do."""
         ...
 
-    def size(self, task: Task, left: int) -> int:
-        """How many tasks like this one a chunk should have, when `left` are left."""
+    def submit(self, task: Task) -> Any:
+        """Give a task to a free worker; returns a handle of its outcome."""
         ...
 
-    def give(self, chunk: Sequence[Task]) -> None:
-        """Hand out a chunk."""
-        ...
-
-    def collect(self) -> list[tuple[Task, Outcome | None]]:
-        """Wait until something is done; None is the outcome where the worker died."""
+    def wait(self, handles: Sequence[Any]) -> tuple[Any, Outcome]:
+        """The first of these that is done, and its outcome."""
         ...
 
 
 class Serial:
-    """One worker, in this process."""
+    """One worker, in this process: what is submitted is done when its outcome is asked for."""
 
     def __init__(self, worker: Worker) -> None:
-        self.worker, self._chunk = worker, deque[Task]()
+        self.worker, self._tasks = worker, list[Task]()
 
     def info(self) -> WorkerInfo:
         return self.worker.describe()
 
-    def free(self) -> int:
-        return 0 if self._chunk else 1
+    def free(self) -> bool:
+        return not self._tasks
 
-    def size(self, task: Task, left: int) -> int:
-        return 1
+    def submit(self, task: Task) -> Task:
+        self._tasks.append(task)
+        return task
 
-    def give(self, chunk: Sequence[Task]) -> None:
-        self._chunk.extend(chunk)
-
-    def collect(self) -> list[tuple[Task, Outcome | None]]:
-        task = self._chunk.popleft()
-        return [(task, self.worker.do(task))]
+    def wait(self, handles: Sequence[Task]) -> tuple[Task, Outcome]:
+        return handles[0], self.worker.do(self._tasks.pop())
 
 
 class Schedule:
@@ -79,7 +68,7 @@ class Schedule:
     """
 
     def __init__(self, tasks: Mapping[str, Sequence[Task]], folder: Folder) -> None:
-        """`tasks`: digest of a run → its shards (`shards.tasks_of`)."""
+        """`tasks`: digest of a run → its tasks (`tasks.tasks_of`)."""
         self.folder = folder
         self.all: dict[str, Task] = {}
         for task in (task for ts in tasks.values() for task in ts):
@@ -88,29 +77,20 @@ class Schedule:
         self.there: set[str] = set()
         self.failed: dict[str, str] = {}
         """Digest of a run → why it cannot be finished."""
-        self.deaths: Counter[str] = Counter()
-        """File → how many workers died while they made it, or others of its chunk."""
-        wanted = dict.fromkeys(
-            file for ts in tasks.values() for t in ts if t.kind in OWN for file in self._open(t)
-        )
-        order = {file: i for i, file in enumerate(self.all)}
-        self.waiting = deque(sorted(wanted, key=order.__getitem__))
+        self.waiting = self._missing()
 
-    def _open(self, task: Task) -> list[str]:
-        """The files to be made until this one is there."""
-        if task.kind == "edit" or task.file in self.there:
-            return []  # edits are wanted by what is measured with them
-        return self._below(task.file, set())
-
-    def _below(self, file: str, seen: set[str]) -> list[str]:
-        if file in seen or self._is_there(file):
-            return []
-        seen.add(file)
-        return [file, *(f for need in self.all[file].needs for f in self._below(need, seen))]
+    def _missing(self) -> dict[str, Task]:
+        """What has to be made, in an order in which it can be. An edit is made where something is
+        measured with it."""
+        wanted = {f for f, task in self.all.items() if task.kind in OWN and task.kind != "edit"}
+        missing: dict[str, Task] = {}
+        for file, task in reversed(self.all.items()):
+            if file in wanted and not self._is_there(file):
+                missing[file] = task
+                wanted.update(task.needs)
+        return dict(reversed(missing.items()))
 
     def _is_there(self, file: str) -> bool:
-        if file in self.there:
-            return True
         if self.folder.present(file):
             if self.folder.intact(file):
                 self.there.add(file)
@@ -126,81 +106,50 @@ class Schedule:
 
         Raises:
             FolderError: where no file can be written any more.
-            GridError: where workers die again and again on one shard.
+            GridError: where workers die again and again on one task.
         """
-        running: set[str] = set()
-        busy: dict[str, float] = {}
-        while self.waiting or running or busy:
-            self._wake(busy)
-            while pool.free() and (chunk := self._next(pool, running)):
-                running.update(task.file for task in chunk)
-                pool.give(chunk)
+        running: dict[Any, Task] = {}
+        busy: set[str] = set()  # another process works on these
+        while self.waiting or running:
+            while pool.free() and (task := self._ready(busy)) is not None:
+                running[pool.submit(task)] = self.waiting.pop(task.file)
             if not running:
-                if not busy and self.waiting:
+                if not busy:
                     raise AssertionError(f"nothing leads to {list(self.waiting)}")
                 time.sleep(POLL)
+                busy.clear()
                 continue
-            for task, outcome in pool.collect():
-                running.discard(task.file)
-                if outcome is None:
-                    self._record_death(task)
-                elif outcome.state == "busy":
-                    busy[task.file] = time.monotonic() + POLL
-                elif outcome.state == "stop":
-                    raise FolderError(outcome.error)
-                elif outcome.state == "failed":
-                    self._drop(task, outcome.error)
-                    on_task(task, outcome)
-                else:
-                    self.there.add(task.file)
-                    on_task(task, outcome)
+            handle, outcome = pool.wait(list(running))
+            task = running.pop(handle)
+            if outcome.state == "stop":
+                raise FolderError(outcome.error)
+            if outcome.state == "busy":
+                busy.add(task.file)
+                self.waiting = {task.file: task, **self.waiting}
+                continue
+            busy.clear()
+            if outcome.state == "failed":
+                self._leave_out(task, outcome.error)
+            else:
+                self.there.add(task.file)
+            on_task(task, outcome)
 
-    def _wake(self, busy: dict[str, float]) -> None:
-        """Tasks another process was at come back after a while."""
-        for file in [file for file, at in busy.items() if at <= time.monotonic()]:
-            del busy[file]
-            self.waiting.appendleft(file)
+    def _ready(self, busy: set[str]) -> Task | None:
+        """The first task whose needs are there."""
+        waiting = (task for file, task in self.waiting.items() if file not in busy)
+        return next((task for task in waiting if self.there.issuperset(task.needs)), None)
 
-    def _next(self, pool: Pool, running: set[str]) -> list[Task]:
-        """The first tasks whose needs are there, of one kind and one run, as many as suit."""
-        ready = [
-            task
-            for file in self.waiting
-            if self.there.issuperset((task := self.all[file]).needs) and file not in running
-        ]
-        if not ready:
-            return []
-        first = ready[0]
-        alike = [t for t in ready if (t.kind, t.run) == (first.kind, first.run)]
-        alone = self.deaths[first.file] > 0  # so that it takes no other along
-        chunk = alike[: 1 if alone else pool.size(first, len(alike))]
-        taken = {task.file for task in chunk}
-        self.waiting = deque(file for file in self.waiting if file not in taken)
-        return chunk
-
-    def _record_death(self, task: Task) -> None:
-        self.deaths[task.file] += 1
-        if (deaths := self.deaths[task.file]) >= LIVES:
-            raise GridError(
-                f"Workers died {deaths} times while making {task.file}, a shard of kind "
-                f"{task.kind!r}. Most often the machine ran out of memory: take fewer workers on "
-                "it, a smaller dtype, or smaller shards (Cut), and start again; what was finished "
-                "is kept."
-            )
-        self.waiting.appendleft(task.file)
-
-    def _drop(self, task: Task, error: str) -> None:
-        """Leave out what cannot be made without this task."""
-        gone = {task.file}
+    def _leave_out(self, task: Task, error: str) -> None:
+        """Leave out the runs that cannot be finished without this task."""
+        lost = {task.file}
         for file, other in self.all.items():  # in an order in which they can be made
-            if gone & {*other.needs}:
-                gone.add(file)
+            if lost.intersection(other.needs):
+                lost.add(file)
         for digest, files in self.of.items():
-            if gone & files:
+            if lost & files:
                 self.failed.setdefault(digest, error)
-        lost = {f for d in self.failed for f in self.of[d]}
-        kept = {f for d, files in self.of.items() if d not in self.failed for f in files}
-        self.waiting = deque(f for f in self.waiting if f not in lost - kept)
+        kept = {f for digest, files in self.of.items() if digest not in self.failed for f in files}
+        self.waiting = {file: task for file, task in self.waiting.items() if file in kept}
 
     def complete(self, digest: str) -> bool:
         """Whether everything is there that was measured of a run."""

@@ -19,7 +19,7 @@ from pmet_lens.data.facts import Fact
 from pmet_lens.editing.edits import Edit, Editor
 from pmet_lens.editing.locate_and_edit import edit, edit_sequentially
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import ABLATIONS, PMET, hparams_for
+from pmet_lens.editing.methods import ABLATIONS, PMET
 from pmet_lens.editing.solvers import Factor
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics, scoring
@@ -27,6 +27,7 @@ from pmet_lens.experiments import target_files
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Site
 from pmet_lens.moments import moment_files
+from pmet_lens.moments.inputs import EditInputs
 from pmet_lens.moments.second_moments import Moment, chained
 
 OnDone = Callable[[int, int], object]
@@ -82,13 +83,13 @@ class Bench:
         hparams: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model, self.folder = model, Path(folder)
-        self.settings = hparams or (lambda method: known(model, method))
-        self.contexts = tokens.sample_contexts(model)
+        self.inputs = EditInputs(model, self._read_moments(texts, n_tokens))
+        self.settings = hparams or self.inputs.settings
+        self.contexts, self.moments = self.inputs.contexts(), self.inputs.moments(())
         self._drawn_from = target_files.identity(model)
-        self.moments = self._moments(texts, n_tokens)
         self._kept: dict[tuple[Any, ...], dict[Site, Factor]] = {}
 
-    def _moments(self, texts: Sequence[str] | None, n_tokens: int) -> dict[Site, Moment]:
+    def _read_moments(self, texts: Sequence[str] | None, n_tokens: int) -> dict[Site, Moment]:
         read = "world" if texts is None else chained("", texts)[:8]
         name = f"{target_files.weights(self.model)[:16]}-{read}-{n_tokens}"
         return moment_files.kept_moments(
@@ -166,11 +167,6 @@ class Bench:
 
     def _contexts(self, trial: Trial) -> list[str]:
         return self.contexts if trial.prefixes else [tokens.PLAIN]
-
-
-def known(model: Model, method: Method | Editor) -> Hparams | None:
-    """The settings `pl.HPARAMS` has; None for gradient methods, which know theirs."""
-    return hparams_for(model, method) if isinstance(method, Method) else None
 
 
 def compare(

@@ -42,7 +42,7 @@ def ablate(session: Session, fact: Fact, methods: Mapping[str, Method], hparams:
     given = []
     if session.given:
         given.append("moments=moments")  # those that explore was given
-    if session.own_hparams is not None:
+    if session.hparams is not None:
         given.append(f"hparams={_settings(hparams)}")
     if session.texts is not None:
         given.append("texts=texts")
@@ -140,7 +140,7 @@ def _edit(session: Session, step: Step, name: str) -> list[str]:
 
 def _known(session: Session, method: str) -> Hparams | None:
     try:
-        return None if session.own_hparams is not None else session.settings(method)
+        return None if session.hparams is not None else session.settings(method)
     except SettingsError:
         return None
 

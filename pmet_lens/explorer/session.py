@@ -6,29 +6,22 @@ This is the explorer without its buttons (`explorer.py`): every method returns a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 
-from pmet_lens.data import datasets
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing import locate_and_edit
 from pmet_lens.editing.edits import Edit
-from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import hparams_for, named
+from pmet_lens.editing.method import Hparams
+from pmet_lens.editing.methods import named
 from pmet_lens.editing.targets import OnStep
 from pmet_lens.evaluation import scoring
-from pmet_lens.models import generation, loading, tokens
-from pmet_lens.models.model import Model, Projection, Site
-from pmet_lens.moments.second_moments import second_moments
-
-OnProgress = Callable[[int, int, str], None]
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-TOKENS_PER_DIMENSION = 20
-"""Text for the second moments: ten per dimension give the edits that eighty give
-(`tests/benchmarks/results/precision.md`)."""
+from pmet_lens.models import generation, tokens
+from pmet_lens.models.model import Model, Site
+from pmet_lens.moments.inputs import EditInputs, OnProgress
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +39,8 @@ class Step:
     """The steps whose edits were on the model when this one was made."""
 
 
-class Session:
-    """One model, and what edits of it need.
-
-    Args:
-        moments: second moments as `pl.edit` takes them; sites that are missing are computed from
-            `texts` when an edit needs them.
-        hparams: for every method of the closed form; None: those known for the model.
-        texts: for second moments; None: about the bundled world, for a bundled model only.
-        n_tokens: of these; None: 20 per dimension of the widest key.
-    """
+class Session(EditInputs):
+    """One model, what edits of it need (arguments: those of `EditInputs`), and the edits so far."""
 
     def __init__(
         self,
@@ -65,72 +50,10 @@ class Session:
         texts: Sequence[str] | None = None,
         n_tokens: int | None = None,
     ) -> None:
-        self.model, self.own_hparams, self.texts = model, hparams, texts
-        self.given = moments is not None
-        self.n_tokens = n_tokens
+        super().__init__(model, moments, hparams, texts, n_tokens)
         self.steps: list[Step] = []
-        self._moments: dict[Site, Any] = dict(moments or {})
-        self._contexts: list[str] | None = None
         self.on_change: Callable[[], object] = lambda: None
         """Called after every edit, undo and redo."""
-
-    def settings(self, method: str | Method) -> Hparams | None:
-        """The strengths `method` takes; None for a method that knows them itself (fine-tuning).
-
-        Raises:
-            SettingsError: for a model without known settings, where none were given.
-        """
-        value = named(method) if isinstance(method, str) else method
-        if not isinstance(value, Method):
-            return None
-        return self.own_hparams if self.own_hparams is not None else hparams_for(self.model, value)
-
-    def contexts(self) -> list[str]:
-        """The context prefixes, sampled once from the unedited model."""
-        if self._contexts is None:
-            with self.model.live_edits.bare():
-                self._contexts = tokens.sample_contexts(self.model)
-        return self._contexts
-
-    def moments(
-        self, sites: Iterable[Site], on_progress: OnProgress | None = None
-    ) -> dict[Site, Any]:
-        """The second moments of the sites; those not known yet are computed on the unedited model.
-
-        Raises:
-            SettingsError: where they would have to be computed and there is no text.
-        """
-        missing = [site for site in sites if site not in self._moments]
-        for projection in PROJECTIONS:
-            layers = [site.layer for site in missing if site.projection == projection]
-            if not layers:
-                continue
-            what = f"second moments of {len(layers)} layers, once per model (tokens)"
-            with self.model.live_edits.bare():
-                more = second_moments(
-                    self.model,
-                    self._texts(),
-                    layers,
-                    projections=(projection,),
-                    n_tokens=self.tokens_read(),
-                    on_tokens=_counter(on_progress, what),
-                )
-            self._moments.update(more)
-        return self._moments
-
-    def tokens_read(self) -> int:
-        """How many tokens second moments are computed from."""
-        width = max(self.model.d_in(Site(0, "mlp")), self.model.d_in(Site(0, "attn")))
-        return self.n_tokens or TOKENS_PER_DIMENSION * width
-
-    def _texts(self) -> Iterable[str]:
-        if self.texts is None and self.model.name not in loading.BUNDLED:
-            raise SettingsError(
-                f"An edit of {self.model.name!r} needs second moments, and there is no text to "
-                "compute them from: give explore texts= (a list of strings, such as "
-                "list(pl.texts(path))) or moments=."
-            )
-        return datasets.texts() if self.texts is None else self.texts
 
     def ask(self, prompt: str, k: int = 5, n_tokens: int = 12) -> pd.DataFrame:
         """The `k` likeliest next tokens without and with the edits that are on the model. Columns
@@ -218,18 +141,6 @@ class Session:
         """The steps whose edits are on the model now."""
         return [step for step in self.steps if self.is_on(step)]
 
-    def needed(
-        self, method: Any, hp: Any, on_progress: OnProgress | None = None
-    ) -> tuple[Mapping[Site, Any], list[str]]:
-        """The second moments and context prefixes that a method with these settings takes."""
-        if not isinstance(method, Method):
-            return {}, []
-        hp.check(self.model.n_layers)
-        sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
-        if on_progress is not None:
-            on_progress(0, 0, "context prefixes, once per model")
-        return self.moments(sites, on_progress), self.contexts()
-
     def answers(self, fact: Fact, edit: Edit) -> pd.DataFrame:
         """What the model says about a fact, its paraphrases and its neighbours as it is now and
         with `edit` on it too. Columns kind, prompt, before, after (up to 6 tokens, greedily),
@@ -250,9 +161,3 @@ class Session:
         columns["p_after"] = [math.exp(-s.nll) for s in later]
         columns["says_new"] = [s.right == 1 for s in later]
         return pd.DataFrame(columns)
-
-
-def _counter(on_progress: OnProgress | None, what: str) -> Callable[[int, int], object] | None:
-    if on_progress is None:
-        return None
-    return lambda done, total: on_progress(done, total, what)

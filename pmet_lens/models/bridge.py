@@ -1,16 +1,17 @@
-"""A copy of a model that shares its weights, and two ways to run it with hooks that never stay.
+"""A copy of a model that shares its weights, run with hooks that never stay.
 
 TransformerLens wraps a model in place, and a wrapped model can no longer be saved. So a copy is
 wrapped: copied modules, the very same parameters and buffers, no extra memory. `Wrapped` runs such
-a copy through TransformerLens's bridge, `Unwrapped` runs one without it, which is cheaper. Only
-this file imports `transformer_lens`, inside a function because that alone takes seconds.
+a copy through TransformerLens's bridge, from any block on. Only this file imports
+`transformer_lens`, inside a function because that alone takes seconds.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,25 +34,37 @@ def copy_sharing_weights(hf: nn.Module) -> nn.Module:
     return copy.deepcopy(hf, {id(tensor): tensor for tensor in tensors}).eval()
 
 
-def drop_blocks(model: Any, path: str, first: int) -> None:
-    """Let the block list at `path` begin at block `first`, in the modules and in the config.
+class Blocks:
+    """The block list of a model (a copy, never a user's model), which may begin later for a pass.
 
-    Changes `model` in place: a copy, never a user's model.
+    `path`: where it lies in `model`.
     """
-    parent, _, attribute = path.rpartition(".")
-    blocks = getattr(model.get_submodule(parent), attribute)
-    kept = nn.ModuleList(list(blocks)[first:])
-    setattr(model.get_submodule(parent), attribute, kept)
-    modules: list[Any] = list(kept.modules())
-    for module in modules:
-        for name in ("layer_idx", "layer_id"):  # where its keys and values lie in a cache
-            if isinstance(getattr(module, name, None), int):
-                setattr(module, name, getattr(module, name) - first)
-    model.config.num_hidden_layers = len(blocks) - first
-    # Gemma-2 and GPT-Neo choose the mask (sliding window or not) by position in these lists.
-    for name in ("layer_types", "attention_layers"):
-        if getattr(model.config, name, None) is not None:
-            setattr(model.config, name, getattr(model.config, name)[first:])
+
+    def __init__(self, model: Any, path: str) -> None:
+        self.model, parent = model, path.rpartition(".")[0]
+        self.parent, self.attribute = model.get_submodule(parent), path.rpartition(".")[2]
+        self.all = list(getattr(self.parent, self.attribute))
+        # Gemma-2 and GPT-Neo choose the mask (sliding window or not) by position in these lists.
+        lists = {n: getattr(model.config, n, None) for n in ("layer_types", "attention_layers")}
+        self._lists = {name: value for name, value in lists.items() if value is not None}
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def starting_at(self, first: int) -> Iterator[None]:
+        """A block in which the list begins at block `first`. One thread at a time is in it."""
+        with self._lock:
+            try:
+                self._begin(first)
+                yield
+            finally:
+                self._begin(0)
+
+    def _begin(self, first: int) -> None:
+        if len(getattr(self.parent, self.attribute)) == len(self.all) - first:
+            return
+        setattr(self.parent, self.attribute, nn.ModuleList(self.all[first:]))
+        for name, value in self._lists.items():
+            setattr(self.model.config, name, value[first:])
 
 
 @dataclass(frozen=True)
@@ -62,23 +75,27 @@ class Past:
     """Per block the keys and values, `[row, head, token, d_head]`."""
     mask: Int[Tensor, "row token"]
     """1 for the tokens a row has, then 0."""
+    first: int
+    """The number of the first of these blocks."""
 
-    def of(self, blocks: slice) -> Past:
-        """That of some of the blocks."""
-        return Past(self.layers[blocks], self.mask)
+    def of(self, start: int, stop: int | None = None) -> Past:
+        """That of some of the blocks, counted from `first`."""
+        return Past(self.layers[start:stop], self.mask, self.first + start)
 
     def __getitem__(self, rows: Tensor) -> Past:
         """The chosen rows."""
         layers = [(k[rows.to(k.device)], v[rows.to(v.device)]) for k, v in self.layers]
-        return Past(tuple(layers), self.mask[rows])
+        return Past(tuple(layers), self.mask[rows], self.first)
 
     def arguments(self, mask: Int[Tensor, "row token"]) -> dict[str, Any]:
         """What a forward pass over the tokens after it, which `mask` is of, takes."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()  # a fresh one: the pass lengthens it
+        cache: Any = DynamicCache()  # a fresh one: the pass lengthens it
         for number, (keys, values) in enumerate(self.layers):
             cache.update(keys, values, number)
+        # Blocks keep their numbers; those below do not run, but the first is asked for its length.
+        cache.layers = self.first * [cache.layers[0]] + cache.layers
         place = self.mask.sum(1, keepdim=True) + torch.arange(mask.shape[1], device=mask.device)
         return {
             "past_key_values": cache,
@@ -106,6 +123,10 @@ class Wrapped:
             raise ModelError(f"TransformerLens cannot wrap {name!r} ({architecture})") from error
         self.bridge: Any = bridge.eval()
         self.name = name
+        self.blocks: Blocks | None = None
+        """None for a model that is no stack of blocks."""
+        if "blocks" in self.bridge.adapter.component_mapping:
+            self.blocks = Blocks(model, self.bridge.adapter.component_mapping["blocks"].name)
         # Kept here: the bridge collects them anew whenever it is asked.
         self.hooks = frozenset(self.bridge.hook_dict)
         self._parameters = list(self.bridge.parameters())
@@ -119,12 +140,14 @@ class Wrapped:
         at: Int[Tensor, "n 2"] | None = None,
         stop_at_layer: int | None = None,
         past: Past | None = None,
+        first: int = 0,
     ) -> Tensor:
         """One forward pass; see `Model.forward`. The hooks are gone afterwards, also on errors.
 
-        With `past`, `ids` and `mask` are those of the tokens after it.
+        With `past`, `ids` and `mask` are those of the tokens after it. Blocks below `first` do not
+        run; a hook has to replace what enters that one.
         """
-        arguments = _arguments(ids, mask, past)
+        passed = arguments(ids, mask, past)
         for name, _ in hooks:
             if name not in self.hooks:
                 raise ModelError(
@@ -132,9 +155,13 @@ class Wrapped:
                 )
         if at is not None:
             # Here and not before the final norm: GPT-2 reshapes to [batch, token] in between.
-            hooks = [*hooks, (_HEAD, lambda value: _picked(value, at)[None])]
-        with _frozen(self._parameters), self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks)):
-            out = self.bridge(ids, stop_at_layer=stop_at_layer, **arguments)
+            hooks = [*hooks, (_HEAD, lambda value: picked(value, at)[None])]
+        with (
+            frozen(self._parameters),
+            self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks)),
+            self._starting_at(first),
+        ):
+            out = self.bridge(ids, stop_at_layer=stop_at_layer, **passed)
         return (out if at is None else out[0]).to(ids.device)
 
     def read_past(
@@ -142,79 +169,28 @@ class Wrapped:
         ids: Int[Tensor, "batch token"],
         mask: Int[Tensor, "batch token"],
         hooks: Hooks,
+        first: int,
     ) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The keys and values of every block, as `Past.layers`, without gradients."""
+        """The keys and values of every block from `first` on, as `Past.layers`, without
+        gradients."""
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
         # Nobody reads the logits.
         hooks = [*hooks, (_HEAD, lambda value: value[:1, :1])]
-        with torch.no_grad(), self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks)):
-            _, cache = self.bridge(
-                ids, attention_mask=mask, use_cache=True, return_type="logits_and_cache"
-            )
-        return tuple((layer.keys, layer.values) for layer in cache.layers)
+        with (
+            torch.no_grad(),
+            self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks)),
+            self._starting_at(first),
+        ):
+            self.bridge(ids, attention_mask=mask, use_cache=True, past_key_values=cache)
+        return tuple((layer.keys, layer.values) for layer in cache.layers[first:])
+
+    def _starting_at(self, first: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.blocks is None else self.blocks.starting_at(first)
 
 
-class Unwrapped:
-    """A copy of a model without a wrapper, fed at its first block: cheaper than a bridge.
-
-    `entry`, `head` and `mlp` are the names of the first block, of the unembedding and of the last
-    block's MLP in `model`; `hooks` the modules whose output a hook of a bridge sees, by the name of
-    that hook. Where logits are wanted at some tokens only, that MLP runs on these alone: nothing
-    reads what it would write elsewhere.
-    """
-
-    def __init__(
-        self, model: nn.Module, entry: str, head: str, mlp: str | None, hooks: Mapping[str, str]
-    ) -> None:
-        self.model = model
-        self.hooks = {name: model.get_submodule(path) for name, path in hooks.items()}
-        self._entry, self._head = model.get_submodule(entry), model.get_submodule(head)
-        self._mlp = None if mlp is None else model.get_submodule(mlp)
-        self._parameters = list(model.parameters())
-
-    def run(
-        self,
-        entering: Float[Tensor, "batch token d_model"] | Int[Tensor, "batch token"],
-        mask: Int[Tensor, "batch token"],
-        at: Int[Tensor, "n 2"] | None = None,
-        past: Past | None = None,
-        hooks: Hooks = (),
-    ) -> Float[Tensor, "batch token vocab"] | Float[Tensor, "n vocab"]:
-        """As `Tail.forward`; of token ids, where no block was left out."""
-        ids = entering if entering.ndim == 2 else torch.zeros_like(mask)
-        arguments = _arguments(ids, mask, past)
-
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (entering, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": entering}
-
-        def pick(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            return args if at is None else (_picked(args[0], at)[None],)
-
-        def spread(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-            where = at.to(out.device).unbind(1)  # type: ignore[union-attr]
-            return out.new_zeros(*ids.shape, out.shape[-1]).index_put(where, out[0])
-
-        def on_output(hook: Hook) -> Any:
-            return lambda _, __, out: hook(out)
-
-        handles = [self._head.register_forward_pre_hook(pick)]
-        handles += [self.hooks[n].register_forward_hook(on_output(hook)) for n, hook in hooks]
-        if entering.ndim == 3:
-            handles.append(self._entry.register_forward_pre_hook(enter, with_kwargs=True))
-        if at is not None and self._mlp is not None:
-            handles.append(self._mlp.register_forward_pre_hook(pick))
-            handles.append(self._mlp.register_forward_hook(spread))
-        try:
-            with _frozen(self._parameters):
-                logits = self.model(ids, **arguments).logits
-        finally:
-            for handle in handles:
-                handle.remove()
-        return (logits if at is None else logits[0]).to(mask.device)
-
-
-def _arguments(ids: Tensor, mask: Tensor, past: Past | None) -> dict[str, Any]:
+def arguments(ids: Tensor, mask: Tensor, past: Past | None) -> dict[str, Any]:
     """What a pass takes beside the ids. Raises `ModelError` for rows not padded on the right."""
     if ids.shape != mask.shape:
         raise ModelError(f"ids {list(ids.shape)} and mask {list(mask.shape)} differ in shape")
@@ -257,13 +233,13 @@ def head_together(bridge: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _picked(value: Tensor, at: Int[Tensor, "n 2"]) -> Float[Tensor, "n d"]:
+def picked(value: Tensor, at: Int[Tensor, "n 2"]) -> Float[Tensor, "n d"]:
     """The (row, token) pairs `at` of an activation."""
     return value[at.to(value.device).unbind(1)]
 
 
 @contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Keep autograd from recording for weight gradients that nobody asks for.
 
     Without this, activations of every block are kept, also below the change. The flags are the

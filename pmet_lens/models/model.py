@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pmet_lens.models.bridge import Hooks, Wrapped, copy_sharing_weights
+from pmet_lens.models.bridge import Blocks, Hooks, Wrapped, copy_sharing_weights
 from pmet_lens.models.chat import Messages, frame
 from pmet_lens.models.sites import (
     PROJECTION_MODULES,
@@ -244,8 +244,14 @@ class Model:
         shortened model does not give the logits of the whole one; use `forward` then.
         """
         if self.check_layer(first) not in self._tails:
-            self._tails[first] = make_tail(self.hf, self._wrapped, first)
+            self._tails[first] = make_tail(self.hf, self._wrapped, self._plain, first)
         return self._tails[first]
+
+    @cached_property
+    def _plain(self) -> Blocks:
+        """The blocks of a copy without a wrapper, for tails."""
+        path = self.bridge.adapter.component_mapping["blocks"].name
+        return Blocks(copy_sharing_weights(self.hf), path)
 
     def _check_stop(self, stop: int, hooks: Hooks, at: Tensor | None) -> None:
         if not 0 < stop <= self.n_layers or at is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -127,22 +128,22 @@ def plan(
         raise GridError(f"workers must be at least 1, not {workers}.")
     where = {"device": device, "device_map": device_map}
     counted: list[Shard] = []
-    memory, start, clock = 0, 0.0, probing.Clock()
+    memory, start, began = 0, 0.0, time.perf_counter()
     with ExitStack() as stack:
         ray = None
         if engine == "ray":
             ray_engine.check_installed()
             ray = stack.enter_context(ray_engine.cluster(address))
-            start = clock.seconds()
+            start = time.perf_counter() - began
         for (name, dtype, template), group in by_model(runs).items():
-            clock = probing.Clock()
+            began = time.perf_counter()
             if stand_in is None:
                 here = where if ray is None else {}  # the workers have other devices
                 model = load(name, dtype=dtype, template=template, **here)
                 sizes = costs.sizes_of(model)
             else:
                 model, sizes = stand_in
-            read = clock.seconds()
+            read = time.perf_counter() - began
             count, shards = Count(model, sizes), list[Shard]()
             for tasks in tasks_of(group, f"plan of {name} {dtype}").values():
                 shards += [count.shard(task, group) for task in tasks]
@@ -150,16 +151,15 @@ def plan(
             if rates is not None:
                 seconds = [rates(s.task.kind, s.operations, s.exact) for s in shards]
             elif ray is None:
-                probe = probing.Probe(model)
-                seconds = [probe.seconds(s.task, s.run) for s in shards]
+                seconds = probing.seconds_of(model, shards)
             else:
                 seconds, read, workers = _asked(ray, shards, group, workers, where)
             for shard, took in zip(shards, seconds, strict=True):
                 shard.seconds = took
             start += read
             counted += shards
-        clock = probing.Clock()
-    start += clock.seconds()  # to take Ray down again
+        began = time.perf_counter()
+    start += time.perf_counter() - began  # to take Ray down again
     distinct = {shard.task.file: shard for shard in counted}.values()
     return _plan(list(distinct), runs, workers or 1, memory, start)
 
@@ -173,14 +173,14 @@ def _asked(
 ) -> tuple[list[float], float, int]:
     """The mean of what the workers of one model measure, the seconds until they have read it, and
     how many there are."""
-    runs, clock = {run.digest: run for run in group}, probing.Clock()
+    runs, began = {run.digest: run for run in group}, time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
         ray_engine.actors(ray, folder, runs, workers, where) as pool,
     ):
-        begun = clock.seconds()
-        measured = pool.ask_all(probing.seconds_of, [shard.task for shard in shards])
-    return [sum(times) / len(times) for times in zip(*measured, strict=True)], begun, pool.n
+        read = time.perf_counter() - began
+        measured = pool.ask_all(probing.seconds_on, shards)
+    return [sum(times) / len(times) for times in zip(*measured, strict=True)], read, len(pool.all)
 
 
 def _plan(

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import time
-from collections import Counter, deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,24 +93,34 @@ def test_one_worker_has_the_same_results(ray, grid, serial, tmp_path):
 def test_two_workers_have_the_same_results_although_one_is_killed_in_the_middle(
     ray, grid, serial, tmp_path, monkeypatch
 ):
-    give, pids, killed = ray_engine.Actors.give, {}, []
+    submit, killed = ray_engine.Actors.submit, []
 
-    def told(self, chunk):
-        actor = self.idle[0]
-        if actor not in pids:
-            pids[actor] = ray.get(actor.pid.remote())
-        give(self, chunk)
-        if chunk[0].kind == "targets" and not killed:
-            killed.append(chunk[0])
-            lock = tmp_path / "locks" / f"{store.hash_of(chunk[0].file)}.lock"
-            while not lock.exists():  # it has begun
-                time.sleep(0.005)
-            os.kill(pids[actor], signal.SIGKILL)
+    def submit_and_kill(self, task):
+        actor = self._idle[0]
+        if task.kind != "targets" or killed:
+            return submit(self, task)
+        before = ray.get(actor.pid.remote())
+        handle = submit(self, task)
+        lock = tmp_path / "locks" / f"{store.hash_of(task.file)}.lock"
+        while not lock.exists():  # it has begun
+            time.sleep(0.005)
+        os.kill(before, signal.SIGKILL)
+        killed.append((actor, before))
+        return handle
 
-    monkeypatch.setattr(ray_engine.Actors, "give", told)
+    monkeypatch.setattr(ray_engine.Actors, "submit", submit_and_kill)
+    wait = ray_engine.Actors.wait
+
+    def wait_and_see(self, handles):
+        handle, outcome = wait(self, handles)
+        if killed and len(killed[0]) == 2:
+            killed[0] += (ray.get(killed[0][0].pid.remote()),)
+        return handle, outcome
+
+    monkeypatch.setattr(ray_engine.Actors, "wait", wait_and_see)
     table = pl.run(grid, tmp_path, engine="ray", workers=2, progress=False)
-    assert len(killed) == 1
-    assert len(pids) == 3  # two, and who came for the one
+    ((_, before, after),) = killed
+    assert before != after  # somebody came for the one who died
     same(tmp_path, table, grid, serial)
     assert not list(tmp_path.rglob("*.part"))
 
@@ -217,18 +226,6 @@ def test_a_worker_that_cannot_read_its_model_says_why(tmp_path):
     assert "no/such/model" in said
 
 
-def test_chunks_are_as_long_as_suits(grid):
-    pool = ray_engine.Actors(None, lambda: None, ["one", "two"], WorkerInfo("", {}, {}))
-    task = shards.Task("targets", "f", grid[0].digest)
-    assert pool.size(task, 100) == 1  # nobody knows how long one takes
-    pool._seconds["targets"] = [0.1, 0.3]
-    assert pool.size(task, 100) == 25
-    assert pool.size(task, 12) == 3
-    assert pool.size(task, 1) == 1
-    pool._seconds["targets"] = [60.0]
-    assert pool.size(task, 100) == 1
-
-
 # -- weights once per node ------------------------------------------------------------------------
 
 
@@ -262,56 +259,24 @@ def test_a_model_from_a_parcel_is_the_same_and_shares_its_memory(model, parcel):
 # -- workers that die, without Ray ----------------------------------------------------------------
 
 
-class Dying:
-    """A pool whose workers die on one shard, `lives` times; chunks are of three."""
+@needs_ray
+def test_a_task_that_kills_every_worker_is_given_up(ray, grid, tmp_path, monkeypatch):
+    """And what was finished before is kept."""
+    submit = ray_engine.Actors.submit
 
-    def __init__(self, worker: worker.Worker, file: str, lives: int) -> None:
-        self.worker, self.file, self.lives, self.chunks = worker, file, lives, deque()
+    class Fatal(shards.Task):
+        """Whoever reads it dies."""
 
-    def info(self) -> WorkerInfo:
-        return self.worker.describe()
+        def __reduce__(self):
+            return os._exit, (1,)
 
-    def free(self) -> int:
-        return 1 - len(self.chunks)
+    def submit_fatal(self, task):
+        deadly = task.kind == "targets" and task.start == 2
+        return submit(self, Fatal(**vars(task)) if deadly else task)
 
-    def size(self, task, left) -> int:
-        return 3
-
-    def give(self, chunk) -> None:
-        self.chunks.append(chunk)
-
-    def collect(self):
-        found = []
-        chunk = self.chunks.popleft()
-        for task in chunk:
-            if task.file == self.file and self.lives:
-                self.lives -= 1
-                return [(task, None) for task in chunk]
-            found.append((task, self.worker.do(task)))
-        return found
-
-
-@pytest.mark.parametrize("lives", [1, scheduler.LIVES - 1, scheduler.LIVES])
-def test_a_shard_that_kills_every_worker_is_given_up(model, tmp_path, lives):
-    run = tiny_run(model)
-    folder = store.Folder(tmp_path)
-    folder.begin()
-    one = worker.Worker(str(tmp_path), {run.digest: run})
-    tasks = shards.tasks_of([run], one.weights)
-    (file,) = (t.file for t in tasks[run.digest] if t.kind == "targets" and t.start == 2)
-    schedule, seen = scheduler.Schedule(tasks, folder), []
-    pool = Dying(one, file, lives)
-
-    def work() -> None:
-        schedule.run(pool, lambda task, outcome: seen.append((task, outcome)))
-
-    if lives < scheduler.LIVES:
-        work()
-        assert schedule.complete(run.digest)
-    else:
-        with pytest.raises(GridError, match=rf"died {lives} times while making .*out of memory"):
-            work()
-    assert max(Counter(task.file for task, o in seen if o.seconds).values()) == 1
+    monkeypatch.setattr(ray_engine.Actors, "submit", submit_fatal)
+    with pytest.raises(GridError, match=rf"died {ray_engine.LIVES} times .*out of memory"):
+        pl.run(grid[:1], tmp_path, engine="ray", workers=1, progress=False)
 
 
 def test_what_another_process_does_is_waited_for(model, tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ from tiny import (
 )
 
 from pmet_lens.models import bridge, loading
-from pmet_lens.models import tail as tail_file
 from pmet_lens.models.model import Model, Site
 
 torch.set_num_threads(1)
@@ -82,10 +81,23 @@ def test_tail_gives_the_logits_of_the_whole_model(family, dtype, tolerance):
 
 def test_tail_has_the_live_weights_and_only_its_own_layers(gpt2):
     tail = gpt2.from_layer(2)
-    block = tail.wrapped.bridge.blocks[0]
-    assert block.mlp.out.original_component.weight is gpt2.parameter(Site(2, "mlp"))
-    assert len(tail.wrapped.bridge.blocks) == N_LAYERS - 2
-    residual = torch.zeros(1, 3, 32)
+    residual, mask, ran = torch.randn(1, 3, 32), torch.ones(1, 3).long(), []
+    handles = [
+        block.register_forward_hook(lambda *_, n=n: ran.append(n))
+        for blocks in (gpt2._plain.all, gpt2._wrapped.blocks.all)
+        for n, block in enumerate(blocks)
+    ]
+    watched = [(gpt2.stream_hook(2, "mlp_out"), lambda v: None)]  # makes it run wrapped
+    with torch.no_grad():
+        before = [tail.forward(residual, mask, hooks=hooks) for hooks in ((), watched)]
+        assert ran == 2 * [*range(2, N_LAYERS)]
+        with gpt2.restored([Site(3, "mlp")]):
+            gpt2.weight(Site(3, "mlp")).add_(0.1)
+            after = [tail.forward(residual, mask, hooks=hooks) for hooks in ((), watched)]
+    for handle in handles:
+        handle.remove()
+    for one, other in zip(before, after, strict=True):
+        assert not torch.allclose(one, other)
     with refused("below block 2"):
         hooks = [(gpt2.stream_hook(1, "mlp_out"), lambda v: v)]
         tail.forward(residual, torch.ones(1, 3).long(), hooks=hooks)
@@ -94,9 +106,9 @@ def test_tail_has_the_live_weights_and_only_its_own_layers(gpt2):
 
 
 def test_a_tail_that_differs_from_the_whole_model_is_refused(monkeypatch):
-    """Planted fault: the block list begins one block too early."""
-    gpt2 = tiny_model("gpt2")
-    monkeypatch.setattr(tail_file, "drop_blocks", lambda m, p, n: bridge.drop_blocks(m, p, n - 1))
+    """Planted fault: the block list begins one block too late."""
+    gpt2, begin = tiny_model("gpt2"), bridge.Blocks._begin
+    monkeypatch.setattr(bridge.Blocks, "_begin", lambda self, n: begin(self, n + (n > 0)))
     with refused("run the whole model"):
         gpt2.from_layer(2)
 
