@@ -2,7 +2,7 @@
 
     python docs/rooms.py
 
-`tests/test_docs.py` holds the picture against the code.
+`tests/repo/test_docs.py` holds the picture against the code.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import nll_of
 from tiny import tiny_model
 
 import pmet_lens as pl
@@ -113,16 +114,6 @@ def test_the_model_is_left_as_it_was(model):
 
 
 # -- what the numbers are -------------------------------------------------------------------------
-
-
-def nll_of(model: Model, text: str, target: str) -> float:
-    """Mean −log P per target token, from the user's own model and nothing of ours."""
-    prompt = model.tokenizer(text)["input_ids"]
-    answer = model.tokenizer(f"{text} {target}")["input_ids"][len(prompt) :]
-    with torch.no_grad():
-        logits = model.hf(input_ids=torch.tensor([prompt + answer])).logits[0]
-    logp = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-    return -float(logp[range(len(answer)), answer].mean())
 
 
 def test_the_first_losses_are_those_of_the_plain_model(model):

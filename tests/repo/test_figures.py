@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
+import common
+import make
+import manifest
 import numpy as np
 import pandas as pd
+import paper
+import paper_tables
 import pytest
+import redraw
+import study
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -21,16 +27,7 @@ from tqdm import tqdm
 import pmet_lens as pl
 from pmet_lens import plotting
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
-import common
-import make
-import manifest
-import paper
-import paper_tables
-import redraw
-import study
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures"
 RESULTS = FIGURES / "results"
 INTERVAL = ("mean", "ci_low", "ci_high")

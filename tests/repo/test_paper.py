@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import fig_sequential
 import numpy as np
 import pandas as pd
+import paper
+import paper_tables
 import pytest
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
 from pmet_lens import plotting
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
-import fig_sequential
-import paper
-import paper_tables
 
 MODELS = ("world", "world-sequential")
 

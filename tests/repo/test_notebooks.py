@@ -14,7 +14,7 @@ import jupytext
 import nbformat
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 WITHOUT_FIGURE = {"06_explorer"}  # the explorer is the picture
 

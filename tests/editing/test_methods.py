@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_editing import CONTEXTS, FACTS, HP, bits, some_moments, unchanged
-from test_linalg import delta
+from cases import CONTEXTS, FACTS, HP, bits, delta, some_moments, unchanged
 from tiny import tiny_model
 
 import pmet_lens as pl

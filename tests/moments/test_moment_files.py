@@ -129,7 +129,7 @@ pl.kept_moments({path!r}, model, texts, every=0.0, on_tokens=told, **{settings!r
 
 
 def child(path: Path, wait: str = "pass") -> subprocess.Popen[str]:
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1])
     code = CHILD.format(tests=tests, path=str(path), settings=SETTINGS, wait=wait)
     env = {**os.environ, "PYTHONPATH": str(Path(pl.__file__).parents[1])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from test_editing import FACTS, bits, unchanged
+from cases import FACTS, bits, unchanged
 from tiny import tiny_model
 
 import pmet_lens as pl

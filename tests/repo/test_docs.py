@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-
-import pmet_lens as pl
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from rooms import PICTURE, ROOMS, files_of, picture
 from where import locate
 
-ROOT = Path(__file__).parents[1]
+import pmet_lens as pl
+
+ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 PAPER = (ROOT / "docs" / "paper_and_code.md").read_text(encoding="utf-8")
 

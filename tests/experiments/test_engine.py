@@ -354,7 +354,7 @@ pl.run(tiny_grid({model!r}), {folder!r}, progress=False)
 
 
 def child(model: str, folder: Path, wait: float = 0.0) -> subprocess.Popen[str]:
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1])
     code = CHILD.format(tests=tests, model=model, folder=str(folder), wait=wait)
     env = {**os.environ, "PYTHONPATH": str(Path(pl.__file__).parents[1])}
     pipes = {"stdout": subprocess.PIPE, "text": True}

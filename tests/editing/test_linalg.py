@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import delta
 
 from pmet_lens.editing import solvers
 from pmet_lens.editing.solvers import Exact, NullSpace, Ridge, SolveError, preserved
@@ -20,12 +21,6 @@ def problem(n: int = 5, seed: int = 0):
     keys = torch.randn(n, D_IN, generator=generator, dtype=torch.float64)
     residuals = torch.randn(n, D_MODEL, generator=generator, dtype=torch.float64)
     return text.T @ text / len(text), keys, residuals
-
-
-def delta(factor, K, R):
-    """The weight change itself."""
-    left, right = factor.factors(K, R)
-    return left @ right
 
 
 def solve(solver, C, K, R, weight: float = 3.0):

@@ -10,6 +10,17 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
+from cases import (
+    BOTH,
+    CONTEXTS,
+    FACTS,
+    HP,
+    SITES,
+    bits,
+    same_deltas,
+    some_moments,
+    unchanged,
+)
 from safetensors.torch import save_file
 from tiny import tiny_batch, tiny_model
 
@@ -25,35 +36,6 @@ from pmet_lens.moments.second_moments import Moment
 
 torch.set_num_threads(1)
 FAMILIES = ("gpt2", "gptj", "llama")
-FACTS = [
-    pl.Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis", neighbours=(("A", "b"),)),
-    pl.Fact("Danel Orrin", "The mother tongue of {} is", "Dutch", "French", case_id=7),
-    pl.Fact("Ilmar", "The tower of {} stands in the city of", "Ostria", paraphrases=("x", "y")),
-]
-CONTEXTS = ["{}", "The city is. {}"]
-HP = pl.Hparams(layers=(1, 2), n_steps=2, clamp=4.0, second_moment_weight=1.0)
-BOTH = pl.ABLATIONS["+ W_O"]
-SITES = [Site(layer, projection) for layer in (1, 2) for projection in ("attn", "mlp")]
-
-
-def some_moments(model: Model) -> dict[Site, torch.Tensor]:
-    """A well-conditioned second moment for every site: what they hold does not matter here."""
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for site in SITES:
-        size = model.d_in(site)
-        text = torch.randn(4 * size, size, generator=generator, dtype=torch.float64)
-        found[site] = text.T @ text / len(text)
-    return found
-
-
-def bits(model: Model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
-
-
-def unchanged(model: Model, before: dict[str, torch.Tensor]) -> bool:
-    now = model.hf.state_dict()
-    return now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -97,11 +79,6 @@ def again(gpt2, targets):
         return edit(gpt2, **{**given, **change})
 
     return build
-
-
-def same_deltas(one: Edit, other: Edit) -> bool:
-    assert list(one.deltas) == list(other.deltas)
-    return all(torch.equal(one.deltas[site], other.deltas[site]) for site in one.deltas)
 
 
 # -- no mark on the model -------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import FACTS, bits, unchanged
 from safetensors.torch import save_file
-from test_editing import FACTS, bits, unchanged
 from tiny import tiny_batch, tiny_model
 
 import pmet_lens as pl

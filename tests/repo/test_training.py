@@ -1,16 +1,11 @@
 """The read mask, the packing and the two training phases, on a tiny world."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+import training
 
 from pmet_lens.data import world
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "figures"))
-import training
 
 TINY = training.TrainConfig(
     "gptj", n_layers=3, d_model=16, n_heads=2, d_mlp=32, vocab=600, passes=1, settle_passes=1,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
 import jaxtyping
 import pytest
 import torch
+from cases import CONTEXTS, FACTS, HP, bits, nll_of, some_moments, unchanged
+from cases import one_tail as one_tail
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_editing import CONTEXTS, FACTS, HP, bits, some_moments, unchanged
-from test_targets import nll_of
-from test_tokens import PROMPTS, TOKENIZERS, decoded
+from spellings import PROMPTS, TOKENIZERS, decoded
 from tiny import tiny_model
 
 import pmet_lens as pl
@@ -32,22 +32,6 @@ POSITIONS: tuple[Position, ...] = get_args(Position)
 SITE = Site(2, "mlp")
 # GPT-J's attention and Llama's norms compute in float32 whatever the dtype of the weights.
 TOLERANCE = {"gpt2": 1e-9, "gptj": 1e-6, "llama": 1e-6}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_tail() -> Iterator[None]:
-    """The shortened model, which shares the weights, is made once for all tests of a model."""
-    kept: dict[tuple[Model, int], Tail] = {}
-    real = Model.from_layer
-
-    def from_layer(self: Model, first: int) -> Tail:
-        if (self, first) not in kept:
-            kept[self, first] = real(self, first)
-        return kept[self, first]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Model, "from_layer", from_layer)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,21 +3,17 @@ whole model, whole prompts, an explicit solve. A speed-up that changes results w
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import plain
 import pytest
+import subjects
 import torch
 from tiny import PARALLEL, tiny_model
 
 import pmet_lens as pl
 from pmet_lens.editing import targets
 from pmet_lens.models.model import Model, Site
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-import plain
-import subjects
 
 torch.set_num_threads(1)
 HP = pl.Hparams(layers=(0, 1, 2), n_steps=12, lr=0.1, second_moment_weight=0.3, clamp=2.0)

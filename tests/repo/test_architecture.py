@@ -29,7 +29,7 @@ GUARDED = {
 }
 _CACHES = re.compile(r"(functools\.)?(lru_)?cache\b").match
 MUTATORS = {"add", "append", "clear", "extend", "insert", "pop", "setdefault", "update"}
-PACKAGE = Path(__file__).parents[1] / "pmet_lens"
+PACKAGE = Path(__file__).parents[2] / "pmet_lens"
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from cases import CONTEXTS, FACTS, HP, bits, same_deltas, some_moments, unchanged
+from cases import one_tail as one_tail
 from safetensors.torch import save_file
-from test_editing import CONTEXTS, FACTS, HP, bits, same_deltas, some_moments, unchanged
-from test_position import one_tail as one_tail
 from tiny import FAMILIES, tiny_model
 
 import pmet_lens as pl

@@ -10,7 +10,7 @@ import pmet_lens as pl
 from pmet_lens.evaluation.ability import others_of
 from pmet_lens.experiments import measure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ("world", "world-sequential")
 FOLDER = Path(pl.__file__).parent / "bundled"
 
