@@ -43,7 +43,8 @@ class Blocks:
     def __init__(self, model: Any, path: str) -> None:
         self.model, parent = model, path.rpartition(".")[0]
         self.parent, self.attribute = model.get_submodule(parent), path.rpartition(".")[2]
-        self.all = list(getattr(self.parent, self.attribute))
+        self._list: nn.ModuleList = getattr(self.parent, self.attribute)
+        self.all = list(self._list)
         # Gemma-2 and GPT-Neo choose the mask (sliding window or not) by position in these lists.
         lists = {n: getattr(model.config, n, None) for n in ("layer_types", "attention_layers")}
         self._lists = {name: value for name, value in lists.items() if value is not None}
@@ -62,7 +63,9 @@ class Blocks:
     def _begin(self, first: int) -> None:
         if len(getattr(self.parent, self.attribute)) == len(self.all) - first:
             return
-        setattr(self.parent, self.attribute, nn.ModuleList(self.all[first:]))
+        kept = nn.ModuleList(self.all[first:]) if first else self._list
+        kept.training = self._list.training
+        setattr(self.parent, self.attribute, kept)
         for name, value in self._lists.items():
             setattr(self.model.config, name, value[first:])
 

@@ -169,3 +169,20 @@ def test_batches_and_hooks_are_checked(gpt2):
         gpt2.forward(ids, mask, hooks=late, stop_at_layer=2)
     with refused("1 to 4"):
         gpt2.forward(ids, mask, stop_at_layer=5)
+
+
+def test_a_copy_is_whole_again_after_a_tail_has_run(gpt2):
+    """Also where a hook fails: modules, their mode, the config."""
+    blocks, ids = gpt2._wrapped.blocks, torch.zeros(1, 3).long()
+    before = [(name, module.training) for name, module in gpt2.bridge.named_modules()]
+    tail, residual = gpt2.from_layer(2), torch.zeros(1, 3, 32)
+
+    def fail(value):
+        assert len(blocks.parent.h) == N_LAYERS - 2
+        raise RuntimeError("as planned")
+
+    with pytest.raises(RuntimeError, match="as planned"):
+        tail.forward(residual, torch.ones_like(ids), hooks=[(gpt2.stream_hook(3, "mlp_out"), fail)])
+    tail.forward(residual, torch.ones_like(ids))
+    assert [(name, module.training) for name, module in gpt2.bridge.named_modules()] == before
+    assert list(blocks.parent.h) == blocks.all
