@@ -20,6 +20,7 @@ from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.edits import Edit, Editor, merged, origin
 from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import PMET, hparams_for, named
+from pmet_lens.editing.objective import optimised
 from pmet_lens.editing.solvers import Dense, Factor, On, SecondMoment
 from pmet_lens.editing.targets import OnStep, Targets
 from pmet_lens.models import tokens
@@ -81,20 +82,22 @@ def edit(
     contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
     if targets is None:
         targets = targeting.optimise(model, facts, method, hp, contexts, on_step)
-    _check_targets(targets, facts, method, hp)
+    _check_targets(model, targets, facts, method, hp)
     _warn_already_true(targets, facts)
 
     solver = hp.strengthen(method.solver)
     factors: dict[Site, tuple[Tensor, Tensor]] = {}
     reader = keys.Reader(model, facts, contexts, method.position)
+    wanted = keys.wanted(reader, targets, method)
     with model.restored(sites):
         for i, layer in enumerate(hp.layers):
             for projection in method.write:
                 site = Site(layer, projection)
                 stream = method.follows(projection)
                 K, now = reader.both(site, targets.layer, stream)
-                rest = targets.values[stream].to(now.device) - now
-                R = (rest / method.share(len(hp.layers) - i)).to(K.device)
+                rest = wanted[stream].to(now.device) - now
+                share = method.share(len(hp.layers) - i)
+                R = keys.to_write(reader, site, stream, targets.layer, rest, share).to(K.device)
                 factor = (factorised or {}).get(site)
                 if factor is None:
                     C = _moment(moments[site], K.device)
@@ -187,9 +190,9 @@ def _check_given(
 
 
 def _check_targets(
-    targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
+    model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
 ) -> None:
-    needed = {method.follows(p) for p in method.write}
+    needed = {optimised(model, method.follows(p)) for p in method.write}
     if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
         raise SettingsError(
             f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "

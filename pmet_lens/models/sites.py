@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from jaxtyping import Float
+from torch import Tensor
+
 Stream = Literal["attn_in", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
 """What can be read at a layer, all `[batch, token, d_model]`. `attn_in` and `mlp_in` are what the
 component itself reads, after its norm; `attn_out` and `mlp_out` what its output projection writes
@@ -24,6 +27,10 @@ STREAM_HOOKS = {
     "resid_post": "hook_out",
 }
 """TransformerLens's hook of each stream, inside a block."""
+_SMALL_GAIN = 0.05
+"""Of a norm's root mean square gain: channels below it are left alone rather than blown up."""
+_SHORTEST = 0.1
+"""Of its length: a vector that a norm undoes anyway is not shortened below it."""
 PROJECTION_MODULES = {"attn": "attn.o", "mlp": "mlp.out"}
 """TransformerLens's module of each output projection, inside a block."""
 
@@ -58,6 +65,43 @@ class Site:
         if match is None:
             raise ModelError(f"{text!r} is not a site; write it as '5.mlp' or '5.attn'")
         return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Road:
+    """How what a projection writes reaches the residual stream: `gain` times it and, behind a
+    post-norm (Gemma 2 and 3, OLMo 2), divided by its root mean square. `activations.road` finds it.
+    """
+
+    gain: Float[Tensor, " d_model"]
+    normed: bool
+
+    def reached(self, written: Float[Tensor, "fact d_model"]) -> Float[Tensor, "fact d_model"]:
+        """What enters the stream where the projection writes this, without a norm's bias; float64."""
+        written = written.double()
+        size = written.square().mean(-1, keepdim=True).sqrt() if self.normed else 1.0
+        return self.gain.to(written.device) * written / size
+
+    def change(
+        self, written: Float[Tensor, "fact d_model"], wanted: Float[Tensor, "fact d_model"]
+    ) -> Float[Tensor, "fact d_model"]:
+        """The change of `written` after which `reached` has changed by `wanted`.
+
+        Of the vectors that a norm takes to the wanted one the nearest; where it takes none there
+        (only one length can come out), those that it takes nearest in direction.
+        """
+        written, wanted = written.double(), wanted.double()
+        gain = self.gain.to(written.device)
+        # What a channel of small gain cannot bring is not asked of it in full.
+        floor = _SMALL_GAIN * gain.square().mean().sqrt()
+        moved = wanted * gain / (gain.square() + (floor * (gain.abs() < floor)).square())
+        if not self.normed:
+            return moved
+        unit = written / written.square().mean(-1, keepdim=True).sqrt() + moved
+        length = (unit * written).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
+        # A turn by more than a right angle has no nearest vector: it keeps the length.
+        least = written.norm(dim=-1, keepdim=True) / unit.norm(dim=-1, keepdim=True)
+        return length.where(length > _SHORTEST * least, least) * unit - written
 
 
 def check_name(kind: str, given: str, valid: tuple[str, ...]) -> None:
