@@ -8,7 +8,8 @@ from tiny import D_MODEL, tiny_model
 
 import pmet_lens as pl
 from pmet_lens.editing import keys, objective
-from pmet_lens.models import activations
+from pmet_lens.interp import suggestion
+from pmet_lens.models import activations, tokens
 from pmet_lens.models.sites import Road
 
 POST = ("gemma2", "gemma3", "olmo2")
@@ -135,3 +136,16 @@ def test_the_bound_by_the_layer_output_is_one_of_what_reaches_it() -> None:
     with model.restored([pl.Site(2, "mlp")]):
         model.weight(pl.Site(2, "mlp")).mul_(100)  # the norm behind it takes that back
         torch.testing.assert_close(norms(), before, rtol=1e-3, atol=0)
+
+
+def test_suggested_settings_are_told_what_reaches_the_stream() -> None:
+    """Whatever the norm takes away again, before it, says nothing of what the MLP writes."""
+    model, facts = built("gemma3"), [pl.Fact("Ilmar", "The tower of {} stands in", None, "Vell")]
+    before = suggestion._written(model, facts, 1)
+    with model.restored([pl.Site(1, "mlp")]):
+        model.weight(pl.Site(1, "mlp")).mul_(1000)
+        assert suggestion._written(model, facts, 1) == pytest.approx(before, rel=1e-3)
+    batch = tokens.encode(model, [tokens.Prompt(facts[0].prompt, facts[0].subject)])
+    at = {(1, s): batch.subject for s in ("resid_mid", "resid_post")}
+    middle, output = activations.read_streams(model, batch.ids, batch.mask, at).values()
+    assert before == pytest.approx(float((output - middle).norm() / output.norm()), rel=1e-3)

@@ -24,6 +24,10 @@ from pmet_lens.models.bridge import Hook, Hooks
 from pmet_lens.models.model import Model, Stream
 
 OnCell = Callable[[int, int], object]
+_TOKENS = 256
+"""Of the vocabulary, from which a scale of the embedding is told."""
+_SAME = 0.02
+"""A scale this near to 1 is rounding (bfloat16) and left out."""
 PLACES = ("first subject token", "middle subject tokens", "last subject token", "between", "last")
 
 
@@ -42,8 +46,9 @@ def causal_trace(
 ) -> pd.DataFrame:
     """Share of the lost answer probability that comes back when `stream` is restored.
 
-    Every fact needs `target_true`. Noise of `noise` standard deviations of the token embeddings is
-    added to the input of layer 0 at every subject token (ROME: 3), `samples` times per fact.
+    Every fact needs `target_true`. Noise of `noise` standard deviations of the token embeddings, as
+    they enter layer 0 (Gemma scales them), is added there at every subject token (ROME: 3),
+    `samples` times per fact.
     `window`: how many layers around each of `layers` are restored together (fewer at the ends);
     ROME restores `attn_out` and `mlp_out` in windows of 10, because one layer alone does little.
     `batch_size`: facts per pass; the result does not depend on it. `on_cell(done, all)` counts
@@ -188,7 +193,7 @@ def _run(
     """Both runs of numbered facts. A fact's noise depends on its number and the seed alone."""
     prompts = [tokens.Prompt(f.prompt, f.subject, f.target_true) for f in facts.values()]
     batch = tokens.encode(model, [prompt for prompt in prompts for _ in range(samples)])
-    spread = noise * float(model.embedding.float().std())
+    spread = noise * _entering_scale(model) * float(model.embedding.float().std())
     drawn = torch.zeros(*batch.ids.shape, model.d_model)
     for k, number in enumerate(facts):
         generator = torch.Generator().manual_seed(1_000_003 * seed + number)
@@ -203,6 +208,21 @@ def _run(
     clean = _probability(model, batch, torch.zeros_like(drawn), hooks)
     corrupted = _probability(model, batch, drawn, ())
     return _Runs(model, batch, drawn, samples, stream, around, clean, corrupted, values)
+
+
+def _entering_scale(model: Model) -> float:
+    """How many times as far apart tokens are where layer 0 reads them as in the embedding: 1, or
+    what the model scales its embedding by (Gemma: √d_model)."""
+    n = len(model.embedding)
+    ids = torch.arange(0, n, max(1, n // _TOKENS), device=model.device)[:, None]
+    entering: list[Tensor] = []
+    hooks = [(model.stream_hook(0, "resid_pre"), entering.append)]
+    with torch.no_grad():
+        model.forward(ids, torch.ones_like(ids), hooks=hooks, stop_at_layer=1)
+    # Each token stands first: what a position adds is the same for all of them.
+    states = entering[0][:, 0].double(), model.embedding[ids[:, 0]].double()
+    read, raw = (float((x - x.mean(0)).square().mean().sqrt()) for x in states)
+    return 1.0 if abs(read / raw - 1) < _SAME else read / raw
 
 
 def _probability(
