@@ -19,7 +19,7 @@ from pmet_lens.editing import keys
 from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.edits import Edit, Editor, merged, origin
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import PMET, hparams_for, named
+from pmet_lens.editing.methods import PMET, named, settled
 from pmet_lens.editing.objective import optimised
 from pmet_lens.editing.solvers import Dense, Factor, On, SecondMoment
 from pmet_lens.editing.targets import OnStep, Targets
@@ -75,7 +75,7 @@ def edit(
             model, facts, moments, method, hparams, contexts, batch_size=method.at_once
         )
         return merged(steps)
-    hp = hparams if hparams is not None else hparams_for(model, method)
+    hp = settled(model, method, hparams, len(facts))
     hp.check(model.n_layers)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
     _check_given(model, moments, sites, contexts or ())
@@ -133,7 +133,7 @@ def edit_sequentially(
         raise SettingsError(f"batch_size must be at least 1, not {batch_size}.")
     facts = list(facts)
     check_editable(facts)
-    hp = hparams if hparams is not None else hparams_for(model, method)
+    hp = settled(model, method, hparams, min(batch_size, len(facts)))
     contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
     past: dict[Site, Tensor] = {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.finetune import FineTune
 from pmet_lens.editing.mend import Mend
-from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.method import Hparams, Method, SettingsError, kind_of
 from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
 from pmet_lens.models.model import Model
 
@@ -89,13 +90,14 @@ def named(name: str) -> Method | Editor:
     return known[full]
 
 
-_GPTJ_PMET = Hparams(layers=(3, 4, 5, 6, 7, 8))
-_GPTJ_MEMIT = replace(
-    _GPTJ_PMET, n_steps=25, lr=0.5, kl_weight=0.0625, second_moment_weight=15000.0, easing=1.0
+_GPTJ_PMET = Hparams(layers=(3, 4, 5, 6, 7, 8)).settled(PMET)
+_GPTJ_MEMIT = Hparams(layers=(3, 4, 5, 6, 7, 8)).settled(MEMIT)
+_GPTJ_ROME = Hparams(layers=(5,)).settled(ROME)
+_LLAMA_PMET = replace(
+    _GPTJ_PMET, layers=(4, 5, 6, 7, 8), n_steps=20, lr=0.5, clamp=1.0, kl_weight=0.0625
 )
-_GPTJ_ROME = Hparams(layers=(5,), n_steps=20, lr=0.5, clamp=4.0, kl_weight=0.0625, easing=1.0)
-_LLAMA_PMET = Hparams(layers=(4, 5, 6, 7, 8), n_steps=20, lr=0.5, clamp=1.0, kl_weight=0.0625)
-_XL_PMET = Hparams(
+_XL_PMET = replace(
+    _GPTJ_PMET,
     layers=(13, 14, 15, 16, 17),
     n_steps=20,
     lr=0.5,
@@ -109,13 +111,18 @@ _XL_PMET = Hparams(
 # because it multiplies a second moment against the sum over the edited keys, and both the keys'
 # norms and the number of edits (100 instead of 10,000) are smaller here. The clamp is the published
 # one, but relative to the layer output, because the MLPs of these models write little.
-_WORLD_PMET = Hparams(
-    layers=(1, 2, 3), weight_decay=0.02, reference_norm="resid_post", second_moment_weight=10.0
+_WORLD_PMET = replace(
+    _GPTJ_PMET,
+    layers=(1, 2, 3),
+    weight_decay=0.02,
+    reference_norm="resid_post",
+    second_moment_weight=10.0,
 )
 _WORLD_MEMIT = replace(_GPTJ_MEMIT, layers=(1, 2, 3), second_moment_weight=30.0, null_space_l2=0.1)
 # One layer takes everything, so the bound is wider. ROME's layer and AlphaEdit's l2 are the best of
 # few tried on records 350 to 379 (12 settings each); AlphaEdit's threshold is the released one.
-_WORLD_ROME = Hparams(
+_WORLD_ROME = replace(
+    _GPTJ_PMET,
     layers=(3,),
     weight_decay=0.02,
     clamp=1.5,
@@ -148,8 +155,13 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
     },
     # Released hparams/PMET/EleutherAI_gpt-neox-20b.json; MEMIT paper, appendix B.4.
     "gpt-neox-20b": {
-        "PMET": Hparams(
-            layers=(6, 7, 8, 9, 10), lr=0.5, clamp=0.8, kl_weight=0.8, second_moment_weight=15000.0
+        "PMET": replace(
+            _GPTJ_PMET,
+            layers=(6, 7, 8, 9, 10),
+            lr=0.5,
+            clamp=0.8,
+            kl_weight=0.8,
+            second_moment_weight=15000.0,
         ),
         "MEMIT": replace(
             _GPTJ_MEMIT,
@@ -182,13 +194,6 @@ in one layer, "PMET" those that optimise component outputs, "MEMIT" those that o
 output."""
 
 
-def kind_of(method: Method) -> str:
-    """The kind of settings in `HPARAMS` that a method takes."""
-    if isinstance(method.solver, Exact):
-        return "ROME"
-    return "MEMIT" if method.delta_at == ("resid_post",) else "PMET"
-
-
 def hparams_for(model: Model, method: Method) -> Hparams:
     """The settings known for this model and what this method optimises.
 
@@ -196,6 +201,16 @@ def hparams_for(model: Model, method: Method) -> Hparams:
         SettingsError: for a model without settings; the message names those that have some.
     """
     return known_hparams(model, kind_of(method))
+
+
+def settled(model: Model, method: Method, hparams: Any, n_facts: int) -> Hparams:
+    """All strengths of an edit of `n_facts` at once: `hparams` (None: those known for this model,
+    errors as `hparams_for`), and where they leave something open, what is released for the method.
+    """
+    known = hparams_for(model, method) if hparams is None else hparams
+    if not isinstance(known, Hparams):
+        raise SettingsError(f"This method takes Hparams(layers=…), not {type(known).__name__}.")
+    return known.settled(method, n_facts)
 
 
 def known_hparams(model: Model | str, kind: str) -> Hparams:

@@ -117,6 +117,7 @@ def optimise(
     """
     if not facts:
         raise FactError("There are no facts to optimise; pass at least one Fact.")
+    hparams = hparams.settled(method, len(facts))
     hparams.check(model.n_layers)
     layer = hparams.layers[-1]
     tail = objective.tail_of(model, method, layer) if fast else None

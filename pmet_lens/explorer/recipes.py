@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
 from typing import Any
 
 from pmet_lens.data.facts import Fact
@@ -152,13 +151,8 @@ def _fact(fact: Fact, full: bool = True) -> str:
 
 
 def _settings(hparams: Hparams) -> str:
-    """The fields that are not those of the class."""
-    given = [
-        f"{f.name}={getattr(hparams, f.name)!r}"
-        for f in fields(hparams)
-        if f.default is MISSING or getattr(hparams, f.name) != f.default
-    ]
-    return _call("pl.Hparams", given)
+    """The fields that were given; the method knows the others."""
+    return _call("pl.Hparams", [f"{name}={value!r}" for name, value in hparams.given.items()])
 
 
 def _method(method: Any) -> str:

@@ -17,7 +17,7 @@ from pmet_lens.data.facts import Fact
 from pmet_lens.editing import locate_and_edit
 from pmet_lens.editing.edits import Edit
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import hparams_for, named
+from pmet_lens.editing.methods import named, settled
 from pmet_lens.editing.targets import OnStep
 from pmet_lens.evaluation import scoring
 from pmet_lens.models import generation, loading, tokens
@@ -83,7 +83,7 @@ class Session:
         value = named(method) if isinstance(method, str) else method
         if not isinstance(value, Method):
             return None
-        return self.own_hparams if self.own_hparams is not None else hparams_for(self.model, value)
+        return settled(self.model, value, self.own_hparams, 1)
 
     def contexts(self) -> list[str]:
         """The context prefixes, sampled once from the unedited model."""

@@ -77,7 +77,7 @@ class Road:
     normed: bool
 
     def reached(self, written: Float[Tensor, "fact d_model"]) -> Float[Tensor, "fact d_model"]:
-        """What enters the stream where the projection writes this, without a norm's bias; float64."""
+        """What enters the stream where the projection writes this (float64)."""
         written = written.double()
         size = written.square().mean(-1, keepdim=True).sqrt() if self.normed else 1.0
         return self.gain.to(written.device) * written / size

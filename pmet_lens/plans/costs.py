@@ -17,7 +17,7 @@ from pmet_lens.data.facts import Fact, check_editable
 from pmet_lens.editing import keys, objective, solvers
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import hparams_for, named
+from pmet_lens.editing.methods import named, settled
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Projection, Site
 
@@ -120,7 +120,7 @@ def estimate(
         raise SettingsError(f"There is no estimate for {type(method).__name__}, a gradient method.")
     if (n := len(facts) if n_facts is None else n_facts) < 1:
         raise SettingsError(f"n_facts must be at least 1, not {n}.")
-    hp = hparams if hparams is not None else hparams_for(model, method)
+    hp = settled(model, method, hparams, n)
     hp.check(model.n_layers)
     contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
     sizes = sizes_of(model) if sizes is None else sizes
