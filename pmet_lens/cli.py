@@ -187,6 +187,8 @@ def _edit(args: argparse.Namespace) -> None:
     with tqdm(unit="step") as bar:
         edit = pl.edit(model, facts, moments, method, hparams, on_step=lambda *_: bar.update())
     edit.save(args.out)
+    _say(f"{args.method}: {edit.hparams}", sys.stderr)
+    _say(f"the model gives the new answer for {edit.answered} of {len(facts)} facts", sys.stderr)
     _say(f"{edit!r}: {args.out}")
 
 

@@ -188,7 +188,8 @@ def wanted(
     and what the norm makes of the delta.
     """
     values: dict[Stream, Tensor] = {}
-    for stream in {method.follows(projection) for projection in method.write}:
+    streams: set[Stream] = {method.follows(projection) for projection in method.write}
+    for stream in streams:
         lies = optimised(reader.model, stream)
         values[stream] = targets.values[lies]
         road = activations.road(reader.model, Site(targets.layer, "mlp"))
@@ -207,33 +208,31 @@ def to_write(
     rest: Float[Tensor, "fact d_model"],
     share: float,
 ) -> Float[Tensor, "fact d_model"]:
-    """What the projection at `site` is to write more, so that its share (1 / `share`) of the `rest`
-    missing in `stream` at the last critical `layer` reaches the residual stream.
+    """What the projection at `site` is to write more, so that it takes its share (1 / `share`) of
+    the `rest` missing in `stream` at the last critical `layer`.
 
-    Where what a projection writes enters the stream as it is, that is rest / share. Behind a norm
-    the change in the stream is shared: at `layer` by what the norm there makes of it, at the site
-    by what its own norm needs for it.
+    Where what a projection writes enters the residual stream as it is, that is rest / share. Behind
+    a norm lengths mean nothing: a rest of what is written itself (PMET) is shared as a turn, its
+    size relative to what the site writes; one of the layer output (MEMIT) is shared in the stream,
+    and the site writes what its norm needs for it.
     """
     road = activations.road(reader.model, site)
     last = activations.road(reader.model, Site(layer, site.projection))
     written = STREAM_OF[site.projection]
-    if (road is None and last is None) or (site.layer == layer and stream == written):
+    if road is None and last is None:
         return rest / share
-    wanted = rest.double()
-    if last is not None and stream == written:
-        now = reader.values(layer, written).double()
-        wanted = (last.reached(now + wanted) - last.reached(now)) / share
-    elif last is not None and last.normed:
+    here = reader.values(site.layer, written).double()
+    if stream == written:
+        there = reader.values(layer, written).double()
+        return rest / share * (here.norm(dim=-1) / there.norm(dim=-1))[:, None].to(rest)
+    wanted = rest.double() / share
+    if last is not None and last.normed:
         # What is left for `layer` must be what its norm can bring: a part of the turn, not of the
         # chord.
         now = reader.values(layer, written).double()
-        left = last.reached(_turned(now, now + last.change(now, wanted), 1 - 1 / share))
-        wanted = last.reached(now) + wanted - left
-    else:
-        wanted = wanted / share
-    if road is not None:
-        wanted = road.change(reader.values(site.layer, written), wanted)
-    return wanted
+        goal = now + last.change(now, rest)
+        wanted = last.reached(now) + rest - last.reached(_turned(now, goal, 1 - 1 / share))
+    return wanted if road is None else road.change(here, wanted)
 
 
 def _turned(

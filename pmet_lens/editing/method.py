@@ -189,14 +189,16 @@ class Hparams:
         """These strengths with nothing left to the method: what was given, else what is released
         for `method` (None: PMET) on GPT-J, λ in proportion to `n_facts` edited at once."""
         released = RELEASED["PMET" if method is None else kind_of(method)]
-        given = self.given
-        missing = {f.name: float(f.default) for f in fields(self) if f.name not in given}
-        missing |= {name: value for name, value in released.items() if name in missing}
-        for name in missing.keys() & {"n_steps"}:
-            missing[name] = int(missing[name])
-        for name in missing.keys() & {"second_moment_weight"}:
-            missing[name] *= n_facts / _RELEASED_EDITS
-        return replace(self, **missing)
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (Open, OpenCount)):
+                plain = int(value) if isinstance(value, OpenCount) else float(value)
+                values[field.name] = released.get(field.name, plain)
+        if "second_moment_weight" in values:
+            values["second_moment_weight"] *= float(n_facts)
+            values["second_moment_weight"] /= _RELEASED_EDITS
+        return replace(self, **values)
 
     def strengthen(self, solver: Solver) -> Solver:
         """The solver; what it leaves open (None, as AlphaEdit may) is taken from here."""

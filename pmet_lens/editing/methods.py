@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pmet_lens.data.facts import Fact, listed
+from pmet_lens.editing import targets
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.finetune import FineTune
 from pmet_lens.editing.mend import Mend
 from pmet_lens.editing.method import Hparams, Method, SettingsError, kind_of
 from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
+from pmet_lens.editing.targets import OnStep, Targets
+from pmet_lens.models import tokens
 from pmet_lens.models.model import Model
 
 PMET = Method(delta_at=("attn_out", "mlp_out"), write=("mlp",), spread="sqrt", solver=Ridge())
@@ -88,6 +92,18 @@ def named(name: str) -> Method | Editor:
             f"Ablations: {', '.join(f'{long!r} ({s})' for s, long in SHORT_NAMES.items())}."
         )
     return known[full]
+
+
+def resolved(method: Method | Editor | str) -> Method | Editor:
+    """The method, or that of this name (`named`). Raises `SettingsError` for anything else."""
+    if isinstance(method, str):
+        return named(method)
+    if not isinstance(method, (Method, Editor)):
+        raise SettingsError(
+            f"A method is a value such as pl.PMET or a name such as 'PMET', not "
+            f"{type(method).__name__}."
+        )
+    return method
 
 
 _GPTJ_PMET = Hparams(layers=(3, 4, 5, 6, 7, 8)).settled(PMET)
@@ -194,13 +210,16 @@ in one layer, "PMET" those that optimise component outputs, "MEMIT" those that o
 output."""
 
 
-def hparams_for(model: Model, method: Method) -> Hparams:
-    """The settings known for this model and what this method optimises.
+def hparams_for(model: Model, method: Method | str) -> Hparams:
+    """The settings known for this model and what this method (or that of this name) optimises.
 
     Raises:
         SettingsError: for a model without settings; the message names those that have some.
     """
-    return known_hparams(model, kind_of(method))
+    way = resolved(method)
+    if not isinstance(way, Method):
+        raise SettingsError(f"{type(way).__name__} has no Hparams; it knows its settings itself.")
+    return known_hparams(model, kind_of(way))
 
 
 def settled(model: Model, method: Method, hparams: Any, n_facts: int) -> Hparams:
@@ -226,3 +245,28 @@ def known_hparams(model: Model | str, kind: str) -> Hparams:
             f"take those of another model, HPARAMS[name][{kind!r}] ({have})."
         )
     return known[kind]
+
+
+def optimise(
+    model: Model,
+    facts: Fact | Sequence[Fact],
+    method: Method | str = PMET,
+    hparams: Hparams | None = None,
+    contexts: Sequence[str] | None = None,
+    on_step: OnStep | None = None,
+    *,
+    batch_tokens: int | None = None,
+    fast: bool = True,
+) -> Targets:
+    """The targets of an edit alone, to be looked at or handed to `edit`; see `targets.optimise`.
+
+    `method`, `hparams` and `contexts` as in `edit`, which raises the same errors.
+    """
+    facts, way = listed(facts), resolved(method)
+    if not isinstance(way, Method):
+        raise SettingsError(f"{type(way).__name__} has another algorithm, without targets.")
+    hp = settled(model, way, hparams, len(facts))
+    prefixes = tokens.sample_contexts(model) if contexts is None else contexts
+    return targets.optimise(
+        model, facts, way, hp, prefixes, on_step, batch_tokens=batch_tokens, fast=fast
+    )

@@ -194,10 +194,8 @@ class Objective:
 
     def _as_written(self, stream: Stream, norm: Float[Tensor, " fact"]) -> Float[Tensor, " fact"]:
         """A length in the residual stream as one of what the projection writes before its norm."""
-        projection = next((p for p, written in STREAM_OF.items() if written == stream), None)
-        if projection is None:
-            return norm
-        road = activations.road(self.model, Site(self.layer, projection))
+        sites = [Site(self.layer, p) for p, written in STREAM_OF.items() if written == stream]
+        road = activations.road(self.model, sites[0]) if sites else None
         if road is None:
             return norm
         clean = self.clean[stream]

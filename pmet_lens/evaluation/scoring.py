@@ -113,6 +113,12 @@ def _score_rows(model: Model, batch: tokens.Batch, pairs: Sequence[tuple[int, in
     return [Score(a, b) for a, b in zip(nll.tolist(), right.tolist(), strict=True)]
 
 
+def answered(model: Model, facts: Sequence[Fact]) -> int:
+    """For how many facts every token of the new answer is the argmax on the fact's prompt."""
+    scores = score(model, [tokens.Prompt(f.text, None, f.target_new) for f in facts])
+    return sum(one.right == 1 for one in scores)
+
+
 def last_places(batch: tokens.Batch) -> Int[Tensor, "row 2"]:
     """(row, token) of the last prompt token of every row, as `Model.forward` takes them."""
     return torch.stack([torch.arange(len(batch), device=batch.last.device), batch.last], dim=1)

@@ -116,7 +116,8 @@ class Run:
         for key, value in given.items():
             object.__setattr__(self, key, value)
         if isinstance(method, Method) and isinstance(self.hparams, Hparams):
-            settled = self.hparams.settled(method, self.edits)
+            together = min(method.at_once or self.edits, self.edits)
+            settled = self.hparams.settled(method, together)
             object.__setattr__(self, "hparams", settled)
         if not self.name:
             object.__setattr__(self, "name", _name(method))
