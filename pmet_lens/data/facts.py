@@ -96,7 +96,7 @@ class Fact:
         return self.prompt.replace("{}", self.subject)
 
 
-def listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
+def listed(facts: object) -> list[Fact]:
     """The facts as a list, whether one or several are given.
 
     Raises:
@@ -105,11 +105,11 @@ def listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
     if isinstance(facts, Fact):
         return [facts]
     several: list[Any] = list(facts) if isinstance(facts, Iterable) else [facts]
-    wrong = next((fact for fact in several if not isinstance(fact, Fact)), None)
-    if wrong is not None or isinstance(facts, str):
+    wrong = [type(fact).__name__ for fact in several if not isinstance(fact, Fact)]
+    if wrong:
         raise FactError(
-            f"facts must be a Fact or a list of them, not {type(wrong or facts).__name__}; make "
-            "one with pl.Fact(subject, prompt, target_new), or read a table with pl.read_facts."
+            f"facts must be a Fact or a list of them, not {wrong[0]}; make one with "
+            "pl.Fact(subject, prompt, target_new), or read a table with pl.read_facts."
         )
     return several
 

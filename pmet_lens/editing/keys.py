@@ -232,7 +232,10 @@ def to_write(
         now = reader.values(layer, written).double()
         goal = now + last.change(now, rest)
         wanted = last.reached(now) + rest - last.reached(_turned(now, goal, 1 - 1 / share))
-    return wanted if road is None else road.change(here, wanted)
+    if road is None:
+        return wanted
+    # Below `layer` what is missed is left for it, and its own norm has the last word.
+    return road.change(here, wanted) if site.layer == layer else road.pushed(here, wanted)
 
 
 def _turned(

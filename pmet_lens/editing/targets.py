@@ -93,6 +93,7 @@ def joined(parts: Sequence[Targets]) -> Targets:
     )
 
 
+@torch.inference_mode(False)
 def optimise(
     model: Model,
     facts: Sequence[Fact],

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.evaluation import metrics
 from pmet_lens.interp import passes
 from pmet_lens.models import likelihood, tokens
@@ -33,7 +34,7 @@ PLACES = ("first subject token", "middle subject tokens", "last subject token", 
 
 def causal_trace(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     stream: Stream = "resid_post",
     layers: Sequence[int] | None = None,
@@ -60,7 +61,7 @@ def causal_trace(
     corrupted) / mean(clean − corrupted) of the answer's probability), ci_low, ci_high (95 %
     bootstrap over facts), n (facts that have such a token), p_clean, p_corrupted (means over them).
     """
-    facts = [f for f in facts if f.target_true is not None]
+    facts = [f for f in listed(facts) if f.target_true is not None]
     if not facts:
         raise FactError("causal_trace needs facts with target_true; there are none.")
     around = _windows(model, layers, window, samples)
@@ -86,7 +87,7 @@ def causal_trace(
 
 def trace_tokens(
     model: Model,
-    fact: Fact,
+    fact: Fact | Sequence[Fact],
     *,
     stream: Stream = "resid_post",
     layers: Sequence[int] | None = None,
@@ -101,8 +102,13 @@ def trace_tokens(
 
     One row per layer and token of the prompt: columns layer, position (of the token, from 0),
     token (its text), stream, window, recovered (share of the lost probability of `target_true`,
-    0: nothing, 1: all; NaN where nothing was lost), p_clean, p_corrupted (means over the samples).
+    0: nothing, 1: all; NaN where nothing was lost), p_clean, p_corrupted (means over the samples);
+    of a list of facts also fact (number) and subject.
     """
+    if not isinstance(fact, Fact):
+        how: dict[str, Any] = {"stream": stream, "layers": layers, "window": window}
+        how |= {"samples": samples, "noise": noise, "seed": seed, "on_cell": on_cell}
+        return passes.each(fact, lambda one: trace_tokens(model, one, **how))
     if fact.target_true is None:
         raise FactError(f"{fact.text!r} has no target_true to trace.")
     around = _windows(model, layers, window, samples)

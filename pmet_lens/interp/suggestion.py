@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.editing.method import Hparams
 from pmet_lens.interp.causal_trace import causal_trace
 from pmet_lens.models import activations, tokens
@@ -35,7 +35,7 @@ class Suggestion:
         return f"Suggestion, not tuned: {self.hparams}\n{self.why}"
 
 
-def suggest_hparams(model: Model, facts: Sequence[Fact], n_edits: int = 100) -> Suggestion:
+def suggest_hparams(model: Model, facts: Fact | Sequence[Fact], n_edits: int = 100) -> Suggestion:
     """Settings of PMET for editing `n_edits` facts at once in a model without known ones.
 
     `facts`: some the model knows, with `target_true` (about 20 suffice). The last critical layer is
@@ -48,7 +48,7 @@ def suggest_hparams(model: Model, facts: Sequence[Fact], n_edits: int = 100) -> 
     Raises:
         FactError: for facts without `target_true`.
     """
-    chosen = [fact for fact in facts if fact.target_true is not None]
+    chosen = [fact for fact in listed(facts) if fact.target_true is not None]
     if not chosen:
         raise FactError("suggest_hparams needs facts with target_true, which the model knows.")
     trace = causal_trace(model, chosen)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pmet_lens.data import file_format
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.models import tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model
@@ -101,7 +101,7 @@ class Activations:
 
 def probe(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     streams: Sequence[Stream] = ("attn_out", "mlp_out", "resid_post"),
     layers: Sequence[int] | None = None,
     positions: Sequence[Position] = ("last_subject", "last"),
@@ -121,6 +121,7 @@ def probe(
             with it its subject or answer) beyond the model's context.
         ModelError: for an unknown stream, layer or position, naming the valid ones.
     """
+    facts = listed(facts)
     if not facts:
         raise FactError("There are no facts to probe; pass at least one Fact.")
     for position in positions:
@@ -240,12 +241,11 @@ def road(model: Model, site: Site) -> Road | None:
     tell the gains, and whether a norm stands there. Raises `ModelError` where it is anything else.
     """
     signs = 1.0 - 2.0 * (torch.arange(model.d_model) % 3 == 0)
-    slope = torch.linspace(1, 3, model.d_model)
+    slope = torch.linspace(1, 3, len(signs))
     tried = torch.stack([torch.zeros_like(signs), signs, slope])[None].to(model.dtype)
-    written: Stream = "mlp_out" if site.projection == "mlp" else "attn_out"
-    output: Stream = "resid_post"
-    if written == "attn_out" and not model.parallel_blocks:
-        output = "resid_mid"
+    mlp = site.projection == "mlp"
+    written: Stream = "mlp_out" if mlp else "attn_out"
+    output: Stream = "resid_post" if mlp or model.parallel_blocks else "resid_mid"
     seen: list[Tensor] = []
     streams: tuple[Stream, ...] = ("resid_pre", "attn_out", "mlp_out")
     hooks: list[tuple[str, Hook]] = [
@@ -269,7 +269,7 @@ def road(model: Model, site: Site) -> Road | None:
             return None if plain else found
     raise ModelError(
         f"what {site} writes reaches the stream of {model.name!r} through a norm that is not known "
-        "here (neither a scale nor an RMS norm), so no change of the stream can be written there"
+        "here (neither a scale nor an RMS norm), so the stream cannot be edited there"
     )
 
 

@@ -237,6 +237,7 @@ class Model:
         with torch.no_grad():
             return (unwrapped or self._wrapped).run(input_ids, attention_mask, at=at)
 
+    @torch.inference_mode(False)
     def from_layer(self, first: int) -> Tail:
         """This model from block `first` on, sharing all weights: what changes there costs less.
 
@@ -284,6 +285,8 @@ def _check_weights(hf: nn.Module, name: str) -> None:
     plain = all(p.dtype in DTYPES.values() for p in hf.parameters())
     if not plain or getattr(hf, "is_quantized", False):
         raise ModelError(f"the weights of {name!r} are quantised: load it in a floating dtype")
+    if any(p.is_inference() for p in hf.parameters()):
+        raise ModelError(f"{name!r} was made inside torch.inference_mode; make it outside")
     away = [n for n, p in hf.named_parameters() if p.is_meta]
     if 0 < len(away) < len(list(hf.parameters())):  # a whole model without numbers can be counted
         raise ModelError(

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -78,30 +79,38 @@ class Road:
 
     def reached(self, written: Float[Tensor, "fact d_model"]) -> Float[Tensor, "fact d_model"]:
         """What enters the stream where the projection writes this (float64)."""
-        written = written.double()
-        size = written.square().mean(-1, keepdim=True).sqrt() if self.normed else 1.0
-        return self.gain.to(written.device) * written / size
+        return self.gain.to(written.device) * written.double() / self._size(written)
+
+    def pushed(
+        self, written: Float[Tensor, "fact d_model"], wanted: Float[Tensor, "fact d_model"]
+    ) -> Float[Tensor, "fact d_model"]:
+        """The change of `written` that changed `reached` by `wanted`, if what the norm divides by
+        stayed what it is. Channels of hardly any gain are pushed less."""
+        gain = self.gain.to(written.device)
+        floor = _SMALL_GAIN * gain.square().mean().sqrt()
+        damped = gain.square() + (floor * (gain.abs() < floor)).square()
+        return wanted.double() * gain / damped * self._size(written)
 
     def change(
         self, written: Float[Tensor, "fact d_model"], wanted: Float[Tensor, "fact d_model"]
     ) -> Float[Tensor, "fact d_model"]:
         """The change of `written` after which `reached` has changed by `wanted`.
 
-        Of the vectors that a norm takes to the wanted one the nearest; where it takes none there
-        (only one length can come out), those that it takes nearest in direction.
+        Of the vectors that a norm takes there the nearest; where it takes none there (only one
+        length can come out), the nearest of those that it takes in this direction.
         """
-        written, wanted = written.double(), wanted.double()
-        gain = self.gain.to(written.device)
-        # What a channel of small gain cannot bring is not asked of it in full.
-        floor = _SMALL_GAIN * gain.square().mean().sqrt()
-        moved = wanted * gain / (gain.square() + (floor * (gain.abs() < floor)).square())
+        moved = written.double() + self.pushed(written, wanted)
         if not self.normed:
-            return moved
-        unit = written / written.square().mean(-1, keepdim=True).sqrt() + moved
-        length = (unit * written).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
+            return moved - written
+        length = (moved * written).sum(-1, keepdim=True) / moved.square().sum(-1, keepdim=True)
         # A turn by more than a right angle has no nearest vector: it keeps the length.
-        least = written.norm(dim=-1, keepdim=True) / unit.norm(dim=-1, keepdim=True)
-        return length.where(length > _SHORTEST * least, least) * unit - written
+        same = self._size(written) / self._size(moved)
+        return length.where(length > _SHORTEST * same, same) * moved - written
+
+    def _size(self, written: Float[Tensor, "fact d_model"]) -> Tensor:
+        """What is divided by: per fact the root mean square, or 1."""
+        one = written.new_ones(len(written), 1, dtype=torch.float64)
+        return written.double().square().mean(-1, keepdim=True).sqrt() if self.normed else one
 
 
 def check_name(kind: str, given: str, valid: tuple[str, ...]) -> None:
