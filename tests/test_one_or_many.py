@@ -160,7 +160,9 @@ def test_one_fact_at_a_time_uses_or_refuses_what_is_given(model, moments) -> Non
     with pytest.raises(pl.SettingsError, match=r"targets= cannot be used.*1 are edited at once"):
         made(model, moments, FACTS, "ROME", ONE, targets=targets)
     single = made(model, moments, FACTS[0], "ROME", ONE, targets=targets[:1])
-    assert same(single, made(model, moments, FACTS[0], "ROME", ONE))
+    alone = made(model, moments, FACTS[0], "ROME", ONE)
+    for site, delta in alone.deltas.items():
+        torch.testing.assert_close(single.deltas[site], delta)
 
 
 def test_a_gradient_method_refuses_what_it_does_not_read(model, moments) -> None:
