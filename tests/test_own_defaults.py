@@ -185,3 +185,27 @@ def test_nothing_is_said_where_rounding_took_nothing(model, moments) -> None:
     receipt = edit.receipt(model)
     assert (receipt.sites["rounded"] < 1e-10).all()
     assert receipt.rounding == ""
+
+
+def test_released_settings_of_models_people_use() -> None:
+    """Field by field, as in the files named beside them (AlphaEdit's and EasyEdit's hparams)."""
+    known = pl.HPARAMS
+    five, fields = (4, 5, 6, 7, 8), ("layers", "n_steps", "lr", "clamp", "weight_decay")
+    fields += ("kl_weight", "second_moment_weight")
+    for name, kind, wanted in (
+        ("meta-llama-3-8b", "MEMIT", (five, 25, 0.1, 0.75, 0.5, 0.0625, 15000)),
+        ("qwen2.5-7b", "MEMIT", (five, 25, 0.5, 4, 1e-3, 0.0625, 15000)),
+        ("mistral-7b-v0.1", "MEMIT", (five, 25, 0.5, 4, 1e-3, 0.0625, 15000)),
+        ("llama-2-7b-hf", "MEMIT", (five, 25, 0.5, 4, 1e-3, 0.0625, 15000)),
+        ("llama-3.2-3b", "PMET", (five, 25, 0.5, 1, 0.5, 0.0625, 15000)),
+    ):
+        assert tuple(getattr(known[name][kind], f) for f in fields) == wanted
+    for name, wanted in (
+        ("meta-llama-3-8b", ((5,), 25, 0.5, 4, 1e-3, 0.0625)),
+        ("qwen2.5-7b", ((5,), 25, 0.5, 4, 1e-3, 0.0625)),
+        ("mistral-7b-v0.1", ((5,), 25, 0.5, 4, 1e-3, 0.0625)),
+        ("gpt2-large", ((12,), 20, 0.5, 4, 0.5, 0.0625)),
+        ("gpt2-medium", ((8,), 20, 0.5, 3, 0.5, 0.0625)),
+    ):
+        assert tuple(getattr(known[name]["ROME"], f) for f in fields[:-1]) == wanted
+        assert known[name]["ROME"].easing == 1

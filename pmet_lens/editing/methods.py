@@ -147,6 +147,10 @@ _WORLD_ROME = replace(
     easing=1.0,
 )
 
+_EASY_MEMIT = replace(_GPTJ_MEMIT, layers=(4, 5, 6, 7, 8), clamp=4.0, weight_decay=1e-3)
+_EASY_ROME = replace(_GPTJ_ROME, n_steps=25, weight_decay=1e-3)
+_EASY = {"MEMIT": _EASY_MEMIT, "ROME": _EASY_ROME}
+
 HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
     "world": {"PMET": _WORLD_PMET, "MEMIT": _WORLD_MEMIT, "ROME": _WORLD_ROME},
     # Positions are embedded here, so the first layer's keys tell names apart, and it can be
@@ -187,8 +191,8 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
             second_moment_weight=20000.0,
         ),
     },
-    # The first author's later repositories; CounterFact and zsRE.
-    "llama-2-7b-hf": {"PMET": _LLAMA_PMET},
+    # PMET: the first author's later repositories; CounterFact and zsRE. The others: EasyEdit, below.
+    "llama-2-7b-hf": {"PMET": _LLAMA_PMET, **_EASY},
     "llama-2-7b-hf/zsre": {"PMET": replace(_LLAMA_PMET, clamp=0.8, kl_weight=0.1)},
     # hparams/PMET/gpt2-xl.json of the first author's repository BLUE; MEMIT's released
     # hparams/MEMIT/gpt2-xl.json; ROME's released hparams/ROME/gpt2-xl.json.
@@ -203,6 +207,28 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
             easing=1.0,
         ),
         "ROME": replace(_GPTJ_ROME, layers=(17,)),
+    },
+    # EasyEdit (zjunlp), hparams/ROME/gpt2-large.json and gpt2-medium.json.
+    "gpt2-large": {"ROME": replace(_GPTJ_ROME, layers=(12,))},
+    "gpt2-medium": {"ROME": replace(_GPTJ_ROME, layers=(8,), clamp=3.0)},
+    # AlphaEdit (jianghoucheng), hparams/MEMIT, hparams/AlphaEdit (the same, and the null space as
+    # in the defaults here) and hparams/ROME, Llama3-8B.json.
+    "meta-llama-3-8b": {
+        "MEMIT": replace(_GPTJ_MEMIT, layers=(4, 5, 6, 7, 8), lr=0.1),
+        "ROME": _EASY_ROME,
+    },
+    # EasyEdit (zjunlp), hparams/MEMIT/ and hparams/ROME/: mistral-7b.yaml, qwen2.5-7b.yaml,
+    # qwen2-7b.yaml, llama3.2-1b.yaml, llama3.2-3b.yaml; llama-7b.yaml, of Llama-2, above. ROME has
+    # the identity in place of the second moment there (mom2_adjustment false).
+    "mistral-7b-v0.1": _EASY,
+    "qwen2.5-7b": _EASY,
+    "qwen2-7b": {"MEMIT": _EASY_MEMIT},
+    "llama-3.2-1b-instruct": _EASY,
+    "llama-3.2-3b-instruct": {"MEMIT": _EASY_MEMIT},
+    # EasyEdit, hparams/PMET/llama3.2-3b.yaml, hparams/ROME/llama3.2-3b.yaml.
+    "llama-3.2-3b": {
+        "PMET": replace(_LLAMA_PMET, n_steps=25, second_moment_weight=15000.0),
+        "ROME": _EASY_ROME,
     },
 }
 """Model name (lower case) -> kind -> settings. "ROME" serves the methods that store facts exactly

@@ -10,7 +10,6 @@ from pmet_lens.models.bridge import Hooks
 from pmet_lens.models.model import Model
 from pmet_lens.models.tokens import Batch
 
-
 LOGITS = 64_000_000
 """Numbers in the logits of one pass: 256 MB in float32. A vocabulary of 262,144 (Gemma) costs as
 much as all blocks together, so tokens whose logits are read are few at a time."""
