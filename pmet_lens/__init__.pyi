@@ -35,12 +35,12 @@ from .editing.methods import PMET as PMET
 from .editing.methods import ROME as ROME
 from .editing.methods import hparams_for as hparams_for
 from .editing.methods import named as named
+from .editing.methods import optimise as optimise
 from .editing.solvers import Exact as Exact
 from .editing.solvers import NullSpace as NullSpace
 from .editing.solvers import Ridge as Ridge
 from .editing.solvers import SolveError as SolveError
 from .editing.targets import Targets as Targets
-from .editing.targets import optimise as optimise
 from .evaluation.ability import general_ability as general_ability
 from .evaluation.ability import lm_eval_model as lm_eval_model
 from .evaluation.metrics import summarise as summarise

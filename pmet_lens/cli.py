@@ -174,7 +174,7 @@ def _edit(args: argparse.Namespace) -> None:
             _say(repr(suggested), sys.stderr)
             known = suggested.hparams
         inputs = EditInputs(model, None, known, pl.texts(args.texts), n_tokens=100_000)
-        hparams, contexts = inputs.settings(method), inputs.contexts()
+        hparams, contexts = inputs.settings(method, len(facts)), inputs.contexts()
         if args.moments:
             moments = pl.open_moments(args.moments)
         else:
@@ -186,6 +186,8 @@ def _edit(args: argparse.Namespace) -> None:
             model, facts, moments, method, hparams, contexts, on_step=lambda *_: bar.update()
         )
     edit.save(args.out)
+    _say(f"{args.method}: {edit.hparams}", sys.stderr)
+    _say(f"the model gives the new answer for {edit.answered} of {len(facts)} facts", sys.stderr)
     _say(f"{edit!r}: {args.out}")
 
 

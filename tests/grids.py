@@ -11,7 +11,7 @@ import pmet_lens as pl
 
 FACTS = tuple(pl.counterfact(n=6))
 OTHERS = tuple(pl.knowns()[-20:])
-HP = pl.Hparams(layers=(1, 2), n_steps=4)
+HP = pl.Hparams(layers=(1, 2), n_steps=4).settled()
 CUT = pl.Cut(targets=2, answers=3, others=8, tokens=500)
 """3 shards of targets, 3 of the text, 2 of the answers."""
 

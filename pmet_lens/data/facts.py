@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,6 +94,24 @@ class Fact:
     def text(self) -> str:
         """The prompt with the subject filled in."""
         return self.prompt.replace("{}", self.subject)
+
+
+def listed(facts: object) -> list[Fact]:
+    """The facts as a list, whether one or several are given.
+
+    Raises:
+        FactError: for anything else than facts.
+    """
+    if isinstance(facts, Fact):
+        return [facts]
+    several: list[Any] = list(facts) if isinstance(facts, Iterable) else [facts]
+    wrong = [type(fact).__name__ for fact in several if not isinstance(fact, Fact)]
+    if wrong:
+        raise FactError(
+            f"facts must be a Fact or a list of them, not {wrong[0]}; make one with "
+            "pl.Fact(subject, prompt, target_new), or read a table with pl.read_facts."
+        )
+    return several
 
 
 def check_editable(facts: Sequence[Fact]) -> None:

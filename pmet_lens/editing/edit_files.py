@@ -1,5 +1,6 @@
 """How an edit is written: as one file of this package (safetensors with thin factors and a JSON
-header, nothing that can run), or as a LoRA adapter for `peft`, which is not needed to write it.
+header, nothing that can run), or as a LoRA adapter for `peft`, which is not needed to write it; and
+the receipt, which tells what it did to the weights and to the answers.
 
 A LoRA adapter is a weight change of low rank, and so is an edit: nothing is lost but float64.
 """
@@ -13,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
@@ -28,6 +30,8 @@ from pmet_lens.models.weights import EditError as EditError
 
 FORMATS = ("pmet_lens edit 1", "pmet_lens edit 2")
 """Those that are read; the last is written."""
+_ROUNDED = 0.01
+"""Share of a change lost by rounding from which a receipt says so."""
 VALUES = (Method, Hparams, Ridge, Exact, NullSpace)
 """The classes that a file may name; the values of others are read as `Recorded`."""
 
@@ -195,3 +199,52 @@ def balanced(
     used = s > eps * s.max().clamp(min=torch.finfo(s.dtype).tiny)
     root = s[used].sqrt()
     return inner.Q @ u[:, used] * root, root[:, None] * (vh[used] @ outer.Q.T)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Shows itself as two tables in a notebook; `to_frame` is the one of the facts."""
+
+    sites: pd.DataFrame
+    """One row per written weight (index: its name in the Hugging Face model): site, rank, norm
+    (Frobenius, of the change), relative (to the norm of the weight), rounded (share of the change,
+    0 to 1, that is lost by rounding to the dtype of the weights)."""
+    facts: pd.DataFrame
+    """One row per fact: subject, prompt, wanted; before, after (the likeliest next token); nll
+    before and after (−log P of the wanted answer, nats per token, ≥ 0, lower is better); said
+    (whether every token of it is now the argmax)."""
+    left_out: int
+    """Facts of the edit that were not asked about."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table of the facts."""
+        return self.facts
+
+    @property
+    def rounding(self) -> str:
+        """A sentence where the weights' dtype took more than a hundredth of a change, else ""."""
+        worst = float(self.sites["rounded"].max())
+        if not worst > _ROUNDED:
+            return ""
+        site = self.sites["site"].iloc[int(self.sites["rounded"].to_numpy().argmax())]
+        return (
+            f"Rounding to the dtype of the weights took {100 * worst:.0f} % of the change at {site}"
+            "; load the model in float32 to keep it whole."
+        )
+
+    def __repr__(self) -> str:
+        more = f"\n… and {self.left_out} more facts" if self.left_out else ""
+        return f"{self.sites.to_string()}\n\n{self.facts.round(3).to_string()}{more}{self._note}"
+
+    @property
+    def _note(self) -> str:
+        return f"\n{self.rounding}" if self.rounding else ""
+
+    def _repr_html_(self) -> str:
+        right = int(self.facts["said"].sum())
+        head = f"<p><b>{right} of {len(self.facts)}</b> facts are answered as wanted now"
+        head += f" ({self.left_out} more were not asked about)" if self.left_out else ""
+        facts = self.facts.round(3).to_html(index=False, border=0)
+        note = f"<p>{self.rounding}</p>" if self.rounding else ""
+        sites = self.sites.to_html(border=0, float_format="{:.3g}".format)
+        return f"{head}.</p>{facts}<p>Weights written:</p>{sites}{note}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from pmet_lens.data import file_format, markup
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing import edit_files
+from pmet_lens.editing.edit_files import Receipt as Receipt
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep, Targets
 from pmet_lens.evaluation import scoring
@@ -73,6 +74,8 @@ class Edit:
     """The name of the model it was computed on."""
     frame: Frame = field(default_factory=Frame, repr=False)
     """The chat template its prompts stood in."""
+    answered: int | None = field(default=None, compare=False)
+    """Facts that the model gave the new answer to right after; None: it was not asked."""
 
     @cached_property
     def deltas(self) -> Mapping[Site, Float[Tensor, "d_in d_model"]]:
@@ -81,7 +84,8 @@ class Edit:
 
     def __repr__(self) -> str:
         sites = ", ".join(map(str, self.factors))
-        return f"Edit({len(self.facts)} facts, sites {sites})"
+        said = "" if self.answered is None else f", {self.answered} of them answered"
+        return f"Edit({len(self.facts)} facts{said}, sites {sites})"
 
     def _repr_html_(self) -> str:
         sites = [f"{site} (rank {a.shape[1]})" for site, (a, _) in self.factors.items()]
@@ -207,37 +211,6 @@ class Edit:
         edit_files.export_lora(vars(self), directory, max_rank)
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """Shows itself as two tables in a notebook; `to_frame` is the one of the facts."""
-
-    sites: pd.DataFrame
-    """One row per written weight (index: its name in the Hugging Face model): site, rank, norm
-    (Frobenius, of the change), relative (to the norm of the weight)."""
-    facts: pd.DataFrame
-    """One row per fact: subject, prompt, wanted; before, after (the likeliest next token); nll
-    before and after (−log P of the wanted answer, nats per token, ≥ 0, lower is better); said
-    (whether every token of it is now the argmax)."""
-    left_out: int
-    """Facts of the edit that were not asked about."""
-
-    def to_frame(self) -> pd.DataFrame:
-        """The table of the facts."""
-        return self.facts
-
-    def __repr__(self) -> str:
-        more = f"\n… and {self.left_out} more facts" if self.left_out else ""
-        return f"{self.sites.to_string()}\n\n{self.facts.round(3).to_string()}{more}"
-
-    def _repr_html_(self) -> str:
-        right = int(self.facts["said"].sum())
-        head = f"<p><b>{right} of {len(self.facts)}</b> facts are answered as wanted now"
-        head += f" ({self.left_out} more were not asked about)" if self.left_out else ""
-        facts = self.facts.round(3).to_html(index=False, border=0)
-        sites = self.sites.to_html(border=0, float_format="{:.3g}".format)
-        return f"{head}.</p>{facts}<p>Weights written:</p>{sites}"
-
-
 def _weights_written(edit: Edit, model: Model) -> pd.DataFrame:
     table = pd.DataFrame(
         {
@@ -248,7 +221,13 @@ def _weights_written(edit: Edit, model: Model) -> pd.DataFrame:
         }
     )
     weights = [float(model.weight(site).double().norm()) for site in edit.factors]
-    return table.assign(relative=table["norm"] / weights).set_index("weight")
+    rounded: list[float] = []
+    for site, (left, right) in edit.factors.items():
+        before, exact = model.weight(site), (left @ right).double()
+        # Rounded twice: the change to the dtype of the weights, and their sum.
+        written = (before + edit.deltas[site].to(before)).double() - before.double()
+        rounded.append(float((written - exact.to(written)).norm() / exact.norm()))
+    return table.assign(relative=table["norm"] / weights, rounded=rounded).set_index("weight")
 
 
 def _answers(model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
@@ -279,7 +258,7 @@ def _sum(edits: Sequence[Edit]) -> Edit:
     sites = dict.fromkeys(site for e in edits for site in e.factors)
     factors = {s: side_by_side([e.factors[s] for e in edits if s in e.factors]) for s in sites}
     facts = tuple(f for e in edits for f in e.facts)
-    return replace(edits[0], factors=factors, facts=facts, targets=None)
+    return replace(edits[0], factors=factors, facts=facts, targets=None, answered=None)
 
 
 def side_by_side(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

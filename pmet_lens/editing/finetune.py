@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact, check_editable
+from pmet_lens.data.facts import Fact, check_editable, listed
 from pmet_lens.editing.edits import Edit, origin
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep
@@ -87,7 +87,7 @@ class FineTune:
     def edit(
         self,
         model: Model,
-        facts: Sequence[Fact],
+        facts: Fact | Sequence[Fact],
         moments: object = None,
         hparams: FineTuneHparams | None = None,
         contexts: object = None,
@@ -106,7 +106,7 @@ class FineTune:
             FactError, SettingsError: bad facts or settings, in words.
             ModelError: for a layer the model does not have.
         """
-        facts = list(facts)
+        facts = listed(facts)
         check_editable(facts)
         hp = self.settings(model, hparams)
         site = Site(model.check_layer(hp.layer), "mlp")

@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing.objective import rows_of
-from pmet_lens.models import tokens
+from pmet_lens.editing.method import STREAM_OF, Method
+from pmet_lens.editing.objective import optimised, rows_of
+from pmet_lens.editing.targets import Targets
+from pmet_lens.models import activations, tokens
 from pmet_lens.models.activations import check_finite
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.likelihood import at_least_float32
@@ -175,6 +177,75 @@ class Reader:
         if entering:
             part.residual = entering[0].cpu()
         return [value.view(len(part.facts), -1, value.shape[-1]) for value in seen]
+
+
+def wanted(
+    reader: Reader, targets: Targets, method: Method
+) -> dict[Stream, Float[Tensor, "fact d_model"]]:
+    """Per stream that the method's projections follow the value it should have at `targets.layer`.
+
+    Where the delta of the layer output lay before a norm (`objective.optimised`): the clean output
+    and what the norm makes of the delta.
+    """
+    values: dict[Stream, Tensor] = {}
+    streams: set[Stream] = {method.follows(projection) for projection in method.write}
+    for stream in streams:
+        lies = optimised(reader.model, stream)
+        values[stream] = targets.values[lies]
+        road = activations.road(reader.model, Site(targets.layer, "mlp"))
+        if lies != stream and road is not None:
+            clean = reader.values(targets.layer, stream)
+            change = road.reached(targets.values[lies]) - road.reached(targets.clean[lies])
+            values[stream] = clean + change.to(clean)
+    return values
+
+
+def to_write(
+    reader: Reader,
+    site: Site,
+    stream: Stream,
+    layer: int,
+    rest: Float[Tensor, "fact d_model"],
+    share: float,
+) -> Float[Tensor, "fact d_model"]:
+    """What the projection at `site` is to write more, so that it takes its share (1 / `share`) of
+    the `rest` missing in `stream` at the last critical `layer`.
+
+    Where what a projection writes enters the residual stream as it is, that is rest / share. Behind
+    a norm lengths mean nothing: a rest of what is written itself (PMET) is shared as a turn, its
+    size relative to what the site writes; one of the layer output (MEMIT) is shared in the stream,
+    and the site writes what its norm needs for it.
+    """
+    road = activations.road(reader.model, site)
+    last = activations.road(reader.model, Site(layer, site.projection))
+    written = STREAM_OF[site.projection]
+    if road is None and last is None:
+        return rest / share
+    here = reader.values(site.layer, written).double()
+    if stream == written:
+        there = reader.values(layer, written).double()
+        return rest / share * (here.norm(dim=-1) / there.norm(dim=-1))[:, None].to(rest)
+    wanted = rest.double() / share
+    if last is not None and last.normed:
+        # What is left for `layer` must be what its norm can bring: a part of the turn, not of the
+        # chord.
+        now = reader.values(layer, written).double()
+        goal = now + last.change(now, rest)
+        wanted = last.reached(now) + rest - last.reached(_turned(now, goal, 1 - 1 / share))
+    if road is None:
+        return wanted
+    # Below `layer` what is missed is left for it, and its own norm has the last word.
+    return road.change(here, wanted) if site.layer == layer else road.pushed(here, wanted)
+
+
+def _turned(
+    start: Float[Tensor, "fact d"], end: Float[Tensor, "fact d"], part: float
+) -> Float[Tensor, "fact d"]:
+    """The unit vector at this part of the turn from one direction to another."""
+    a, b = (v / v.norm(dim=-1, keepdim=True) for v in (start, end))
+    angle = (a * b).sum(-1, keepdim=True).clamp(-1, 1).acos()
+    turned = (((1 - part) * angle).sin() * a + (part * angle).sin() * b) / angle.sin()
+    return turned.where(angle > 0, a)
 
 
 def _averaged(keys: Float[Tensor, "fact row d_in"]) -> Float[Tensor, "fact d_in"]:

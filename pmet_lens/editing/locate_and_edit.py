@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact, check_editable
+from pmet_lens.data.facts import Fact, check_editable, listed
 from pmet_lens.editing import keys
 from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.edits import Edit, Editor, merged, origin
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import PMET, hparams_for, named
+from pmet_lens.editing.methods import PMET, resolved, settled
+from pmet_lens.editing.objective import optimised
 from pmet_lens.editing.solvers import Dense, Factor, On, SecondMoment
 from pmet_lens.editing.targets import OnStep, Targets
+from pmet_lens.evaluation import scoring
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Site
 
@@ -30,7 +33,7 @@ Moments = Mapping[Site, object]
 
 def edit(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     moments: Moments | None,
     method: Method | Editor | str = PMET,
     hparams: Any = None,
@@ -40,6 +43,7 @@ def edit(
     *,
     factorised: dict[Site, Factor] | None = None,
     earlier: Mapping[Site, Float[Tensor, "key d_in"]] | None = None,
+    check: bool | None = None,
 ) -> Edit:
     """Compute one edit that makes `model` give every fact's new answer.
 
@@ -51,7 +55,8 @@ def edit(
             (fine-tuning).
         method: a value, or a name that `pl.named` knows.
         hparams: `Hparams`, or what the method has instead; None takes the settings known for this
-            model (`pl.HPARAMS`).
+            model (`pl.HPARAMS`). What `Hparams` leave open is as released for the method, λ by the
+            number of facts; the edit says what it was (`Edit.hparams`).
         contexts: prefixed templates such as "I am. {}"; None samples them from the model.
         targets: from an earlier edit of the same facts, to skip their optimisation.
         on_step: called with (step, losses per fact) after every optimisation step.
@@ -60,41 +65,83 @@ def edit(
             solvers that need an eigendecomposition; a `Moment` keeps its Cholesky factor itself.
         earlier: per site the keys of facts edited before, whose answers are to survive
             (`edit_sequentially` keeps them).
+        check: ask the edited model for every new answer, once (`Edit.answered`), and warn where it
+            gives less than half of them; None: unless `targets` are given.
 
     Raises:
         FactError, SettingsError, SolveError: bad facts, settings, or moments, in words.
     """
-    facts, method = list(facts), named(method) if isinstance(method, str) else method
+    facts, method = listed(facts), resolved(method)
     check_editable(facts)
+    made = _made(
+        model, facts, moments, method, hparams, contexts, targets, on_step, factorised, earlier
+    )
+    if check is False or (check is None and targets is not None):
+        return made
+    with made.applied(model):
+        said = scoring.answered(model, facts)
+    if 2 * said < len(facts):
+        warnings.warn(
+            f"With this edit the model gives the new answer for only {said} of {len(facts)} facts. "
+            "See edit.receipt(model): a smaller second_moment_weight (λ), more n_steps, a wider "
+            f"clamp or other layers may help. It was made with {made.hparams}.",
+            stacklevel=2,
+        )
+    return replace(made, answered=said)
+
+
+@torch.inference_mode(False)
+def _made(
+    model: Model,
+    facts: list[Fact],
+    moments: Moments | None,
+    method: Method | Editor,
+    hparams: Any,
+    contexts: Sequence[str] | None,
+    targets: Targets | None,
+    on_step: OnStep | None,
+    factorised: dict[Site, Factor] | None,
+    earlier: Mapping[Site, Tensor] | None,
+) -> Edit:
+    """`edit`, of checked facts and unchecked. Inside `torch.inference_mode` nothing could be
+    optimised, so it is left for as long."""
+    stepwise = isinstance(method, Method) and (method.at_once or len(facts)) < len(facts)
+    given = {"targets": targets, "factorised": factorised, "earlier": earlier}
     if not isinstance(method, Method):
+        _refuse(given, f"{type(method).__name__} has another algorithm, which does not read it")
         return method.edit(model, facts, moments, hparams, contexts, targets, on_step)
     moments = {} if moments is None else moments
-    if method.at_once is not None and len(facts) > method.at_once:
+    if stepwise and method.at_once is not None:
+        why = f"of {len(facts)} facts {method.at_once} are edited at once, the next ones on a model"
+        _refuse({"targets": targets}, f"{why} that is edited by then, for which they are not")
+        size, more = method.at_once, {"factorised": factorised, "earlier": earlier}
         steps = edit_sequentially(
-            model, facts, moments, method, hparams, contexts, batch_size=method.at_once
+            model, facts, moments, method, hparams, contexts, size, on_step=on_step, **more
         )
         return merged(steps)
-    hp = hparams if hparams is not None else hparams_for(model, method)
+    hp = settled(model, method, hparams, len(facts))
     hp.check(model.n_layers)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
     _check_given(model, moments, sites, contexts or ())
     contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
     if targets is None:
         targets = targeting.optimise(model, facts, method, hp, contexts, on_step)
-    _check_targets(targets, facts, method, hp)
+    _check_targets(model, targets, facts, method, hp)
     _warn_already_true(targets, facts)
 
     solver = hp.strengthen(method.solver)
     factors: dict[Site, tuple[Tensor, Tensor]] = {}
     reader = keys.Reader(model, facts, contexts, method.position)
+    wanted = keys.wanted(reader, targets, method)
     with model.restored(sites):
         for i, layer in enumerate(hp.layers):
             for projection in method.write:
                 site = Site(layer, projection)
                 stream = method.follows(projection)
                 K, now = reader.both(site, targets.layer, stream)
-                rest = targets.values[stream].to(now.device) - now
-                R = (rest / method.share(len(hp.layers) - i)).to(K.device)
+                rest = wanted[stream].to(now.device) - now
+                share = method.share(len(hp.layers) - i)
+                R = keys.to_write(reader, site, stream, targets.layer, rest, share).to(K.device)
                 factor = (factorised or {}).get(site)
                 if factor is None:
                     C = _moment(moments[site], K.device)
@@ -108,42 +155,54 @@ def edit(
     return Edit(factors, model.dtype, tuple(facts), method, hp, tuple(contexts), targets, **made_on)
 
 
+@torch.inference_mode(False)
 def edit_sequentially(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     moments: Moments,
-    method: Method = PMET,
+    method: Method | str = PMET,
     hparams: Hparams | None = None,
     contexts: Sequence[str] | None = None,
+    batch_size: int | None = None,
     *,
-    batch_size: int,
     protect: bool = False,
     on_batch: Callable[[int, Edit], object] | None = None,
+    on_step: OnStep | None = None,
+    factorised: dict[Site, Factor] | None = None,
+    earlier: Mapping[Site, Float[Tensor, "key d_in"]] | None = None,
 ) -> list[Edit]:
-    """Edit `batch_size` facts after the other, each batch on the model as edited so far.
+    """Edit `batch_size` facts after the other (None: as many as the method edits at once, else
+    one), each batch on the model as edited so far.
 
     `protect` adds the keys of earlier batches to what every solve preserves (AlphaEdit's sequential
     editing; for Ridge `λC + KₚᵀKₚ`). `on_batch(facts so far, edit)` runs while the model has all
-    edits so far, to measure it. The model is left as it was; `merged` adds the edits up.
+    edits so far, to measure it. `on_step`, `factorised`, `earlier`: as `edit`, for every batch. The
+    model is left as it was; `merged` adds the edits up.
     """
+    chosen_method = resolved(method)
+    if not isinstance(chosen_method, Method):
+        raise SettingsError(
+            f"{type(chosen_method).__name__} does not edit in batches: edit each list of facts "
+            "with pl.edit, with the edits before it applied."
+        )
+    facts, method = listed(facts), chosen_method
+    batch_size = (method.at_once or 1) if batch_size is None else batch_size
     if batch_size < 1:
         raise SettingsError(f"batch_size must be at least 1, not {batch_size}.")
-    facts = list(facts)
+    if protect and factorised is not None:
+        _refuse({"factorised": factorised}, "with protect every batch has its own system to solve")
     check_editable(facts)
-    hp = hparams if hparams is not None else hparams_for(model, method)
+    hp = settled(model, method, hparams, min(batch_size, len(facts)))
     contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
-    past: dict[Site, Tensor] = {}
-    kept: dict[Site, Factor] = {}
+    past: dict[Site, Tensor] = dict(earlier or {})
+    kept: dict[Site, Factor] = {} if factorised is None else factorised
     edits: list[Edit] = []
     with model.restored(sites):
         for start in range(0, len(facts), batch_size):
             chosen = facts[start : start + batch_size]
-            known = past if protect and past else None
-            kept = {} if protect else kept
-            step = edit(
-                model, chosen, moments, method, hp, contexts, factorised=kept, earlier=known
-            )
+            known, kept = past or None, {} if protect else kept
+            step = _made(model, chosen, moments, method, hp, contexts, None, on_step, kept, known)
             for site, delta in step.deltas.items():
                 model.weight(site).add_(delta)
             edits.append(step)
@@ -153,6 +212,13 @@ def edit_sequentially(
             if on_batch is not None:
                 on_batch(start + len(chosen), step)
     return edits
+
+
+def _refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises `SettingsError` for an argument that would not be used."""
+    for name, value in given.items():
+        if value is not None:
+            raise SettingsError(f"{name}= cannot be used here: {why}. Leave it out.")
 
 
 def _moment(moment: object, device: torch.device) -> SecondMoment:
@@ -187,9 +253,9 @@ def _check_given(
 
 
 def _check_targets(
-    targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
+    model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
 ) -> None:
-    needed = {method.follows(p) for p in method.write}
+    needed = {optimised(model, method.follows(p)) for p in method.write}
     if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
         raise SettingsError(
             f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "
@@ -214,5 +280,5 @@ def _warn_already_true(targets: Targets, facts: Sequence[Fact]) -> None:
         warnings.warn(
             f"The model gives the new answer already for {len(known)} of {len(facts)} facts, so "
             f"there is nothing to edit there; the first is {known[0]!r}.",
-            stacklevel=3,
+            stacklevel=5,  # past `_made` and what leaves inference mode
         )

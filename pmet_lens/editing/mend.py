@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pmet_lens.data import file_format
-from pmet_lens.data.facts import Fact, check_editable
+from pmet_lens.data.facts import Fact, check_editable, listed
 from pmet_lens.editing.edits import Edit, origin, side_by_side
 from pmet_lens.editing.finetune import output_hooks, rewrites
 from pmet_lens.editing.method import SettingsError
@@ -56,7 +56,7 @@ class Mend:
     def edit(
         self,
         model: Model,
-        facts: Sequence[Fact],
+        facts: Fact | Sequence[Fact],
         moments: object = None,
         hparams: MendHparams | None = None,
         contexts: object = None,
@@ -74,7 +74,7 @@ class Mend:
             FactError: for facts that cannot be edited.
             EditError: for a missing or damaged editor, or one trained for another model.
         """
-        facts = list(facts)
+        facts = listed(facts)
         check_editable(facts)
         hp = MendHparams() if hparams is None else hparams
         editor = MendEditor.load(self._file(model)).to(model.device)

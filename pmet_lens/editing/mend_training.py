@@ -51,6 +51,7 @@ class MendTraining:
     seed: int = 0
 
 
+@torch.inference_mode(False)
 def train_editor(
     model: Model,
     facts: Sequence[Fact],

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from pmet_lens.data import markup
-from pmet_lens.editing.solvers import NullSpace, Solver
+from pmet_lens.editing.solvers import Exact, NullSpace, Solver
 from pmet_lens.models.model import Projection, Stream
 from pmet_lens.models.tokens import Position
 
@@ -102,38 +103,47 @@ class Method:
         return math.sqrt(remaining) if self.spread == "sqrt" else float(remaining)
 
 
-@dataclass(frozen=True)
+class Open(float):
+    """A strength that nobody gave, with PMET's value: `Hparams.settled` puts the method's there."""
+
+
+class OpenCount(int):
+    """The same, of a whole number."""
+
+
+@dataclass(frozen=True, repr=False)
 class Hparams:
-    """Strengths of an edit on one model. Every default is the released value for GPT-J."""
+    """Strengths of an edit on one model. What is not given is taken from the method (`settled`):
+    the values released for GPT-J, λ by the number of facts. Those shown here are PMET's."""
 
     layers: tuple[int, ...]
     """Critical layers, ascending, from 0; the last must lie below the model's last layer."""
-    n_steps: int = 30
+    n_steps: int = OpenCount(30)
     """Optimisation steps per fact, ≥ 1 (`v_num_grad_steps`; PMET hparams for GPT-J: 30)."""
-    lr: float = 0.2
+    lr: float = Open(0.2)
     """Learning rate of Adam on the deltas, > 0 (`v_lr`)."""
-    weight_decay: float = 0.5
+    weight_decay: float = Open(0.5)
     """ω ≥ 0, weight of ‖δ‖/‖clean‖² per stream (`v_weight_decay`; the norm is not squared)."""
-    clamp: float = 0.75
+    clamp: float = Open(0.75)
     """c > 0: every delta stays within c times the reference norm (`clamp_norm_factor`)."""
-    kl_weight: float = 1.0
+    kl_weight: float = Open(1.0)
     """μ ≥ 0, weight of the KL divergence on "{} is a" (`kl_factor`)."""
-    nll_weight: float = 1.0
+    nll_weight: float = Open(1.0)
     """φ > 0, weight of the new answer's negative log-likelihood (`nll_loss_factor`)."""
-    second_moment_weight: float = 6000.0
-    """λ > 0, weight of the second moment against the new keys (`mom2_update_weight`). It scales
-    with the number of facts edited at once and inversely with the size of the second moment."""
-    stop_loss: float = 0.05
+    second_moment_weight: float = Open(6000.0)
+    """λ > 0, weight of the second moment against the new keys (`mom2_update_weight`). Not given: in
+    proportion to the facts edited at once, as released for 10,000 (0.6 per fact; MEMIT 1.5)."""
+    stop_loss: float = Open(0.05)
     """A fact stops when its whole loss is below this (released `compute_z.py`)."""
-    easing: float = 0.1
+    easing: float = Open(0.1)
     """Factor on φ once every target token is the argmax in every prompt; 1 switches easing and
     the KL stop off (MEMIT)."""
-    kl_stop: float = 0.01
+    kl_stop: float = Open(0.01)
     """While eased, a fact stops when μ·KL is at most this (released `compute_z.py`)."""
-    null_space_threshold: float = 0.02
+    null_space_threshold: float = Open(0.02)
     """> 0: eigenvectors of the second moment below it span where AlphaEdit may write (released
     `nullspace_threshold`; it scales with the squared size of the keys)."""
-    null_space_l2: float = 10.0
+    null_space_l2: float = Open(10.0)
     """> 0, weight of the identity there (released `L2`)."""
     reference_norm: ReferenceNorm = "own stream"
     """Clean norm that clamp and decay refer to: of the stream itself (released), or of the layer
@@ -165,6 +175,31 @@ class Hparams:
                 f"not {self.reference_norm!r}."
             )
 
+    def __repr__(self) -> str:
+        given = [f"{name}={value!r}" for name, value in self.given.items()]
+        return f"Hparams({', '.join(given)})"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that somebody gave, with their values; the others are up to the method."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: v for name, v in values.items() if not isinstance(v, (Open, OpenCount))}
+
+    def settled(self, method: Method | None = None, n_facts: int = 10_000) -> Hparams:
+        """These strengths with nothing left to the method: what was given, else what is released
+        for `method` (None: PMET) on GPT-J, λ in proportion to `n_facts` edited at once."""
+        released = RELEASED["PMET" if method is None else kind_of(method)]
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (Open, OpenCount)):
+                plain = int(value) if isinstance(value, OpenCount) else float(value)
+                values[field.name] = released.get(field.name, plain)
+        if "second_moment_weight" in values:
+            values["second_moment_weight"] *= float(n_facts)
+            values["second_moment_weight"] /= _RELEASED_EDITS
+        return replace(self, **values)
+
     def strengthen(self, solver: Solver) -> Solver:
         """The solver; what it leaves open (None, as AlphaEdit may) is taken from here."""
         if not isinstance(solver, NullSpace):
@@ -186,3 +221,28 @@ class Hparams:
                 f"layer can be at most {n_layers - 2}, because a change at the subject in the "
                 "last layer cannot reach the answer."
             )
+
+
+_RELEASED_EDITS = 10_000
+"""Facts edited at once, for which the released λ is."""
+RELEASED: Mapping[str, Mapping[str, float]] = {
+    "PMET": {},
+    "MEMIT": {
+        "n_steps": 25,
+        "lr": 0.5,
+        "kl_weight": 0.0625,
+        "second_moment_weight": 15000.0,
+        "easing": 1.0,
+    },
+    "ROME": {"n_steps": 20, "lr": 0.5, "clamp": 4.0, "kl_weight": 0.0625, "easing": 1.0},
+}
+"""Kind of method -> its strengths on GPT-J where they are not PMET's, which are those of `Hparams`:
+MEMIT paper, appendix B.4; ROME's released gpt2-xl.json (see `methods.HPARAMS`)."""
+
+
+def kind_of(method: Method) -> str:
+    """The kind of settings that a method takes: "ROME" for those that store facts exactly in one
+    layer, "MEMIT" for those that optimise the layer output, else "PMET"."""
+    if isinstance(method.solver, Exact):
+        return "ROME"
+    return "MEMIT" if method.delta_at == ("resid_post",) else "PMET"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from pmet_lens.data.facts import Fact, listed
+from pmet_lens.editing import targets
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.finetune import FineTune
 from pmet_lens.editing.mend import Mend
-from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.method import Hparams, Method, SettingsError, kind_of
 from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
+from pmet_lens.editing.targets import OnStep, Targets
+from pmet_lens.models import tokens
 from pmet_lens.models.model import Model
 
 PMET = Method(delta_at=("attn_out", "mlp_out"), write=("mlp",), spread="sqrt", solver=Ridge())
@@ -89,13 +94,26 @@ def named(name: str) -> Method | Editor:
     return known[full]
 
 
-_GPTJ_PMET = Hparams(layers=(3, 4, 5, 6, 7, 8))
-_GPTJ_MEMIT = replace(
-    _GPTJ_PMET, n_steps=25, lr=0.5, kl_weight=0.0625, second_moment_weight=15000.0, easing=1.0
+def resolved(method: Method | Editor | str) -> Method | Editor:
+    """The method, or that of this name (`named`). Raises `SettingsError` for anything else."""
+    if isinstance(method, str):
+        return named(method)
+    if not isinstance(method, (Method, Editor)):
+        raise SettingsError(
+            f"A method is a value such as pl.PMET or a name such as 'PMET', not "
+            f"{type(method).__name__}."
+        )
+    return method
+
+
+_GPTJ_PMET = Hparams(layers=(3, 4, 5, 6, 7, 8)).settled(PMET)
+_GPTJ_MEMIT = Hparams(layers=(3, 4, 5, 6, 7, 8)).settled(MEMIT)
+_GPTJ_ROME = Hparams(layers=(5,)).settled(ROME)
+_LLAMA_PMET = replace(
+    _GPTJ_PMET, layers=(4, 5, 6, 7, 8), n_steps=20, lr=0.5, clamp=1.0, kl_weight=0.0625
 )
-_GPTJ_ROME = Hparams(layers=(5,), n_steps=20, lr=0.5, clamp=4.0, kl_weight=0.0625, easing=1.0)
-_LLAMA_PMET = Hparams(layers=(4, 5, 6, 7, 8), n_steps=20, lr=0.5, clamp=1.0, kl_weight=0.0625)
-_XL_PMET = Hparams(
+_XL_PMET = replace(
+    _GPTJ_PMET,
     layers=(13, 14, 15, 16, 17),
     n_steps=20,
     lr=0.5,
@@ -109,13 +127,18 @@ _XL_PMET = Hparams(
 # because it multiplies a second moment against the sum over the edited keys, and both the keys'
 # norms and the number of edits (100 instead of 10,000) are smaller here. The clamp is the published
 # one, but relative to the layer output, because the MLPs of these models write little.
-_WORLD_PMET = Hparams(
-    layers=(1, 2, 3), weight_decay=0.02, reference_norm="resid_post", second_moment_weight=10.0
+_WORLD_PMET = replace(
+    _GPTJ_PMET,
+    layers=(1, 2, 3),
+    weight_decay=0.02,
+    reference_norm="resid_post",
+    second_moment_weight=10.0,
 )
 _WORLD_MEMIT = replace(_GPTJ_MEMIT, layers=(1, 2, 3), second_moment_weight=30.0, null_space_l2=0.1)
 # One layer takes everything, so the bound is wider. ROME's layer and AlphaEdit's l2 are the best of
 # few tried on records 350 to 379 (12 settings each); AlphaEdit's threshold is the released one.
-_WORLD_ROME = Hparams(
+_WORLD_ROME = replace(
+    _GPTJ_PMET,
     layers=(3,),
     weight_decay=0.02,
     clamp=1.5,
@@ -123,6 +146,10 @@ _WORLD_ROME = Hparams(
     reference_norm="resid_post",
     easing=1.0,
 )
+
+_EASY_MEMIT = replace(_GPTJ_MEMIT, layers=(4, 5, 6, 7, 8), clamp=4.0, weight_decay=1e-3)
+_EASY_ROME = replace(_GPTJ_ROME, n_steps=25, weight_decay=1e-3)
+_EASY = {"MEMIT": _EASY_MEMIT, "ROME": _EASY_ROME}
 
 HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
     "world": {"PMET": _WORLD_PMET, "MEMIT": _WORLD_MEMIT, "ROME": _WORLD_ROME},
@@ -148,8 +175,13 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
     },
     # Released hparams/PMET/EleutherAI_gpt-neox-20b.json; MEMIT paper, appendix B.4.
     "gpt-neox-20b": {
-        "PMET": Hparams(
-            layers=(6, 7, 8, 9, 10), lr=0.5, clamp=0.8, kl_weight=0.8, second_moment_weight=15000.0
+        "PMET": replace(
+            _GPTJ_PMET,
+            layers=(6, 7, 8, 9, 10),
+            lr=0.5,
+            clamp=0.8,
+            kl_weight=0.8,
+            second_moment_weight=15000.0,
         ),
         "MEMIT": replace(
             _GPTJ_MEMIT,
@@ -159,8 +191,8 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
             second_moment_weight=20000.0,
         ),
     },
-    # The first author's later repositories; CounterFact and zsRE.
-    "llama-2-7b-hf": {"PMET": _LLAMA_PMET},
+    # PMET: the first author's later repositories; CounterFact and zsRE. Others: EasyEdit, below.
+    "llama-2-7b-hf": {"PMET": _LLAMA_PMET, **_EASY},
     "llama-2-7b-hf/zsre": {"PMET": replace(_LLAMA_PMET, clamp=0.8, kl_weight=0.1)},
     # hparams/PMET/gpt2-xl.json of the first author's repository BLUE; MEMIT's released
     # hparams/MEMIT/gpt2-xl.json; ROME's released hparams/ROME/gpt2-xl.json.
@@ -176,26 +208,54 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
         ),
         "ROME": replace(_GPTJ_ROME, layers=(17,)),
     },
+    # EasyEdit (zjunlp), hparams/ROME/gpt2-large.json and gpt2-medium.json.
+    "gpt2-large": {"ROME": replace(_GPTJ_ROME, layers=(12,))},
+    "gpt2-medium": {"ROME": replace(_GPTJ_ROME, layers=(8,), clamp=3.0)},
+    # AlphaEdit (jianghoucheng), hparams/MEMIT, hparams/AlphaEdit (the same, and the null space as
+    # in the defaults here) and hparams/ROME, Llama3-8B.json.
+    "meta-llama-3-8b": {
+        "MEMIT": replace(_GPTJ_MEMIT, layers=(4, 5, 6, 7, 8), lr=0.1),
+        "ROME": _EASY_ROME,
+    },
+    # EasyEdit (zjunlp), hparams/MEMIT/ and hparams/ROME/: mistral-7b.yaml, qwen2.5-7b.yaml,
+    # qwen2-7b.yaml, llama3.2-1b.yaml, llama3.2-3b.yaml; llama-7b.yaml, of Llama-2, above. ROME has
+    # the identity in place of the second moment there (mom2_adjustment false).
+    "mistral-7b-v0.1": _EASY,
+    "qwen2.5-7b": _EASY,
+    "qwen2-7b": {"MEMIT": _EASY_MEMIT},
+    "llama-3.2-1b-instruct": _EASY,
+    "llama-3.2-3b-instruct": {"MEMIT": _EASY_MEMIT},
+    # EasyEdit, hparams/PMET/llama3.2-3b.yaml, hparams/ROME/llama3.2-3b.yaml.
+    "llama-3.2-3b": {
+        "PMET": replace(_LLAMA_PMET, n_steps=25, second_moment_weight=15000.0),
+        "ROME": _EASY_ROME,
+    },
 }
 """Model name (lower case) -> kind -> settings. "ROME" serves the methods that store facts exactly
 in one layer, "PMET" those that optimise component outputs, "MEMIT" those that optimise the layer
 output."""
 
 
-def kind_of(method: Method) -> str:
-    """The kind of settings in `HPARAMS` that a method takes."""
-    if isinstance(method.solver, Exact):
-        return "ROME"
-    return "MEMIT" if method.delta_at == ("resid_post",) else "PMET"
-
-
-def hparams_for(model: Model, method: Method) -> Hparams:
-    """The settings known for this model and what this method optimises.
+def hparams_for(model: Model, method: Method | str) -> Hparams:
+    """The settings known for this model and what this method (or that of this name) optimises.
 
     Raises:
         SettingsError: for a model without settings; the message names those that have some.
     """
-    return known_hparams(model, kind_of(method))
+    way = resolved(method)
+    if not isinstance(way, Method):
+        raise SettingsError(f"{type(way).__name__} has no Hparams; it knows its settings itself.")
+    return known_hparams(model, kind_of(way))
+
+
+def settled(model: Model, method: Method, hparams: Any, n_facts: int) -> Hparams:
+    """All strengths of an edit of `n_facts` at once: `hparams` (None: those known for this model,
+    errors as `hparams_for`), and where they leave something open, what is released for the method.
+    """
+    known = hparams_for(model, method) if hparams is None else hparams
+    if not isinstance(known, Hparams):
+        raise SettingsError(f"This method takes Hparams(layers=…), not {type(known).__name__}.")
+    return known.settled(method, n_facts)
 
 
 def known_hparams(model: Model | str, kind: str) -> Hparams:
@@ -211,3 +271,28 @@ def known_hparams(model: Model | str, kind: str) -> Hparams:
             f"take those of another model, HPARAMS[name][{kind!r}] ({have})."
         )
     return known[kind]
+
+
+def optimise(
+    model: Model,
+    facts: Fact | Sequence[Fact],
+    method: Method | str = PMET,
+    hparams: Hparams | None = None,
+    contexts: Sequence[str] | None = None,
+    on_step: OnStep | None = None,
+    *,
+    batch_tokens: int | None = None,
+    fast: bool = True,
+) -> Targets:
+    """The targets of an edit alone, to be looked at or handed to `edit`; see `targets.optimise`.
+
+    `method`, `hparams` and `contexts` as in `edit`, which raises the same errors.
+    """
+    facts, way = listed(facts), resolved(method)
+    if not isinstance(way, Method):
+        raise SettingsError(f"{type(way).__name__} has another algorithm, without targets.")
+    hp = settled(model, way, hparams, len(facts))
+    prefixes = tokens.sample_contexts(model) if contexts is None else contexts
+    return targets.optimise(
+        model, facts, way, hp, prefixes, on_step, batch_tokens=batch_tokens, fast=fast
+    )

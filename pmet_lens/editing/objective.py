@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing.method import Hparams, Method
+from pmet_lens.editing.method import STREAM_OF, Hparams, Method
 from pmet_lens.models import activations, likelihood, memory, tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, ModelError, Site, Stream
@@ -107,9 +107,22 @@ def values_per_token(model: Model, layer: int) -> int:
     return (10 * model.d_model + 4 * d_in) * (model.n_layers - layer)
 
 
+def optimised(model: Model, stream: Stream) -> Stream:
+    """Where the delta of `stream` lies. Behind a post-norm not every layer output can be written,
+    so there the delta lies on what the MLP writes, before the norm."""
+    if stream == "resid_post" and not model.enters_output("mlp_out"):
+        return "mlp_out"
+    return stream
+
+
+def streams_of(model: Model, method: Method) -> tuple[Stream, ...]:
+    """The streams that get a delta when this method edits this model."""
+    return tuple(dict.fromkeys(optimised(model, stream) for stream in method.delta_at))
+
+
 def tail_of(model: Model, method: Method, layer: int) -> Tail | None:
     """The part of the model that a step runs; None for a family whose blocks cannot run alone."""
-    unchanged = all(model.enters_output(stream) for stream in method.delta_at)
+    unchanged = all(model.enters_output(stream) for stream in streams_of(model, method))
     try:
         return model.from_layer(layer + 1 if unchanged else layer)
     except ModelError:
@@ -128,7 +141,7 @@ class Objective:
         hparams: Hparams,
         tail: Tail | None,
     ) -> None:
-        self.model, self.streams = model, method.delta_at
+        self.model, self.streams = model, streams_of(model, method)
         self.position: Position = method.position
         self.layer, self.tail, self.per_fact = hparams.layers[-1], tail, per_fact
         self.n = len(rows) // per_fact
@@ -139,6 +152,8 @@ class Objective:
         self.norms: dict[Stream, Tensor] = {
             s: clean["resid_post" if of_layer else s][plain].norm(dim=-1) for s in self.streams
         }
+        if of_layer:
+            self.norms = {s: self._as_written(s, norm) for s, norm in self.norms.items()}
         past = None
         start = rows.at(self.position)
         self._above: Tail | None = None
@@ -176,6 +191,15 @@ class Objective:
         place = self._rows.at(self.position)
         self._at = torch.cat([scored, torch.stack([last, place[last]], dim=1)])
         self._place = place
+
+    def _as_written(self, stream: Stream, norm: Float[Tensor, " fact"]) -> Float[Tensor, " fact"]:
+        """A length in the residual stream as one of what the projection writes before its norm."""
+        sites = [Site(self.layer, p) for p, written in STREAM_OF.items() if written == stream]
+        road = activations.road(self.model, sites[0]) if sites else None
+        if road is None:
+            return norm
+        clean = self.clean[stream]
+        return norm * (clean.norm(dim=-1) / road.reached(clean).norm(dim=-1)).to(norm)
 
     def losses(self, deltas: Mapping[Stream, Float[Tensor, "fact d_model"]]) -> Losses:
         """Of the chosen facts, with the deltas (one per fact of the batch) added."""

@@ -93,6 +93,7 @@ def joined(parts: Sequence[Targets]) -> Targets:
     )
 
 
+@torch.inference_mode(False)
 def optimise(
     model: Model,
     facts: Sequence[Fact],
@@ -117,6 +118,7 @@ def optimise(
     """
     if not facts:
         raise FactError("There are no facts to optimise; pass at least one Fact.")
+    hparams = hparams.settled(method, len(facts))
     hparams.check(model.n_layers)
     layer = hparams.layers[-1]
     tail = objective.tail_of(model, method, layer) if fast else None

@@ -28,6 +28,12 @@ HELD_OUT = 2
 the bundled models were trained on neither."""
 
 
+_PARTS = 4
+"""Times the budget of logits, up to which a text that is longer than it is read in one pass."""
+_ROWS = 16
+"""Distributions over the vocabulary that are compared at a time."""
+
+
 @runtime_checkable
 class Applicable(Protocol):
     """What is asked of an edit here: to be applied for a while, and to name its facts."""
@@ -90,7 +96,8 @@ def general_ability(
             table["perplexity"] = _perplexity(*_nll(model, read, batch_tokens))
         if len(prompts):
             after = before if edit is None else _next_token(model, prompts, batch_tokens)
-            kl = (before.exp() * (before - after)).sum(1).clamp(min=0).numpy()
+            pairs = zip(before.split(_ROWS), after.split(_ROWS), strict=True)
+            kl = torch.cat([(b.exp() * (b - a)).sum(1).clamp(min=0) for b, a in pairs]).numpy()
             table["KL"] = metrics.interval(kl)
         if len(others):
             right = 100 * scoring.recall(model, others)["correct"].to_numpy()
@@ -137,11 +144,15 @@ def _nll(
         raise FactError("The texts hold no token to predict; pass texts of two tokens or more.")
     total: list[float] = []
     count: list[float] = []
-    for chunk in tokens.chunks([len(ids) for ids in read], batch_tokens):
+    budget = likelihood.readable(model, batch_tokens)
+    for chunk in tokens.chunks([len(ids) for ids in read], budget):
         ids, mask = tokens.pad(model, [read[i] for i in chunk])
         at = mask[:, 1:].nonzero()  # the tokens but the last, each of which predicts the next
-        log_p = likelihood.log_probs(model.logits_at(ids, mask, at))
-        nll = -likelihood.of_labels(log_p, ids[at[:, 0], at[:, 1] + 1]).double()
+        parts = []
+        for some in at.split(_PARTS * likelihood.readable(model, batch_tokens)):  # of a long text
+            log_p = likelihood.log_probs(model.logits_at(ids, mask, some))
+            parts.append(-likelihood.of_labels(log_p, ids[some[:, 0], some[:, 1] + 1]).double())
+        nll = torch.cat(parts)
         total += likelihood.row_sums(nll, at[:, 0], len(chunk)).tolist()
         count += [len(read[i]) - 1.0 for i in chunk]
     return np.array(total), np.array(count)

@@ -23,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pmet_lens.data import world
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.evaluation import metrics
 from pmet_lens.evaluation.metrics import summarise as summarise
 from pmet_lens.models import likelihood, tokens
@@ -113,6 +113,12 @@ def _score_rows(model: Model, batch: tokens.Batch, pairs: Sequence[tuple[int, in
     return [Score(a, b) for a, b in zip(nll.tolist(), right.tolist(), strict=True)]
 
 
+def answered(model: Model, facts: Sequence[Fact]) -> int:
+    """For how many facts every token of the new answer is the argmax on the fact's prompt."""
+    scores = score(model, [tokens.Prompt(f.text, None, f.target_new) for f in facts])
+    return sum(one.right == 1 for one in scores)
+
+
 def last_places(batch: tokens.Batch) -> Int[Tensor, "row 2"]:
     """(row, token) of the last prompt token of every row, as `Model.forward` takes them."""
     return torch.stack([torch.arange(len(batch), device=batch.last.device), batch.last], dim=1)
@@ -120,7 +126,7 @@ def last_places(batch: tokens.Batch) -> Int[Tensor, "row 2"]:
 
 def evaluate(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     generate: bool = False,
     *,
     references: References | None = None,
@@ -148,6 +154,7 @@ def evaluate(
         FactError: for no facts, or a prompt that cannot be read.
         ModelError: with `generate`, for a tokenizer without an end-of-text token.
     """
+    facts = listed(facts)
     rows = [row for i, fact in enumerate(facts) for row in _prompts(i, fact)]
     if not rows:
         raise FactError("There are no facts to evaluate; pass at least one Fact.")
@@ -260,11 +267,12 @@ def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:
 
 
 def recall(
-    model: Model, facts: Sequence[Fact], *, on_prompts: OnPrompts | None = None
+    model: Model, facts: Fact | Sequence[Fact], *, on_prompts: OnPrompts | None = None
 ) -> pd.DataFrame:
     """Whether each fact's true answer is the argmax on its prompt: columns fact, subject,
     relation, correct (0 or 1). On the facts of a known world that were *not* edited its mean is
     the collateral measure: the share still answered correctly."""
+    facts = listed(facts)
     if any(f.target_true is None for f in facts):
         raise FactError("recall needs facts with target_true.")
     prompts = [tokens.Prompt(f.text, None, f.target_true) for f in facts]

@@ -20,8 +20,8 @@ from pmet_lens.editing import edit_files
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.finetune import FineTune, FineTuneHparams
 from pmet_lens.editing.mend import Mend, MendHparams
-from pmet_lens.editing.method import Method
-from pmet_lens.editing.methods import ABLATIONS, METHODS, PMET, kind_of, known_hparams, named
+from pmet_lens.editing.method import Hparams, Method, kind_of
+from pmet_lens.editing.methods import ABLATIONS, METHODS, PMET, known_hparams, named
 from pmet_lens.models.loading import DTYPES
 
 FORMAT = "pmet_lens grid 1"
@@ -115,6 +115,10 @@ class Run:
         given["hparams"] = _strengths(method, Path(self.model).name, self.hparams)
         for key, value in given.items():
             object.__setattr__(self, key, value)
+        if isinstance(method, Method) and isinstance(self.hparams, Hparams):
+            together = min(method.at_once or self.edits, self.edits)
+            settled = self.hparams.settled(method, together)
+            object.__setattr__(self, "hparams", settled)
         if not self.name:
             object.__setattr__(self, "name", _name(method))
         self._check()

@@ -75,7 +75,7 @@ def key(
     if not isinstance(prefixes, int):
         prefixes = [prefix for prefix in prefixes if prefix != tokens.PLAIN]
     asked = [(f.subject, f.prompt, f.target_new) for f in facts]
-    read = asdict(strengths(hparams))
+    read = asdict(strengths(hparams.settled(method)))
     return hash_of([weights, prefixes, method.delta_at, method.position, read, asked])
 
 

@@ -19,7 +19,7 @@ from pmet_lens.data.facts import Fact
 from pmet_lens.editing.edits import Edit, Editor
 from pmet_lens.editing.locate_and_edit import edit, edit_sequentially
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import ABLATIONS, PMET
+from pmet_lens.editing.methods import ABLATIONS, PMET, resolved, settled
 from pmet_lens.editing.solvers import Factor
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics, scoring
@@ -39,11 +39,15 @@ KEPT = 4
 class Trial:
     """One row of a table: the method, and what else differs from the usual."""
 
-    method: Method | Editor = PMET
+    method: Method | Editor | str = PMET
+    """A value, or the name of one."""
     change: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the model's `Hparams` that differ, with their values."""
     prefixes: bool = True
     """Whether prompts also come after context prefixes."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", resolved(self.method))
 
 
 def ablations(hparams: Hparams) -> dict[str, Trial]:
@@ -133,6 +137,7 @@ class Bench:
         alone = not isinstance(method, Method) or (method.at_once or len(facts)) >= len(facts)
         factorised = None
         if isinstance(method, Method):
+            hp = settled(self.model, method, hp, method.at_once or len(facts))
             while len(self._kept) >= KEPT and (method.solver, hp) not in self._kept:
                 self._kept.pop(next(iter(self._kept)))
             factorised = self._kept.setdefault((method.solver, hp), {})
@@ -145,6 +150,7 @@ class Bench:
             self._contexts(trial),
             targets if alone else None,
             factorised=factorised if alone else None,
+            check=False,
         )
 
     def chain(

@@ -200,7 +200,7 @@ class Worker:
         if files:
             contexts = self._prefixes(run)
         facts = run.facts[task.start : task.stop]
-        return edit(self.model, facts, moments, method, run.hparams, contexts, known)
+        return edit(self.model, facts, moments, method, run.hparams, contexts, known, check=False)
 
     def _save(self, made: Edit, path: Path) -> None:
         with self.folder.writing(path):

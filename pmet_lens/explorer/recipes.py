@@ -72,6 +72,8 @@ def _value(value: Any) -> str:
     """A value as code; of a dataclass, the fields that are not those of the class."""
     if not is_dataclass(value):
         return repr(value)
+    if isinstance(value, Hparams):  # the method knows the others
+        return _call("pl.Hparams", **value.given)
     every = {f.name: (getattr(value, f.name), f.default) for f in fields(value)}
     given = {name: own for name, (own, default) in every.items() if own != default}
     return _call(f"pl.{type(value).__name__}", **given)

@@ -34,7 +34,7 @@ PAIRS = ("same relation, same phrasing", "same relation, other phrasing", "other
 
 def attention_patterns(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     layers: Sequence[int] | None = None,
     *,
     batch_tokens: int = 4096,
@@ -45,7 +45,7 @@ def attention_patterns(
 
     Raises `FactError` for an empty list, `ModelError` for an architecture that hides its weights.
     """
-    passes.check_some(facts)
+    facts = passes.some(facts)
     layers = passes.layers_of(model, layers, "attention_patterns")
     prompts = [tokens.Prompt(f.prompt, f.subject) for f in facts]
     frames = []
@@ -61,14 +61,17 @@ def attention_patterns(
 
 
 def subject_attention(
-    model: Model, fact: Fact, layers: Sequence[int] | None = None
+    model: Model, fact: Fact | Sequence[Fact], layers: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """How much every token of one prompt looks at the subject, per head.
+    """How much every token of a prompt looks at the subject, per head.
 
     One row per layer, head and token: columns layer, head, position (of the looking token, from 0),
     token (its text), weight (its attention on all subject tokens together, 0 to 1; 0 before the
-    subject). Raises `ModelError` as `attention_patterns` does.
+    subject); of a list of facts also fact (number) and subject. Raises `ModelError` as
+    `attention_patterns` does.
     """
+    if not isinstance(fact, Fact):
+        return passes.each(fact, lambda one: subject_attention(model, one, layers))
     layers = passes.layers_of(model, layers, "subject_attention")
     batch, texts = tokens.shown(model, fact)
     first, stop = int(batch.first[0]), int(batch.subject[0]) + 1
@@ -103,7 +106,7 @@ def _weights(
     return weights
 
 
-def pattern_similarity(patterns: pd.DataFrame, facts: Sequence[Fact]) -> pd.DataFrame:
+def pattern_similarity(patterns: pd.DataFrame, facts: Fact | Sequence[Fact]) -> pd.DataFrame:
     """How alike the attention of two facts is, per layer and kind of pair (`PAIRS`).
 
     The similarity of two facts is the overlap of their weights over `ROLES` (1 − total variation
@@ -115,6 +118,7 @@ def pattern_similarity(patterns: pd.DataFrame, facts: Sequence[Fact]) -> pd.Data
     ci_high (95 % bootstrap over facts), n (facts that have such a partner). Raises `FactError` for
     a fact without a relation.
     """
+    facts = passes.some(facts)
     passes.check_relations(facts, "comparing relations")
     relation, subject, prompt = passes.same_pairs(facts)
     others = ~subject

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.evaluation import metrics
 from pmet_lens.interp import passes
 from pmet_lens.models import likelihood, tokens
@@ -24,12 +25,16 @@ from pmet_lens.models.bridge import Hook, Hooks
 from pmet_lens.models.model import Model, Stream
 
 OnCell = Callable[[int, int], object]
+_TOKENS = 256
+"""Of the vocabulary, from which a scale of the embedding is told."""
+_SAME = 0.02
+"""A scale this near to 1 is rounding (bfloat16) and left out."""
 PLACES = ("first subject token", "middle subject tokens", "last subject token", "between", "last")
 
 
 def causal_trace(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     stream: Stream = "resid_post",
     layers: Sequence[int] | None = None,
@@ -42,8 +47,9 @@ def causal_trace(
 ) -> pd.DataFrame:
     """Share of the lost answer probability that comes back when `stream` is restored.
 
-    Every fact needs `target_true`. Noise of `noise` standard deviations of the token embeddings is
-    added to the input of layer 0 at every subject token (ROME: 3), `samples` times per fact.
+    Every fact needs `target_true`. Noise of `noise` standard deviations of the token embeddings, as
+    they enter layer 0 (Gemma scales them), is added there at every subject token (ROME: 3),
+    `samples` times per fact.
     `window`: how many layers around each of `layers` are restored together (fewer at the ends);
     ROME restores `attn_out` and `mlp_out` in windows of 10, because one layer alone does little.
     `batch_size`: facts per pass; the result does not depend on it. `on_cell(done, all)` counts
@@ -55,7 +61,7 @@ def causal_trace(
     corrupted) / mean(clean − corrupted) of the answer's probability), ci_low, ci_high (95 %
     bootstrap over facts), n (facts that have such a token), p_clean, p_corrupted (means over them).
     """
-    facts = [f for f in facts if f.target_true is not None]
+    facts = [f for f in listed(facts) if f.target_true is not None]
     if not facts:
         raise FactError("causal_trace needs facts with target_true; there are none.")
     around = _windows(model, layers, window, samples)
@@ -81,7 +87,7 @@ def causal_trace(
 
 def trace_tokens(
     model: Model,
-    fact: Fact,
+    fact: Fact | Sequence[Fact],
     *,
     stream: Stream = "resid_post",
     layers: Sequence[int] | None = None,
@@ -96,8 +102,13 @@ def trace_tokens(
 
     One row per layer and token of the prompt: columns layer, position (of the token, from 0),
     token (its text), stream, window, recovered (share of the lost probability of `target_true`,
-    0: nothing, 1: all; NaN where nothing was lost), p_clean, p_corrupted (means over the samples).
+    0: nothing, 1: all; NaN where nothing was lost), p_clean, p_corrupted (means over the samples);
+    of a list of facts also fact (number) and subject.
     """
+    if not isinstance(fact, Fact):
+        how: dict[str, Any] = {"stream": stream, "layers": layers, "window": window}
+        how |= {"samples": samples, "noise": noise, "seed": seed, "on_cell": on_cell}
+        return passes.each(fact, lambda one: trace_tokens(model, one, **how))
     if fact.target_true is None:
         raise FactError(f"{fact.text!r} has no target_true to trace.")
     around = _windows(model, layers, window, samples)
@@ -188,7 +199,7 @@ def _run(
     """Both runs of numbered facts. A fact's noise depends on its number and the seed alone."""
     prompts = [tokens.Prompt(f.prompt, f.subject, f.target_true) for f in facts.values()]
     batch = tokens.encode(model, [prompt for prompt in prompts for _ in range(samples)])
-    spread = noise * float(model.embedding.float().std())
+    spread = noise * _entering_scale(model) * float(model.embedding.float().std())
     drawn = torch.zeros(*batch.ids.shape, model.d_model)
     for k, number in enumerate(facts):
         generator = torch.Generator().manual_seed(1_000_003 * seed + number)
@@ -203,6 +214,21 @@ def _run(
     clean = _probability(model, batch, torch.zeros_like(drawn), hooks)
     corrupted = _probability(model, batch, drawn, ())
     return _Runs(model, batch, drawn, samples, stream, around, clean, corrupted, values)
+
+
+def _entering_scale(model: Model) -> float:
+    """How many times as far apart tokens are where layer 0 reads them as in the embedding: 1, or
+    what the model scales its embedding by (Gemma: √d_model)."""
+    n = len(model.embedding)
+    ids = torch.arange(0, n, max(1, n // _TOKENS), device=model.device)[:, None]
+    entering: list[Tensor] = []
+    hooks = [(model.stream_hook(0, "resid_pre"), entering.append)]
+    with torch.no_grad():
+        model.forward(ids, torch.ones_like(ids), hooks=hooks, stop_at_layer=1)
+    # Each token stands first: what a position adds is the same for all of them.
+    states = entering[0][:, 0].double(), model.embedding[ids[:, 0]].double()
+    read, raw = (float((x - x.mean(0)).square().mean().sqrt()) for x in states)
+    return 1.0 if abs(read / raw - 1) < _SAME else read / raw
 
 
 def _probability(

@@ -28,8 +28,9 @@ from pmet_lens.models.model import Model, Stream
 FACTS_PER_PASS = 64
 
 
+@torch.inference_mode(False)
 def answer_gain(
-    model: Model, facts: Sequence[Fact], targets: Targets, *, points: int = 16
+    model: Model, facts: Fact | Sequence[Fact], targets: Targets, *, points: int = 16
 ) -> pd.DataFrame:
     """What each delta contributed to the log-probability of the new answer, on the plain prompt.
 
@@ -42,7 +43,7 @@ def answer_gain(
     much of it points where the answer rises), norm (‖δ‖), clean_norm (of the stream). For the mean
     of shares over facts divide mean gain by mean change: single changes can be tiny.
     """
-    frames = []
+    facts, frames = passes.some(facts), []
     for start in range(0, len(facts), FACTS_PER_PASS):
         chosen = slice(start, start + FACTS_PER_PASS)
         gains = _gains(model, facts[chosen], targets[chosen], points)
@@ -102,7 +103,7 @@ def _log_p(
 
 def drift(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     edit: Edit,
     streams: Sequence[Stream] = ("attn_out", "mlp_out"),
 ) -> pd.DataFrame:
@@ -115,7 +116,7 @@ def drift(
     Returns columns kind, stream, position, layer, mean, ci_low, ci_high (95 % bootstrap over
     facts), n. The model is left unchanged.
     """
-    frames = []
+    facts, frames = passes.some(facts), []
     layers = range(model.n_layers)
     for kind, prompts in _prompts(facts).items():
         marked = kind != "neighbour"
@@ -136,7 +137,6 @@ def drift(
 
 def _prompts(facts: Sequence[Fact]) -> dict[str, list[tuple[int, tokens.Prompt]]]:
     """Per kind the prompts, each with the number of its fact."""
-    passes.check_some(facts)
     prompts: dict[str, list[tuple[int, tokens.Prompt]]] = defaultdict(list)
     for i, fact in enumerate(facts):
         prompts["rewrite"].append((i, tokens.Prompt(fact.prompt, fact.subject)))

@@ -14,20 +14,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.interp import passes
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.activations import Position, probe
 from pmet_lens.models.bridge import head_together
 from pmet_lens.models.model import Model, ModelError, Stream
 
 Answer = Literal["target_true", "target_new"]
 ROWS_PER_CHUNK = 256
+VALUES_PER_CHUNK = 32_000_000
+"""Logits at a time: 128 MB in float32, whatever the size of the vocabulary."""
 
 
 def lens(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     streams: Sequence[Stream] | None = None,
     layers: Sequence[int] | None = None,
     positions: Sequence[Position] = ("last_subject", "last"),
@@ -45,26 +47,26 @@ def lens(
     Raises `FactError` for a fact without that answer, `ModelError` as `probe` does.
     """
     streams = all_streams(model) if streams is None else streams
+    facts = listed(facts)
     activations = probe(model, facts, streams, layers, positions)
     wanted = first_tokens(model, facts, answer)
-    frames = []
-    for (stream, position), value in activations.values.items():
-        for n, layer in enumerate(activations.layers):
-            columns: dict[str, Any] = {
-                "fact": range(len(facts)),
-                "subject": [f.subject for f in facts],
-                "relation": [f.relation for f in facts],
-                "stream": stream,
-                "position": position,
-                "layer": layer,
-            }
-            frames.append(pd.DataFrame({**columns, **_answers(model, value[:, n], wanted, k)}))
-    return pd.concat(frames, ignore_index=True)
+    states = torch.stack(list(activations.values.values())).transpose(1, 2)
+    every = wanted.expand(*states.shape[:2], len(wanted))
+    # One readout for all rows: each goes through the whole vocabulary.
+    read = _answers(model, states.flatten(0, 2), every.flatten(), k)
+    places = [
+        {"fact": i, "subject": fact.subject, "relation": fact.relation}
+        | {"stream": stream, "position": position, "layer": layer}
+        for stream, position in activations.values
+        for layer in activations.layers
+        for i, fact in enumerate(activations.facts)
+    ]
+    return pd.DataFrame(places).assign(**read)
 
 
 def lens_tokens(
     model: Model,
-    fact: Fact,
+    fact: Fact | Sequence[Fact],
     streams: Sequence[Stream] | None = None,
     layers: Sequence[int] | None = None,
     *,
@@ -74,8 +76,13 @@ def lens_tokens(
 
     One row per stream, layer and token: columns stream, layer, position (of the token, from 0),
     token (its text), rank (of the answer's first token, 1: the argmax), probability (0 to 1), top
-    (the likeliest token's text). Raises as `lens` does.
+    (the likeliest token's text); of a list of facts also fact (number) and subject. Raises as
+    `lens` does.
     """
+    if not isinstance(fact, Fact):
+        return passes.each(
+            fact, lambda one: lens_tokens(model, one, streams, layers, answer=answer)
+        )
     streams = all_streams(model) if streams is None else streams
     layers = passes.layers_of(model, layers, "lens_tokens")
     if not streams:
@@ -83,18 +90,15 @@ def lens_tokens(
     wanted = first_tokens(model, [fact], answer)
     batch, texts = tokens.shown(model, fact)
     points = {(stream, n): model.stream_hook(n, stream) for stream in streams for n in layers}
-    frames = []
-    for (stream, layer), value in passes.capture(model, batch, points, lambda v: v[0]).items():
-        ranked = _answers(model, value, wanted.expand(len(value)), 1)
-        columns: dict[str, Any] = {
-            "stream": stream,
-            "layer": layer,
-            "position": range(len(texts)),
-            "token": texts,
-        }
-        top = [token for (token,) in ranked["top"]]
-        frames.append(pd.DataFrame({**columns, **ranked, "top": top}))
-    return pd.concat(frames, ignore_index=True)
+    values = passes.capture(model, batch, points, lambda v: v[0].to(model.device))
+    states = torch.cat(list(values.values()))
+    ranked = _answers(model, states, wanted.expand(len(states)), 1)
+    places = [
+        {"stream": stream, "layer": layer, "position": position, "token": token}
+        for stream, layer in values
+        for position, token in enumerate(texts)
+    ]
+    return pd.DataFrame(places).assign(**{**ranked, "top": [token for (token,) in ranked["top"]]})
 
 
 def all_streams(model: Model) -> tuple[Stream, ...]:
@@ -133,13 +137,31 @@ def _answers(
     model: Model, states: Float[Tensor, "fact d_model"], wanted: Int[Tensor, " fact"], k: int
 ) -> dict[str, list[Any]]:
     """Columns: rank (from 1) and probability of each wanted token, and the `k` likeliest tokens."""
-    read = _readout(model, states, targets=wanted, return_type="probs")
-    top = top_tokens(model, states, k).tolist()
-    return {
-        "rank": (read.target_ranks[:, 0] + 1).tolist(),
-        "probability": read.values[:, 0].tolist(),
-        "top": [tuple(model.tokenizer.decode([token]) for token in row) for row in top],
-    }
+    rows = max(1, VALUES_PER_CHUNK // len(model.embedding))
+    columns: dict[str, list[Any]] = {"rank": [], "probability": [], "top": []}
+    for some, tokens_wanted in zip(states.split(rows), wanted.split(rows), strict=True):
+        read = _logits(model, some)
+        value = read.gather(1, tokens_wanted[:, None].to(read.device))
+        columns["rank"] += ((read > value).sum(1) + 1).tolist()
+        columns["probability"] += (value[:, 0] - read.logsumexp(-1)).exp().tolist()
+        columns["top"] += read.topk(min(k, read.shape[1])).indices.tolist()
+    texts = {token: model.tokenizer.decode([token]) for row in columns["top"] for token in row}
+    columns["top"] = [tuple(texts[token] for token in row) for row in columns["top"]]
+    return columns
+
+
+def _logits(model: Model, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
+    """As `logits`, once: TransformerLens's readout computes more than is asked for here, and is
+    asked for the first row alone, whether the model has one and whether this is it."""
+    checked = _readout(model, states[:1]).values
+    bridge = model.bridge
+    with torch.no_grad(), head_together(bridge):
+        normed = bridge.ln_final(states.to(bridge.W_U)[None])[0]
+        read = (normed @ bridge.W_U).add_(bridge.b_U)
+        read = likelihood.at_least_float32(bridge.adapter.apply_output_logits_transform(read))
+    if not torch.allclose(read[:1], checked.to(read), rtol=1e-2, atol=1e-2):
+        return _readout(model, states).values
+    return read
 
 
 def _readout(model: Model, states: Tensor, **options: Any) -> Any:
@@ -147,6 +169,7 @@ def _readout(model: Model, states: Tensor, **options: Any) -> Any:
 
     try:
         with head_together(model.bridge):
-            return logit_readout(model.bridge, states, chunk_size=ROWS_PER_CHUNK, **options)
+            rows = min(ROWS_PER_CHUNK, max(1, VALUES_PER_CHUNK // len(model.embedding)))
+            return logit_readout(model.bridge, states, chunk_size=rows, **options)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(f"{model.name!r} has no readout for single vectors: {error}") from error

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model
 from pmet_lens.models.sites import ModelError, layer_of
@@ -85,7 +86,21 @@ def check_relations(facts: Sequence[Fact], needed_by: str) -> None:
             raise FactError(f"{fact.text!r} has no relation; {needed_by} needs one.")
 
 
-def check_some(facts: Sequence[Fact]) -> None:
-    """Raises `FactError` for an empty list."""
-    if not facts:
+def some(facts: Fact | Iterable[Fact]) -> list[Fact]:
+    """The facts as a list, one or several. Raises `FactError` for none."""
+    several = listed(facts)
+    if not several:
         raise FactError("There are no facts to look at; pass at least one Fact.")
+    return several
+
+
+def each(facts: Iterable[Fact], table: Callable[[Fact], pd.DataFrame]) -> pd.DataFrame:
+    """The tables of single facts under each other, with the columns fact (number) and subject.
+    Raises `FactError` for none."""
+    frames = []
+    for number, fact in enumerate(some(facts)):
+        frame = table(fact)
+        frame.insert(0, "fact", number)
+        frame.insert(1, "subject", fact.subject)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)

@@ -10,6 +10,7 @@ the donor.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 
 import pandas as pd
@@ -33,7 +34,7 @@ PAIRS_PER_PASS = 128
 
 def patch(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     streams: Sequence[Stream] = ("attn_out", "mlp_out"),
     layers: Sequence[int] | None = None,
     *,
@@ -49,19 +50,22 @@ def patch(
     Returns columns kind (`KINDS`), stream, layer (missing: patched at all `layers` at once),
     outcome (`OUTCOMES`), share (0 to 1), ci_low, ci_high (95 % bootstrap over pairs), n (pairs).
 
-    Raises `FactError` for a fact without a relation, and where no pair of a kind exists (say, every
-    subject has one fact).
+    Facts without a relation or a true answer, and a kind of which there is no pair (say, every
+    subject has one fact), are left out, with a warning. Raises `FactError` where nothing is left.
     """
-    passes.check_relations(facts, "patching between relations")
+    facts = _usable(passes.some(facts))
     layers = list(range(model.n_layers) if layers is None else layers)
     patched = [[n] for n in layers] + ([layers] if len(layers) > 1 else [])
     wanted = first_tokens(model, facts)
     right = _argmax(model, facts, {}) == wanted
     known = [i for i in range(len(facts)) if bool(right[i])]
     source = probe(model, facts, streams, layers, ("last",))
-    rows = []
+    rows, missing = [], []
     for kind in KINDS:
         pairs = _pairs(facts, known, wanted, kind, n_pairs, seed)
+        if not pairs:
+            missing.append(kind)
+            continue
         base, donors = [i for i, _ in pairs], torch.tensor([j for _, j in pairs])
         for stream in streams:
             values = source[stream, "last"][donors]
@@ -75,6 +79,17 @@ def patch(
                 ):
                     share = metrics.interval(hits.double().cpu().numpy())
                     rows.append((kind, stream, layer, outcome, *share))
+    if not rows:
+        raise FactError(
+            "There are no two facts of the same relation or the same subject that the model "
+            "answers, differently; pass more facts."
+        )
+    for kind in missing:
+        warnings.warn(
+            f"There are no two facts with the {kind} that the model answers, differently: that "
+            "kind of pair is left out.",
+            stacklevel=2,
+        )
     names = ["kind", "stream", "layer", "outcome", "share", *metrics.INTERVAL[1:]]
     return pd.DataFrame(rows, columns=names).astype({"layer": "Int64"})
 
@@ -106,12 +121,21 @@ def _pairs(
         ]
         if donors and len(pairs) < n:
             pairs.append((i, rng.choice(donors)))
-    if not pairs:
-        raise FactError(
-            f"There are no two facts with the {kind} that the model answers, differently; pass "
-            "more facts."
-        )
     return pairs
+
+
+def _usable(facts: Sequence[Fact]) -> list[Fact]:
+    """The facts with a relation and a true answer."""
+    usable = [f for f in facts if f.relation is not None and f.target_true is not None]
+    if not usable:
+        raise FactError("Patching between facts needs facts with a relation and a target_true.")
+    if left_out := len(facts) - len(usable):
+        warnings.warn(
+            f"{left_out} of {len(facts)} facts have no relation or no target_true and are left "
+            "out of the patching.",
+            stacklevel=3,
+        )
+    return usable
 
 
 def _argmax(

@@ -32,7 +32,7 @@ _CHUNK = 256
 
 def component_similarity(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     layers: Sequence[int] | None = None,
     positions: Sequence[Position] = ("last", "last_subject"),

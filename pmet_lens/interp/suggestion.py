@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.editing.method import Hparams
 from pmet_lens.interp.causal_trace import causal_trace
 from pmet_lens.models import activations, tokens
-from pmet_lens.models.model import Model, Stream
+from pmet_lens.models.model import Model, Site, Stream
 
 _ENOUGH = 0.1
 """Share of the answer that the best layer must bring back for a trace to say something."""
@@ -35,7 +35,7 @@ class Suggestion:
         return f"Suggestion, not tuned: {self.hparams}\n{self.why}"
 
 
-def suggest_hparams(model: Model, facts: Sequence[Fact], n_edits: int = 100) -> Suggestion:
+def suggest_hparams(model: Model, facts: Fact | Sequence[Fact], n_edits: int = 100) -> Suggestion:
     """Settings of PMET for editing `n_edits` facts at once in a model without known ones.
 
     `facts`: some the model knows, with `target_true` (about 20 suffice). The last critical layer is
@@ -48,7 +48,7 @@ def suggest_hparams(model: Model, facts: Sequence[Fact], n_edits: int = 100) -> 
     Raises:
         FactError: for facts without `target_true`.
     """
-    chosen = [fact for fact in facts if fact.target_true is not None]
+    chosen = [fact for fact in listed(facts) if fact.target_true is not None]
     if not chosen:
         raise FactError("suggest_hparams needs facts with target_true, which the model knows.")
     trace = causal_trace(model, chosen)
@@ -85,9 +85,12 @@ def suggest_hparams(model: Model, facts: Sequence[Fact], n_edits: int = 100) -> 
 
 
 def _written(model: Model, facts: Sequence[Fact], layer: int) -> float:
-    """Mean norm of the MLP's output at the last subject token, relative to the layer output's."""
+    """Mean norm of what the MLP adds to the stream at the last subject token, relative to the layer
+    output's."""
     prompts = [tokens.Prompt(f.prompt, f.subject) for f in facts]
     streams: tuple[Stream, ...] = ("mlp_out", "resid_post")
     read = activations.read(model, prompts, streams, (layer,), ("last_subject",))
-    written, whole = (value.float().norm(dim=-1).mean() for value in read.values())
-    return float(written / whole)
+    written, whole = (value[:, 0].float() for value in read.values())
+    road = activations.road(model, Site(layer, "mlp"))
+    added = written if road is None else road.reached(written)
+    return float(added.norm(dim=-1).mean() / whole.norm(dim=-1).mean())

@@ -11,13 +11,14 @@ from the same facts).
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.evaluation import metrics
 from pmet_lens.interp.passes import check_relations, same_pairs
 from pmet_lens.models.activations import Activations, Position, probe
@@ -28,7 +29,7 @@ FACTORS = ("relation", "relation, other phrasing", "subject")
 
 def variance_split(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     streams: Sequence[Stream] = ("attn_out", "mlp_out"),
     position: Position = "last",
     *,
@@ -47,8 +48,12 @@ def variance_split(
     (95 % quantile of the share when labels are shuffled among the facts), p (share of shuffles that
     reach the share), n (facts with a partner).
 
-    Raises `FactError` for a fact without a relation, and for a relation with a single fact.
+    Facts without a relation, and those whose relation has no other fact, are left out, with a
+    warning that counts them. Raises `FactError` where facts of fewer than two relations are left.
     """
+    facts = _usable(listed(facts))
+    if not facts:
+        raise FactError("The variance split needs at least two relations with two facts each.")
     return split(probe(model, facts, streams, layers, (position,)), n_permutations, seed)
 
 
@@ -94,6 +99,19 @@ def _shares(grams: metrics.Numbers, weights: metrics.Numbers, has: np.ndarray) -
     return top / np.diagonal(grams, axis1=1, axis2=2)[:, has].sum(1)
 
 
+def _usable(facts: Sequence[Fact]) -> list[Fact]:
+    """The facts whose relation another one has."""
+    counts = Counter(fact.relation for fact in facts)
+    usable = [f for f in facts if f.relation is not None and counts[f.relation] > 1]
+    if left_out := len(facts) - len(usable):
+        warnings.warn(
+            f"{left_out} of {len(facts)} facts are left out of the variance split: they have no "
+            "relation, or no other fact has theirs, so nothing else can predict them.",
+            stacklevel=3,
+        )
+    return usable
+
+
 def _check(facts: Sequence[Fact]) -> None:
     check_relations(facts, "the variance split")
     counts = Counter(str(fact.relation) for fact in facts)
@@ -104,7 +122,7 @@ def _check(facts: Sequence[Fact]) -> None:
             "it out or add facts."
         )
     if len(counts) < 2:
-        raise FactError("The variance split needs facts of at least two relations.")
+        raise FactError("The variance split needs at least two relations with two facts each.")
 
 
 def _partners(facts: Sequence[Fact]) -> dict[str, metrics.Numbers]:

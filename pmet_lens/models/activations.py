@@ -20,11 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pmet_lens.data import file_format
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.models import tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model
-from pmet_lens.models.sites import ModelError, Site, Stream, check_name, layer_of
+from pmet_lens.models.sites import ModelError, Road, Site, Stream, check_name, layer_of
 from pmet_lens.models.tokens import Position
 
 OnFacts = Callable[[int, int], object]
@@ -101,7 +101,7 @@ class Activations:
 
 def probe(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     streams: Sequence[Stream] = ("attn_out", "mlp_out", "resid_post"),
     layers: Sequence[int] | None = None,
     positions: Sequence[Position] = ("last_subject", "last"),
@@ -121,6 +121,7 @@ def probe(
             with it its subject or answer) beyond the model's context.
         ModelError: for an unknown stream, layer or position, naming the valid ones.
     """
+    facts = listed(facts)
     if not facts:
         raise FactError("There are no facts to probe; pass at least one Fact.")
     for position in positions:
@@ -231,6 +232,45 @@ def add_at(delta: Float[Tensor, "batch d_model"], positions: Int[Tensor, " batch
         return value.index_put(where, value[where] + delta.to(value))
 
     return hook
+
+
+def road(model: Model, site: Site) -> Road | None:
+    """How what the projection at `site` writes reaches the residual stream; None: as it is.
+
+    Tried out, because configurations name it differently: alone in an empty stream, two vectors
+    tell the gains, and whether a norm stands there. Raises `ModelError` where it is anything else.
+    """
+    signs = 1.0 - 2.0 * (torch.arange(model.d_model) % 3 == 0)
+    slope = torch.linspace(1, 3, len(signs))
+    tried = torch.stack([torch.zeros_like(signs), signs, slope])[None].to(model.dtype)
+    mlp = site.projection == "mlp"
+    written: Stream = "mlp_out" if mlp else "attn_out"
+    output: Stream = "resid_post" if mlp or model.parallel_blocks else "resid_mid"
+    seen: list[Tensor] = []
+    streams: tuple[Stream, ...] = ("resid_pre", "attn_out", "mlp_out")
+    hooks: list[tuple[str, Hook]] = [
+        (
+            model.stream_hook(site.layer, s),
+            lambda value, s=s: tried.to(value) if s == written else torch.zeros_like(value),
+        )
+        for s in streams
+    ]
+    hooks.append((model.stream_hook(site.layer, output), seen.append))
+    ids = torch.arange(tried.shape[1], device=model.device)[None]
+    with torch.no_grad():
+        model.forward(ids, torch.ones_like(ids), hooks=hooks, stop_at_layer=site.layer + 1)
+    nothing, *reached = seen[0][0].double().cpu()
+    gain, close = (reached[0] - nothing) * signs, 16 * torch.finfo(model.dtype).eps
+    for normed in (False, True):
+        found = Road(gain, normed)
+        missed = found.reached(slope[None])[0] - (reached[1] - nothing)
+        if bool(missed.norm() <= max(close, 1e-4) * reached[1].norm()):
+            plain = not normed and bool(((gain - 1).abs() <= close).all())
+            return None if plain else found
+    raise ModelError(
+        f"what {site} writes reaches the stream of {model.name!r} through a norm that is not known "
+        "here (neither a scale nor an RMS norm), so the stream cannot be edited there"
+    )
 
 
 def _rows_and(positions: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

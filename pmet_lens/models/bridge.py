@@ -41,7 +41,7 @@ class Blocks:
     """
 
     def __init__(self, model: Any, path: str) -> None:
-        self.model, parent = model, path.rpartition(".")[0]
+        self.model, self.path, parent = model, path, path.rpartition(".")[0]
         self.parent, self.attribute = model.get_submodule(parent), path.rpartition(".")[2]
         self._list: nn.ModuleList = getattr(self.parent, self.attribute)
         self.all = list(self._list)

@@ -10,6 +10,15 @@ from pmet_lens.models.bridge import Hooks
 from pmet_lens.models.model import Model
 from pmet_lens.models.tokens import Batch
 
+LOGITS = 64_000_000
+"""Numbers in the logits of one pass: 256 MB in float32. A vocabulary of 262,144 (Gemma) costs as
+much as all blocks together, so tokens whose logits are read are few at a time."""
+
+
+def readable(model: Model, tokens: int) -> int:
+    """How many of so many tokens one pass may read the logits of (one at least)."""
+    return max(1, min(tokens, LOGITS // len(model.embedding)))
+
 
 def at_least_float32(value: Tensor) -> Tensor:
     """`value` in float32 where its dtype is narrower."""

@@ -23,6 +23,7 @@ BUNDLED = ("world", "world-sequential", "world-unmasked")
 _BUNDLED_ROOT = Path(__file__).parents[1] / "bundled"
 
 
+@torch.inference_mode(False)
 def load(
     source: str | Path | nn.Module,
     tokenizer: Any = None,

@@ -60,8 +60,7 @@ class Model:
         _check_weights(hf, name)
         if tokenizer.pad_token_id is None:
             raise ModelError(
-                "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token "
-                "first"
+                "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token"
             )
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.frame = frame(tokenizer, template)
@@ -70,8 +69,7 @@ class Model:
         self._names = {id(p): n for n, p in hf.named_parameters()}
         self._check_sites()
         self.live_edits = LiveEdits(self.weight)
-        self._tails: dict[int, Tail] = {}
-        self._enters: dict[str, bool] = {}
+        self._tails, self._enters = dict[int, Tail](), dict[str, bool]()
 
     @property
     def n_layers(self) -> int:
@@ -237,6 +235,7 @@ class Model:
         with torch.no_grad():
             return (unwrapped or self._wrapped).run(input_ids, attention_mask, at=at)
 
+    @torch.inference_mode(False)
     def from_layer(self, first: int) -> Tail:
         """This model from block `first` on, sharing all weights: what changes there costs less.
 
@@ -250,8 +249,8 @@ class Model:
     @cached_property
     def _plain(self) -> Blocks:
         """The blocks of a copy without a wrapper, for tails."""
-        path = self.bridge.adapter.component_mapping["blocks"].name
-        return Blocks(copy_sharing_weights(self.hf), path)
+        assert self._wrapped.blocks is not None
+        return Blocks(copy_sharing_weights(self.hf), self._wrapped.blocks.path)
 
     def _check_stop(self, stop: int, hooks: Hooks, at: Tensor | None) -> None:
         if not 0 < stop <= self.n_layers or at is not None:
@@ -290,6 +289,8 @@ def _check_weights(hf: nn.Module, name: str) -> None:
     plain = all(p.dtype in DTYPES.values() for p in hf.parameters())
     if not plain or getattr(hf, "is_quantized", False):
         raise ModelError(f"the weights of {name!r} are quantised: load it in a floating dtype")
+    if any(p.is_inference() for p in hf.parameters()):
+        raise ModelError(f"{name!r} was made inside torch.inference_mode; make it outside")
     away = [n for n, p in hf.named_parameters() if p.is_meta]
     if 0 < len(away) < len(list(hf.parameters())):  # a whole model without numbers can be counted
         raise ModelError(

@@ -6,6 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 Stream = Literal["attn_in", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
 """What can be read at a layer, all `[batch, token, d_model]`. `attn_in` and `mlp_in` are what the
 component itself reads, after its norm; `attn_out` and `mlp_out` what its output projection writes
@@ -24,6 +28,10 @@ STREAM_HOOKS = {
     "resid_post": "hook_out",
 }
 """TransformerLens's hook of each stream, inside a block."""
+_SMALL_GAIN = 0.05
+"""Of a norm's root mean square gain: channels below it are left alone rather than blown up."""
+_SHORTEST = 0.1
+"""Of its length: a vector that a norm undoes anyway is not shortened below it."""
 PROJECTION_MODULES = {"attn": "attn.o", "mlp": "mlp.out"}
 """TransformerLens's module of each output projection, inside a block."""
 
@@ -58,6 +66,51 @@ class Site:
         if match is None:
             raise ModelError(f"{text!r} is not a site; write it as '5.mlp' or '5.attn'")
         return cls(int(match[1]), match[2])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Road:
+    """How what a projection writes reaches the residual stream: `gain` times it and, behind a
+    post-norm (Gemma 2 and 3, OLMo 2), divided by its root mean square. `activations.road` finds it.
+    """
+
+    gain: Float[Tensor, " d_model"]
+    normed: bool
+
+    def reached(self, written: Float[Tensor, "fact d_model"]) -> Float[Tensor, "fact d_model"]:
+        """What enters the stream where the projection writes this (float64)."""
+        return self.gain.to(written.device) * written.double() / self._size(written)
+
+    def pushed(
+        self, written: Float[Tensor, "fact d_model"], wanted: Float[Tensor, "fact d_model"]
+    ) -> Float[Tensor, "fact d_model"]:
+        """The change of `written` that changed `reached` by `wanted`, if what the norm divides by
+        stayed what it is. Channels of hardly any gain are pushed less."""
+        gain = self.gain.to(written.device)
+        floor = _SMALL_GAIN * gain.square().mean().sqrt()
+        damped = gain.square() + (floor * (gain.abs() < floor)).square()
+        return wanted.double() * gain / damped * self._size(written)
+
+    def change(
+        self, written: Float[Tensor, "fact d_model"], wanted: Float[Tensor, "fact d_model"]
+    ) -> Float[Tensor, "fact d_model"]:
+        """The change of `written` after which `reached` has changed by `wanted`.
+
+        Of the vectors that a norm takes there the nearest; where it takes none there (only one
+        length can come out), the nearest of those that it takes in this direction.
+        """
+        moved = written.double() + self.pushed(written, wanted)
+        if not self.normed:
+            return moved - written
+        length = (moved * written).sum(-1, keepdim=True) / moved.square().sum(-1, keepdim=True)
+        # A turn by more than a right angle has no nearest vector: it keeps the length.
+        same = self._size(written) / self._size(moved)
+        return length.where(length > _SHORTEST * same, same) * moved - written
+
+    def _size(self, written: Float[Tensor, "fact d_model"]) -> Tensor:
+        """What is divided by: per fact the root mean square, or 1."""
+        one = written.new_ones(len(written), 1, dtype=torch.float64)
+        return written.double().square().mean(-1, keepdim=True).sqrt() if self.normed else one
 
 
 def check_name(kind: str, given: str, valid: tuple[str, ...]) -> None:

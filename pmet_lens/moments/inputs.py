@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pmet_lens.data import datasets
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import hparams_for, named
+from pmet_lens.editing.methods import named, settled
 from pmet_lens.models import loading, tokens
 from pmet_lens.models.model import Model, Projection, Site
 from pmet_lens.moments.second_moments import second_moments
@@ -44,9 +44,9 @@ class EditInputs:
         self._moments: dict[Site, Any] = dict(moments or {})
         self._contexts: list[str] | None = None
 
-    def settings(self, method: Any) -> Hparams | None:
-        """The strengths `method` (a value or a name) takes; None for a method that knows them
-        itself (fine-tuning).
+    def settings(self, method: Any, n_facts: int = 1) -> Hparams | None:
+        """The strengths `method` (a value or a name) takes for an edit of `n_facts` at once; None
+        for a method that knows them itself (fine-tuning).
 
         Raises:
             SettingsError: for a model without known settings, where none were given.
@@ -54,7 +54,7 @@ class EditInputs:
         value = named(method) if isinstance(method, str) else method
         if not isinstance(value, Method):
             return None
-        return self.hparams if self.hparams is not None else hparams_for(self.model, value)
+        return settled(self.model, value, self.hparams, n_facts)
 
     def contexts(self) -> list[str]:
         """The context prefixes, sampled once from the unedited model."""

@@ -13,11 +13,11 @@ from typing import get_args
 
 import torch
 
-from pmet_lens.data.facts import Fact, check_editable
+from pmet_lens.data.facts import Fact, check_editable, listed
 from pmet_lens.editing import keys, objective, solvers
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.method import Hparams, Method, SettingsError
-from pmet_lens.editing.methods import hparams_for, named
+from pmet_lens.editing.methods import resolved, settled
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Projection, Site
 
@@ -100,7 +100,7 @@ def sizes_of(model: Model) -> Sizes:
 
 def estimate(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     method: Method | Editor | str = "PMET",
     hparams: Hparams | None = None,
     contexts: Sequence[str] | None = None,
@@ -114,13 +114,13 @@ def estimate(
     `sizes`: of a larger model of the same family and depth, for which `model` stands in.
     Raises `FactError` and `SettingsError` as `edit` does, and the latter for gradient methods.
     """
-    facts, method = list(facts), named(method) if isinstance(method, str) else method
+    facts, method = listed(facts), resolved(method)
     check_editable(facts)
     if not isinstance(method, Method):
         raise SettingsError(f"There is no estimate for {type(method).__name__}, a gradient method.")
     if (n := len(facts) if n_facts is None else n_facts) < 1:
         raise SettingsError(f"n_facts must be at least 1, not {n}.")
-    hp = hparams if hparams is not None else hparams_for(model, method)
+    hp = settled(model, method, hparams, n)
     hp.check(model.n_layers)
     contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
     sizes = sizes_of(model) if sizes is None else sizes

@@ -466,8 +466,9 @@ def test_an_answer_that_is_there_already_is_told():
     with torch.no_grad():
         model.hf.transformer.ln_f.bias.add_(20 * model.hf.lm_head.weight[word[0]])
     known = replace(FACTS[1], target_new="t")
+    some = [FACTS[0], known, FACTS[2]]
     with pytest.warns(UserWarning, match=r"already for 1 of 3 facts.*'The mother tongue of Danel"):
-        edit(model, [FACTS[0], known, FACTS[2]], some_moments(model), pl.PMET, HP, CONTEXTS)
+        edit(model, some, some_moments(model), pl.PMET, HP, CONTEXTS, check=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        edit(model, FACTS, some_moments(model), pl.PMET, HP, CONTEXTS)
+        edit(model, FACTS, some_moments(model), pl.PMET, HP, CONTEXTS, check=False)

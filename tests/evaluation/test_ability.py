@@ -232,3 +232,24 @@ def test_lm_eval_is_given_the_users_own_model(model, monkeypatch):
         monkeypatch.setitem(sys.modules, part.__name__, part)
     given = lm_eval_model(model, batch_size=4)
     assert given == {"pretrained": model.hf, "tokenizer": model.tokenizer, "batch_size": 4}
+
+
+def test_a_large_vocabulary_is_read_in_parts(monkeypatch):
+    """Logits are counted: with few at a time every number is the same."""
+    model = tiny_model("gpt2", torch.float64)
+    texts = ["The tower of Ilmar stands in the harbour city of Vell.", "Mira Tolan plays tennis."]
+    prompts, others = ["The tower of Ilmar", "Mira Tolan plays"], []
+    whole = pl.general_ability(model, texts=texts, prompts=prompts, others=others)
+    read: list[int] = []
+    logits_at = pl.Model.logits_at
+
+    def spy(self, ids, mask, at):
+        read.append(len(at))
+        return logits_at(self, ids, mask, at)
+
+    monkeypatch.setattr(pl.Model, "logits_at", spy)
+    monkeypatch.setattr("pmet_lens.models.likelihood.LOGITS", 2 * len(model.embedding))
+    parts = pl.general_ability(model, texts=texts, prompts=prompts, others=others)
+    assert max(read) <= 8
+    assert len(read) > 4
+    assert parts.loc["perplexity", "mean"] == pytest.approx(whole.loc["perplexity", "mean"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from tiny import refused, tiny_model
+from tiny import D_MODEL, plain_logits, refused, tiny_model
 
 import pmet_lens as pl
 from pmet_lens import causal_trace
 from pmet_lens.interp.causal_trace import PLACES, _window
+from pmet_lens.models import tokens
 from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
@@ -117,8 +120,9 @@ def test_the_layers_of_a_window_are_restored_together(gpt2, monkeypatch):
     causal_trace(gpt2, SHORT, stream="mlp_out", layers=[2], window=3, samples=1)
     corrupt = gpt2.stream_hook(0, "resid_pre")
     window = [gpt2.stream_hook(n, "mlp_out") for n in (1, 2, 3)]
-    # Clean (recording), corrupted, and one pass per place that exists.
-    assert hooked == [[corrupt, *window], [corrupt], *3 * [[corrupt, *window]]]
+    # One look at the embedding's scale, then clean (recording), corrupted, and one pass per place
+    # that exists.
+    assert hooked[1:] == [[corrupt, *window], [corrupt], *3 * [[corrupt, *window]]]
 
 
 def test_a_window_over_all_layers_is_the_same_around_each(gpt2):
@@ -218,3 +222,34 @@ def test_token_by_token_it_is_the_trace_of_the_places(gpt2, answer):
     assert "".join(frame["token"]) == fact.text
     assert frame["recovered"].iloc[-1] == pytest.approx(places[2, "last"], rel=1e-9)
     assert frame["recovered"].iloc[0] == pytest.approx(places[2, "first subject token"], rel=1e-9)
+
+
+# -- a scaled embedding ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "gemma3"])
+def test_the_noise_has_the_spread_of_what_enters_the_first_layer(family: str) -> None:
+    """The corrupted answer's probability, from the user's own model with the noise added by hand:
+    three standard deviations of the embedding as it enters layer 0 (Gemma: times √d_model)."""
+    model, fact = tiny_model(family, torch.float64), FACTS[4]
+    scale = D_MODEL**0.5 if family.startswith("gemma") else 1.0
+    batch = tokens.encode(model, [tokens.Prompt(fact.prompt, fact.subject, fact.target_true)])
+    first, stop = int(batch.first[0]), int(batch.subject[0]) + 1
+    drawn = torch.randn((1, stop - first, D_MODEL), generator=torch.Generator().manual_seed(0))
+    noise = torch.zeros(1, batch.ids.shape[1], D_MODEL, dtype=torch.float64)
+    noise[:, first:stop] = 3 * scale * float(model.embedding.float().std()) * drawn
+
+    def corrupt(_, args, kwargs):
+        return (args[0] + noise, *args[1:]), kwargs
+
+    hf: Any = model.hf
+    blocks = hf.transformer.h if family == "gpt2" else hf.model.layers
+    handle = blocks[0].register_forward_pre_hook(corrupt, with_kwargs=True)
+    try:
+        log_p = plain_logits(model, batch.ids, batch.mask)[batch.scored].log_softmax(-1)
+    finally:
+        handle.remove()
+    labels = batch.labels[batch.scored]
+    wanted = float(log_p.gather(1, labels[:, None]).mean().exp())
+    trace = causal_trace(model, [fact], layers=[1], samples=1)
+    assert trace["p_corrupted"].iloc[0] == pytest.approx(wanted, rel=1e-6)

@@ -119,17 +119,20 @@ def test_the_passes_and_the_model_do_not_change(world, facts, monkeypatch):
     assert not any(point.fwd_hooks for point in world.bridge.hook_dict.values())
 
 
-def test_where_there_is_no_pair_it_is_said(world, facts):
+def test_what_cannot_be_used_is_left_out_and_said(world, facts):
     once = list({f.subject: f for f in facts}.values())
-    with pytest.raises(pl.FactError, match="no two facts with the same subject, other relation"):
-        transfer(world, once, ("mlp_out",), [0])
+    with pytest.warns(UserWarning, match="no two facts with the same subject, other relation"):
+        found = transfer(world, once, ("mlp_out",), [0])
+    assert set(found["kind"]) == {"same relation, other subject"}
+    useless = [pl.Fact("Ilmar", "{} is", "Kel", relation="P1"), pl.Fact("Vell", "{} is", "Kel")]
+    with pytest.warns(UserWarning, match=f"2 of {len(facts) + 2} facts have no relation or no tar"):
+        too = transfer(world, [*facts, *useless], ("mlp_out",), [0])
+    assert too.equals(transfer(world, facts, ("mlp_out",), [0]))
     one = [f for f in facts if f.relation == facts[0].relation][:1]
-    with pytest.raises(pl.FactError, match="no two facts with the same relation, other subject"):
+    with pytest.raises(pl.FactError, match="no two facts of the same relation or the same subject"):
         transfer(world, one, ("mlp_out",), [0])
-    with pytest.raises(pl.FactError, match="has no target_true"):
-        transfer(world, [pl.Fact("Ilmar", "{} is", target_new="Kel", relation="P1")])
-    with pytest.raises(pl.FactError, match="has no relation"):
-        transfer(world, [pl.Fact("Ilmar", "{} is", target_true="Kel")])
+    with pytest.raises(pl.FactError, match="with a relation and a target_true"):
+        transfer(world, useless)
     with refused("layer 8 does not exist"):
         transfer(world, facts, layers=[8])
 

@@ -186,3 +186,19 @@ def test_facts_that_cannot_be_split_are_told_why():
         with pytest.raises(pl.FactError, match=words):
             shares(torch.randn(len(relations), 3), facts(*relations))
     assert len(shares(torch.randn(4, 3), facts("a", "a", "b", "b"))) == 1
+
+
+def test_what_nothing_can_predict_is_left_out_and_said():
+    model = tiny_model("gpt2")
+    good = [
+        pl.Fact(s, "{} is", target_true="a", relation=r)
+        for s, r in (("Mira", "r"), ("Danel", "r"), ("Ilmar", "q"), ("Vell", "q"))
+    ]
+    single = [pl.Fact("Kel", "{} is", target_true="a", relation="x")]
+    nameless = [pl.Fact("Orrin", "{} is", target_true="a")]
+    with pytest.warns(UserWarning, match="2 of 6 facts are left out"):
+        found = pl.variance_split(model, [*single, *good, *nameless], n_permutations=5)
+    assert found.equals(pl.variance_split(model, good, n_permutations=5))
+    left_out = pytest.warns(UserWarning, match="1 of 3 facts are left out")
+    with left_out, pytest.raises(pl.FactError, match="at least two relations"):
+        pl.variance_split(model, [*single, *good[:2]])
