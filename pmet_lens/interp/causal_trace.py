@@ -8,28 +8,20 @@ arXiv 2202.05262, section 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.evaluation import metrics
-from pmet_lens.interp import passes
-from pmet_lens.models import likelihood, tokens
-from pmet_lens.models.bridge import Hook, Hooks
+from pmet_lens.interp.restoring import PLACES, run_both
+from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Stream
 
 OnCell = Callable[[int, int], object]
-_TOKENS = 256
-"""Of the vocabulary, from which a scale of the embedding is told."""
-_SAME = 0.02
-"""A scale this near to 1 is rounding (bfloat16) and left out."""
-PLACES = ("first subject token", "middle subject tokens", "last subject token", "between", "last")
 
 
 def causal_trace(
@@ -38,6 +30,7 @@ def causal_trace(
     *,
     stream: Stream = "resid_post",
     layers: Sequence[int] | None = None,
+    places: Sequence[str] = PLACES,
     window: int = 1,
     samples: int = 3,
     noise: float = 3.0,
@@ -50,10 +43,10 @@ def causal_trace(
     Every fact needs `target_true`. Noise of `noise` standard deviations of the token embeddings, as
     they enter layer 0 (Gemma scales them), is added there at every subject token (ROME: 3),
     `samples` times per fact.
-    `window`: how many layers around each of `layers` are restored together (fewer at the ends);
-    ROME restores `attn_out` and `mlp_out` in windows of 10, because one layer alone does little.
-    `batch_size`: facts per pass; the result does not depend on it. `on_cell(done, all)` counts
-    facts.
+    `places`: some of `PLACES`; each takes its passes. `window`: how many layers around each of
+    `layers` are restored together (fewer at the ends); ROME restores `attn_out` and `mlp_out` in
+    windows of 10, because one layer alone does little. `batch_size`: facts per pass; the result
+    does not depend on it. `on_cell(done, all)` counts facts.
 
     Returns a frame with one row per layer and place (`PLACES`; "between" are the tokens between
     subject and last prompt token, "last" the last prompt token): columns layer, place, stream,
@@ -64,13 +57,16 @@ def causal_trace(
     facts = [f for f in listed(facts) if f.target_true is not None]
     if not facts:
         raise FactError("causal_trace needs facts with target_true; there are none.")
+    unknown = [place for place in places if place not in PLACES]
+    if unknown or not places:
+        raise FactError(f"places must be some of {', '.join(PLACES)}; got {places!r}.")
     around = _windows(model, layers, window, samples)
     cells: dict[tuple[int, str], list[Tensor]] = {}
     for start in range(0, len(facts), batch_size):
         stop = min(start + batch_size, len(facts))
         numbered = {i: facts[i] for i in range(start, stop)}
-        runs = _run(model, numbered, stream, around, samples, noise, seed)
-        for cell, values in runs.by_place():
+        runs = run_both(model, numbered, stream, around, samples, noise, seed)
+        for cell, values in runs.by_place(places):
             cells.setdefault(cell, []).append(values)
         del runs  # its activations, before the next batch makes new ones
         if on_cell is not None:
@@ -113,7 +109,7 @@ def trace_tokens(
         raise FactError(f"{fact.text!r} has no target_true to trace.")
     around = _windows(model, layers, window, samples)
     texts = tokens.shown(model, fact)[1]
-    runs = _run(model, {0: fact}, stream, around, samples, noise, seed)
+    runs = run_both(model, {0: fact}, stream, around, samples, noise, seed)
     p_clean, p_corrupted = float(runs.clean.mean()), float(runs.corrupted.mean())
     lost = float((runs.clean - runs.corrupted).mean())
     place = torch.arange(runs.batch.ids.shape[1], device=runs.batch.ids.device)
@@ -144,100 +140,6 @@ def _window(layer: int, width: int, n_layers: int) -> range:
     """`width` layers around `layer` (one more before than after it where `width` is even)."""
     first = layer - width // 2
     return range(max(0, first), min(n_layers, first + width))
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """The prompts of some facts, each in one row per noise sample, run clean and corrupted."""
-
-    model: Model
-    batch: tokens.Batch
-    noise: Float[Tensor, "row token d_model"]
-    samples: int
-    stream: Stream
-    around: Mapping[int, range]
-    """Layer -> those that are restored with it."""
-    clean: Float[Tensor, " row"]
-    """Probability of the answer without noise."""
-    corrupted: Float[Tensor, " row"]
-    """Probability of the answer with the noise and nothing restored."""
-    values: Mapping[int, Float[Tensor, "row token d_model"]]
-    """Layer -> the stream in the clean run, where it may be restored."""
-
-    def restored(self, layer: int, chosen: Bool[Tensor, "row token"]) -> Float[Tensor, " row"]:
-        """Probability of the answer with the noise, and clean values around `layer` at `chosen`."""
-
-        def restore(n: int) -> Hook:
-            clean = self.values[n]
-            return lambda value: torch.where(chosen[..., None].to(value.device), clean, value)
-
-        hooks = [(self.model.stream_hook(n, self.stream), restore(n)) for n in self.around[layer]]
-        return _probability(self.model, self.batch, self.noise, hooks)
-
-    def by_place(self) -> Iterator[tuple[tuple[int, str], Float[Tensor, "3 fact"]]]:
-        """Per layer and place the answer's probability clean, corrupted and restored, means over
-        the samples, of the facts that have such a token."""
-        parts = passes.parts_of(self.batch)
-        for layer in self.around:
-            for place in PLACES:
-                has = parts[place].any(1)
-                restored = self.restored(layer, parts[place]) if bool(has.any()) else self.corrupted
-                values = torch.stack([self.clean, self.corrupted, restored])
-                per_fact = values.view(3, -1, self.samples).mean(2)
-                yield (layer, place), per_fact[:, has[:: self.samples]]
-
-
-def _run(
-    model: Model,
-    facts: Mapping[int, Fact],
-    stream: Stream,
-    around: Mapping[int, range],
-    samples: int,
-    noise: float,
-    seed: int,
-) -> _Runs:
-    """Both runs of numbered facts. A fact's noise depends on its number and the seed alone."""
-    prompts = [tokens.Prompt(f.prompt, f.subject, f.target_true) for f in facts.values()]
-    batch = tokens.encode(model, [prompt for prompt in prompts for _ in range(samples)])
-    spread = noise * _entering_scale(model) * float(model.embedding.float().std())
-    drawn = torch.zeros(*batch.ids.shape, model.d_model)
-    for k, number in enumerate(facts):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-        row = k * samples
-        start, stop = int(batch.first[row]), int(batch.subject[row]) + 1
-        size = (samples, stop - start, model.d_model)
-        drawn[row : row + samples, start:stop] = spread * torch.randn(size, generator=generator)
-    drawn = drawn.to(batch.ids.device)
-    values: dict[int, Tensor] = {}
-    layers = sorted({n for window in around.values() for n in window})
-    hooks = [(model.stream_hook(n, stream), passes.keep(values, n)) for n in layers]
-    clean = _probability(model, batch, torch.zeros_like(drawn), hooks)
-    corrupted = _probability(model, batch, drawn, ())
-    return _Runs(model, batch, drawn, samples, stream, around, clean, corrupted, values)
-
-
-def _entering_scale(model: Model) -> float:
-    """How many times as far apart tokens are where layer 0 reads them as in the embedding: 1, or
-    what the model scales its embedding by (Gemma: √d_model)."""
-    n = len(model.embedding)
-    ids = torch.arange(0, n, max(1, n // _TOKENS), device=model.device)[:, None]
-    entering: list[Tensor] = []
-    hooks = [(model.stream_hook(0, "resid_pre"), entering.append)]
-    with torch.no_grad():
-        model.forward(ids, torch.ones_like(ids), hooks=hooks, stop_at_layer=1)
-    # Each token stands first: what a position adds is the same for all of them.
-    states = entering[0][:, 0].double(), model.embedding[ids[:, 0]].double()
-    read, raw = (float((x - x.mean(0)).square().mean().sqrt()) for x in states)
-    return 1.0 if abs(read / raw - 1) < _SAME else read / raw
-
-
-def _probability(
-    model: Model, batch: tokens.Batch, noise: Float[Tensor, "row token d_model"], hooks: Hooks
-) -> Float[Tensor, " row"]:
-    """Geometric mean of the answer tokens' probabilities, with `noise` added to the embeddings."""
-    corrupt = (model.stream_hook(0, "resid_pre"), lambda value: value + noise.to(value))
-    with torch.no_grad():
-        return likelihood.answers(model, batch, [corrupt, *hooks], mean=True).exp()
 
 
 def _share(clean: Tensor, corrupted: Tensor, restored: Tensor) -> dict[str, float | int]:

@@ -51,7 +51,7 @@ def suggest_hparams(model: Model, facts: Fact | Sequence[Fact], n_edits: int = 1
     chosen = [fact for fact in listed(facts) if fact.target_true is not None]
     if not chosen:
         raise FactError("suggest_hparams needs facts with target_true, which the model knows.")
-    trace = causal_trace(model, chosen)
+    trace = causal_trace(model, chosen, places=("last subject token", "last"))
     below_last = trace["layer"] < model.n_layers - 1
     at_subject = trace[(trace["place"] == "last subject token") & below_last]
     recovered = at_subject.set_index("layer")["recovered"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -51,8 +53,16 @@ def answers(
 
     Differentiable in what `hooks` bring in.
     """
+    return answers_by(
+        lambda at: model.forward(batch.ids, batch.mask, hooks=hooks, at=at), batch, mean
+    )
+
+
+def answers_by(
+    logits_at: Callable[[Tensor], Tensor], batch: Batch, mean: bool
+) -> Float[Tensor, " row"]:
+    """The same from whatever pass gives the logits `[n, vocab]` at (row, token) pairs `[n, 2]`."""
     at = batch.scored.nonzero()
-    logits = model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
-    log_p = of_labels(log_probs(logits), batch.labels[at[:, 0], at[:, 1]])
+    log_p = of_labels(log_probs(logits_at(at)), batch.labels[at[:, 0], at[:, 1]])
     total = row_sums(log_p, at[:, 0], len(batch))
     return total / batch.scored.sum(1) if mean else total

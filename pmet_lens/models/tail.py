@@ -44,10 +44,15 @@ class Unwrapped:
         self, blocks: Blocks, first: int, head: str, mlp: str | None, hooks: Mapping[str, str]
     ) -> None:
         self.blocks, self.first, model = blocks, first, blocks.model
+        self._names = head, mlp
         self.hooks = {name: model.get_submodule(path) for name, path in hooks.items()}
         self._entry, self._head = blocks.all[first], model.get_submodule(head)
         self._mlp = None if mlp is None else model.get_submodule(mlp)
         self._parameters = list(model.parameters())
+
+    def later(self, first: int) -> Unwrapped:
+        """The same copy, fed at a later block."""
+        return Unwrapped(self.blocks, first, *self._names, {})
 
     def run(
         self,
@@ -80,7 +85,8 @@ class Unwrapped:
         handles += [self.hooks[n].register_forward_hook(on_output(hook)) for n, hook in hooks]
         if entering.ndim == 3:
             handles.append(self._entry.register_forward_pre_hook(enter, with_kwargs=True))
-        if at is not None and self._mlp is not None:
+        watched = bool(hooks) and self.first == len(self.blocks.all) - 1  # a hook sees every token
+        if at is not None and self._mlp is not None and not watched:
             handles.append(self._mlp.register_forward_pre_hook(pick))
             handles.append(self._mlp.register_forward_hook(spread))
         try:
@@ -157,6 +163,11 @@ class Tail:
         entry = [(self._entry, lambda _: residual)]
         layers = self.wrapped.read_past(_no_ids(residual), mask, entry, self.first)
         return Past(layers, (place < length[:, None]).long(), self.first)
+
+    def later(self, first: int) -> Tail:
+        """From a later block on. What was tested of this tail is taken to hold for it."""
+        unwrapped = None if self.unwrapped is None else self.unwrapped.later(first)
+        return replace(self, first=first, unwrapped=unwrapped)
 
     def resumes(self, start: Int[Tensor, " batch"], mask: Int[Tensor, "batch token"]) -> bool:
         """Whether these rows can run from token `start` on, after a past."""
