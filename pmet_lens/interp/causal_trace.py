@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.evaluation import metrics
+from pmet_lens.interp import passes
 from pmet_lens.interp.restoring import PLACES, run_both
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Stream

@@ -73,7 +73,8 @@ class Runs:
         tail = None if self.tail is None else self.tail.later(first)
         start, past = torch.zeros_like(rows), None
         if tail is not None and tail.resumes(places := chosen.long().argmax(1), batch.mask):
-            start, past = places, self._past(rows, places).of(first - self.tail.first)
+            before = self._past(rows, places)
+            start, past = places, before.of(first - before.first)
         batch, column = batch.after(start)
 
         def taken(value: Tensor) -> Tensor:
