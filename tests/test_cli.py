@@ -152,7 +152,7 @@ def test_an_interrupted_command_says_so(monkeypatch):
         (("edit", "--method", "PMTE"), "pmet-lens edit: "),
         (("ask", "x", "--template", "{}"), "has no chat template"),
         (("ask", "x", "--device", "nonsense"), "cannot be put on device"),
-        (("edit", "--model", "./nowhere"), "there is no directory 'nowhere'"),
+        (("edit", "--model", "./nowhere"), "there is no directory or .gguf file 'nowhere'"),
         (("edit", "--facts", "none.csv"), "none.csv cannot be read"),
         (("evaluate", "--edit", "none.safetensors"), "none.safetensors cannot be read as an edit"),
         (("moments", "--texts", "none.txt"), "none.txt cannot be read"),
@@ -161,6 +161,15 @@ def test_an_interrupted_command_says_so(monkeypatch):
 def test_what_is_wrong_is_said_and_ends_with_two(arguments, words, tmp_path):
     out = () if arguments[0] in ("evaluate", "ask") else ("--out", tmp_path / "out")
     assert words in run(*arguments, *out, code=2)
+
+
+def test_models_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path))
+    said = run("models")
+    for words in ("world-sequential +GPT2LMHeadModel", "smollm2-135m .*98.4 +Apache-2.0 +no"):
+        assert re.search(words, said)
+    assert "Gemma Terms of Use" in run("models", "--fetch", "gemma-3-270m", code=2)
+    assert run("models", "--fetch", "world").startswith("Model('world': GPTJForCausalLM, ")
 
 
 def test_ask():

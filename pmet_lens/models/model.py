@@ -32,7 +32,13 @@ from pmet_lens.models.sites import (
     layer_of,
 )
 from pmet_lens.models.tail import Tail, make_tail
-from pmet_lens.models.weights import LiveEdits, restored
+from pmet_lens.models.weights import (
+    LiveEdits,
+    check_floats,
+    check_tokenizer,
+    file_of,
+    restored,
+)
 
 DTYPES = {
     "float16": torch.float16,
@@ -47,23 +53,26 @@ class Model:
 
     `hf`, `tokenizer`: the user's objects, untouched. `bridge`: the wrapped copy, in eval mode
     whatever the mode of `hf`. `name`: what hyper-parameters are looked up by. `frame`: what stands
-    around every prompt (`chat.Frame`). `load` makes one; load again after moving `hf` or changing
-    weights that belong to no `Site` (some are copied).
+    around every prompt (`chat.Frame`). `kind`: how the weights were quantised in the file they come
+    from ("Q4_1"); empty where they were not. `load` makes one; load again after moving `hf` or
+    changing weights that belong to no `Site` (some are copied).
 
-    Raises `ModelError` for quantised weights, for a tokenizer without a pad token, and for an
-    architecture without one output projection per component (a mixture of experts).
+    Raises `ModelError` for quantised weights, for a tokenizer without a pad token or one that does
+    not say where its tokens stand, and for an architecture without one output projection per
+    component (a mixture of experts).
     """
 
     def __init__(
-        self, hf: nn.Module, tokenizer: Any, name: str, template: str | Messages | None = None
+        self,
+        hf: nn.Module,
+        tokenizer: Any,
+        name: str,
+        template: str | Messages | None = None,
+        kind: str = "",
     ) -> None:
-        _check_weights(hf, name)
-        if tokenizer.pad_token_id is None:
-            raise ModelError(
-                "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token "
-                "first"
-            )
-        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        check_floats(hf, name, DTYPES.values())
+        check_tokenizer(tokenizer)
+        self.hf, self.tokenizer, self.name, self.kind = hf, tokenizer, name, kind
         self.frame = frame(tokenizer, template)
         self._wrapped = Wrapped(copy_sharing_weights(hf), name)
         self.bridge = self._wrapped.bridge
@@ -72,6 +81,13 @@ class Model:
         self.live_edits = LiveEdits(self.weight)
         self._tails: dict[int, Tail] = {}
         self._enters: dict[str, bool] = {}
+
+    def __repr__(self) -> str:
+        file = "" if not self.kind else f", weights from a {file_of(self.kind)}"
+        return (
+            f"Model({self.name!r}: {type(self.hf).__name__}, {self.n_layers} layers, d_model "
+            f"{self.d_model}, {str(self.dtype).removeprefix('torch.')}{file})"
+        )
 
     @property
     def n_layers(self) -> int:
@@ -278,16 +294,3 @@ class Model:
                     f"the wrapped copy of {self.name!r} does not share the weight at {site} with "
                     "the model, so an edit would be lost: this architecture is not supported"
                 )
-
-
-def _check_weights(hf: nn.Module, name: str) -> None:
-    plain = all(p.dtype in DTYPES.values() for p in hf.parameters())
-    if not plain or getattr(hf, "is_quantized", False):
-        raise ModelError(f"the weights of {name!r} are quantised: load it in a floating dtype")
-    away = [n for n, p in hf.named_parameters() if p.is_meta]
-    if 0 < len(away) < len(list(hf.parameters())):  # a whole model without numbers can be counted
-        raise ModelError(
-            f"the weight {away[0]!r} of {name!r} is not in memory (offloaded by its device_map, or "
-            "never loaded), so it cannot be edited: spread the model over more devices, or load it "
-            "in a smaller dtype (bfloat16)"
-        )
