@@ -13,6 +13,7 @@ from typing import Any
 
 from pmet_lens.data import downloads, world
 from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.scripts import ends_word
 
 Record = dict[str, Any]
 LARGEST = 1 << 30
@@ -261,7 +262,16 @@ def parse_known(record: Record) -> Fact:
 
 
 def marked(text: str, subject: str) -> str:
-    """`text` with the first occurrence of the subject replaced by `{}`."""
-    if subject not in text:
+    """`text` with the first occurrence of the subject as whole words replaced by `{}`."""
+    at = text.find(subject)
+    if at < 0:
         raise FactError(f"the subject {subject!r} does not occur in {text!r}.")
-    return text.replace(subject, "{}", 1)
+    while at >= 0:
+        stop = at + len(subject)
+        if ends_word(text, at) and ends_word(text, stop):
+            return f"{text[:at]}{{}}{text[stop:]}"
+        at = text.find(subject, at + 1)
+    raise FactError(
+        f"the subject {subject!r} stands only inside a word of {text!r}; give the whole word as "
+        "the subject."
+    )

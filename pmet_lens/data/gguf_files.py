@@ -20,7 +20,8 @@ from pmet_lens.data.datasets import DataError
 
 _OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Types of a value in the header: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_NUMBERS = (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)
+_SCALARS: dict[int, str] = dict(zip(_NUMBERS, "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 
 

@@ -202,7 +202,7 @@ def _name(method: Any) -> str:
 
 def facts_digest(facts: Sequence[Fact]) -> str:
     """A hash of facts in their order; empty for none."""
-    return hash_of([asdict(fact) for fact in facts]) if facts else ""
+    return hash_of([fact.record() for fact in facts]) if facts else ""
 
 
 def check_grid(grid: Sequence[Any]) -> list[Run]:
@@ -259,7 +259,7 @@ def save_grid(grid: Sequence[Run], path: str | Path) -> None:
     for run in check_grid(grid):
         for facts in (run.facts, run.others):
             if facts:
-                lists.setdefault(facts_digest(facts), [asdict(fact) for fact in facts])
+                lists.setdefault(facts_digest(facts), [fact.record() for fact in facts])
         record = {**run.record(), "texts": run.texts, "name": run.name}
         rows.append({key: value for key, value in record.items() if key != "n_facts"})
     whole = {"format": FORMAT, "facts": lists, "runs": rows}

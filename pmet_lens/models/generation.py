@@ -11,7 +11,7 @@ from torch import Tensor
 from pmet_lens.data.facts import FactError
 from pmet_lens.models.model import Model
 from pmet_lens.models.sites import ModelError
-from pmet_lens.models.tokens import chunks, pad
+from pmet_lens.models.tokens import chunks, pad, plain_ids
 
 OnPrompts = Callable[[int, int], object]
 
@@ -54,7 +54,7 @@ def generate_batch(
         return int(ids[torch.multinomial(values.softmax(0), 1, generator=generators[i])])
 
     # The chat template is not counted.
-    plain = [len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    plain = [len(plain_ids(model, prompt, True)[0]) for prompt in prompts]
     limits = [
         min(length + start - n, model.n_positions) for start, n in zip(starts, plain, strict=True)
     ]
@@ -87,7 +87,7 @@ def _prompt_ids(model: Model, prompts: Sequence[str]) -> list[list[int]]:
     rows = []
     for prompt in prompts:
         text, special = model.frame.around(prompt), not model.frame
-        rows.append(list(model.tokenizer(text, add_special_tokens=special)["input_ids"]))
+        rows.append(plain_ids(model, text, special)[0])
         if not rows[-1]:
             raise FactError(f"The prompt {prompt!r} has no token to continue.")
     return rows

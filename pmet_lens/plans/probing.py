@@ -178,19 +178,19 @@ class Probe:
     def _answers(self, run: Run, task: Task) -> float:
         some = self._some(run)
         self._once("asked", lambda: scoring.evaluate(self.model, some[:2]))  # warm
-        key = ("answers", hash_of([asdict(fact) for fact in some]))
+        key = ("answers", hash_of([fact.record() for fact in some]))
         took = self._timed(key, lambda: scoring.evaluate(self.model, some))
         return took * (task.stop - task.start) / len(some)
 
     def _generation(self, run: Run, task: Task) -> float:
         some = self._some(run)[:2]
-        key = ("generation", hash_of([asdict(fact) for fact in some]))
+        key = ("generation", hash_of([fact.record() for fact in some]))
         took = self._timed(key, lambda: scoring.evaluate(self.model, some, generate=True))
         return took * (task.stop - task.start) / len(some)
 
     def _others(self, run: Run, task: Task) -> float:
         some = run.others[:OTHERS]
-        key = ("others", hash_of([asdict(fact) for fact in some]))
+        key = ("others", hash_of([fact.record() for fact in some]))
         took = self._timed(key, lambda: scoring.recall(self.model, some))
         return took * (task.stop - task.start) / len(some)
 
