@@ -9,6 +9,7 @@ from .data.downloads import DownloadError as DownloadError
 from .data.fact_tables import read_facts as read_facts
 from .data.facts import Fact as Fact
 from .data.facts import FactError as FactError
+from .data.real_facts import real_facts as real_facts
 from .editing.edits import Edit as Edit
 from .editing.edits import Editor as Editor
 from .editing.edits import merged as merged
@@ -43,6 +44,7 @@ from .editing.targets import Targets as Targets
 from .editing.targets import optimise as optimise
 from .evaluation.ability import general_ability as general_ability
 from .evaluation.ability import lm_eval_model as lm_eval_model
+from .evaluation.knowledge import recalled as recalled
 from .evaluation.metrics import summarise as summarise
 from .evaluation.scoring import ask as ask
 from .evaluation.scoring import evaluate as evaluate

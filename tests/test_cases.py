@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 
 import jaxtyping
@@ -41,7 +42,7 @@ def test_a_subject_inside_a_word_is_refused_with_its_row(subject, prompt):
         {"subject": "Aspirin", "prompt": "Aspirin is used to treat", "target_new": "asthma"},
         {"subject": subject, "prompt": prompt, "target_new": "asthma"},
     ]
-    with pytest.raises(pl.DataError, match="Row 1 .*only inside a word"):
+    with pytest.raises(pl.DataError, match=r"Row 1 .*only inside a word"):
         pl.read_facts(pd.DataFrame(rows))
 
 
@@ -190,7 +191,8 @@ def test_a_fact_overrules_the_rule_wherever_its_answer_is_read():
     one, other = pl.evaluate(model, facts)["nll_wanted"]
     assert one != other
     assert pl.evaluate(model, facts[1:])["nll_wanted"].item() == pytest.approx(other, abs=1e-5)
-    moments = pl.second_moments(model, ["The tower of Ilmar stands."] * 50, HP.layers, n_tokens=300)
+    text = list(itertools.islice(pl.texts(), 300))
+    moments = pl.second_moments(model, text, HP.layers, n_tokens=2000)
     deltas = [
         pl.edit(model, [fact], moments, pl.PMET, HP, ["{}"]).deltas[pl.Site(2, "mlp")]
         for fact in facts

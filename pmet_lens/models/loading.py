@@ -254,3 +254,17 @@ def available_models() -> pd.DataFrame:
         here = fetched.is_here(name)
         rows.append((name, known.architecture, known.size / 1e6, known.licence, here))
     return pd.DataFrame(rows, columns=["name", "architecture", "size", "licence", "here"]).round(1)
+
+
+def of_the_world(model: Model) -> bool:
+    """Whether a model was made for the bundled world, so that text and facts of it fit: it has the
+    vocabulary of a bundled model."""
+    if model.name in BUNDLED:
+        return True
+    vocabulary = model.tokenizer.get_vocab()
+    for name in BUNDLED:
+        file = (_BUNDLED_ROOT / name / "tokenizer.json").read_text(encoding="utf-8")
+        words = json.loads(file)["model"]["vocab"]
+        if len(vocabulary) >= len(words) and words.items() <= vocabulary.items():
+            return True
+    return False
