@@ -84,6 +84,7 @@ from .models.activations import Activations as Activations
 from .models.activations import probe as probe
 from .models.generation import generate as generate
 from .models.generation import generate_batch as generate_batch
+from .models.generation import sampled_texts as sampled_texts
 from .models.loading import available_models as available_models
 from .models.loading import load as load
 from .models.model import Model as Model

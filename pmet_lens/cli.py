@@ -8,7 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _FACTS = (
-    "CSV (subject, prompt, target_new), or JSON as CounterFact and zsRE have it (default: bundled)"
+    "CSV (subject, prompt, target_new), or JSON as CounterFact, zsRE, EasyEdit, KnowEdit and "
+    "QAEdit have it (default: bundled; for another model the real facts it knows)"
+)
+_TEXTS = (
+    'text file, one text per line; "download" (Wikipedia); "sampled" (the model\'s own words) '
+    "(default: about the bundled world, for its models)"
 )
 
 _MODEL = "a name of `pmet-lens models`, directory, .gguf file or hub id"
@@ -58,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     moments = command(
         "moments", _moments, "Compute the second moments an edit needs; a run that was cut goes on."
     )
-    moments.add_argument("--texts", help="text file, one text per line (default: bundled)")
+    moments.add_argument("--texts", help=_TEXTS)
     moments.add_argument("--layers", type=int, nargs="+", help="default: those of the settings")
     moments.add_argument("--tokens", type=int, default=100_000)
     moments.add_argument("--out", required=True, help="file to write (.safetensors)")
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("-n", type=int, default=None, help="use the first N records")
     edit.add_argument("--method", default="PMET", help="a name in pmet_lens.METHODS or ABLATIONS")
     edit.add_argument("--moments", help="file written by `pmet-lens moments`")
-    edit.add_argument("--texts", help="text for second moments, where no file of them is given")
+    edit.add_argument("--texts", help=f"for second moments, if none: {_TEXTS}")
     edit.add_argument("--layers", type=int, nargs="+", help="critical layers (default: known ones)")
     edit.add_argument(
         "--suggest", metavar="FACTS", help="settings from a causal trace of facts the model knows"
@@ -116,13 +121,17 @@ def _load(args: argparse.Namespace) -> Any:
     return pl.load(args.model, **where, template=args.template)
 
 
-def _facts(path: str | None, n: int | None) -> Any:
-    """Facts of any file that the package reads, by its ending and its first record."""
+def _facts(path: str | None, n: int | None, model: Any) -> Any:
+    """Facts of any file that the package reads, by its ending and its first record; without one
+    those that fit the model."""
     import json
     from pathlib import Path
 
     import pmet_lens as pl
+    from pmet_lens.models.loading import of_the_world
 
+    if path is None and not of_the_world(model):
+        return pl.recalled(model, n=n)
     if path is None or not Path(path).is_file():
         return pl.counterfact(path, n)  # says what is wrong with it
     if Path(path).suffix.lower() != ".json":
@@ -134,6 +143,15 @@ def _facts(path: str | None, n: int | None) -> Any:
     if "requested_rewrite" in first:
         return pl.counterfact(path, n)
     return pl.zsre(path, n) if "src" in first else pl.read_facts(path, n)
+
+
+def _texts(given: str | None, model: Any) -> Any:
+    """A file, or one of the two words that stand for no file."""
+    import pmet_lens as pl
+
+    if given == "sampled":
+        return pl.sampled_texts(model)
+    return pl.texts(download=True) if given == "download" else pl.texts(given)
 
 
 def _say(text: str, stream: Any = None) -> None:
@@ -169,7 +187,7 @@ def _moments(args: argparse.Namespace) -> None:
         moments = pl.kept_moments(
             args.out,
             model,
-            pl.texts(args.texts),
+            _texts(args.texts, model),
             args.layers,
             n_tokens=args.tokens,
             on_tokens=lambda done, _: bar.update(done - bar.n),
@@ -186,12 +204,13 @@ def _edit(args: argparse.Namespace) -> None:
     import pmet_lens as pl
 
     method = pl.named(args.method)
-    model, facts = _load(args), _facts(args.facts, args.n)
+    model = _load(args)
+    facts = _facts(args.facts, args.n, model)
     hparams = moments = None
     if isinstance(method, pl.Method):
         known = pl.Hparams(tuple(args.layers)) if args.layers else None
         if args.suggest:
-            suggested = pl.suggest_hparams(model, _facts(args.suggest, 30), len(facts))
+            suggested = pl.suggest_hparams(model, _facts(args.suggest, 30, model), len(facts))
             _say(repr(suggested), sys.stderr)
             known = suggested.hparams
         hparams = known or pl.hparams_for(model, method)
@@ -201,7 +220,7 @@ def _edit(args: argparse.Namespace) -> None:
             with tqdm(desc="second moments", unit="token") as bar:
                 moments = pl.second_moments(
                     model,
-                    pl.texts(args.texts),
+                    _texts(args.texts, model),
                     hparams.layers,
                     on_tokens=lambda done, _: bar.update(done - bar.n),
                 )
@@ -219,7 +238,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     import pmet_lens as pl
 
-    model, facts = _load(args), _facts(args.facts, args.n)
+    model = _load(args)
+    facts = _facts(args.facts, args.n, model)
     edit = pl.Edit.load(args.edit, model) if args.edit else None
     with edit.applied(model) if edit else nullcontext(), tqdm(unit="prompt") as bar:
         rows = pl.evaluate(model, facts, on_prompts=lambda done, _: bar.update(done - bar.n))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_template_that_writes_the_first_token_is_not_given_another():
 
 def test_an_edit_of_a_chat_model_is_one_of_the_chat(tmp_path):
     model = chat_model("lines", "Complete: {}")
-    moments = pl.second_moments(model, pl.texts(), HP.layers, n_tokens=1000)
+    moments = pl.second_moments(model, itertools.islice(pl.texts(), 500), HP.layers, n_tokens=1000)
     edit = pl.edit(model, FACTS, moments, pl.PMET, HP, ["{}", "I am. {}"])
     asked = "<|user|>\nComplete: {}\n<|assistant|>\n"
     assert model.frame.around("{}") == asked

@@ -114,10 +114,12 @@ def test_facts_of_every_kind(tmp_path):
         ("own", own),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
-    kinds = [cli._facts(str(tmp_path / f"{n}.json"), 2) for n in ("counterfact", "zsre", "own")]
+    kinds = [
+        cli._facts(str(tmp_path / f"{n}.json"), 2, None) for n in ("counterfact", "zsre", "own")
+    ]
     assert [len(facts) for facts in kinds] == [2, 2, 1]
     assert [facts[0].benchmark for facts in kinds] == [None, "zsre", None]
-    assert len(cli._facts(None, 4)) == 4
+    assert len(cli._facts(None, 4, pl.load("world"))) == 4
 
 
 def test_a_model_without_settings_is_edited_with_suggested_ones(work, tmp_path):

@@ -91,8 +91,19 @@ def _chosen(path: str | Path | None, download: bool, name: str) -> str | Path | 
         return downloads.fetch(downloads.HOMES[name], on_bytes=show)
 
 
+class WorldTexts(Iterator[str]):
+    """Endless text about the bundled world, which fits no other model."""
+
+    def __init__(self) -> None:
+        self._texts = world.build().texts()
+
+    def __next__(self) -> str:
+        return next(self._texts)
+
+
 def texts(path: str | Path | None = None, *, download: bool = False) -> Iterator[str]:
-    """Texts for second moments, in order; None: endless text about the world.
+    """Texts for second moments, in order; None: endless text about the bundled world, for its
+    models alone (`second_moments` refuses it for others).
 
     `path`: a text file, each line that holds text a text of its own, or a `.parquet` file with a
     column "text". `download`: paragraphs of English Wikipedia (the first half of WikiText-103 raw,
@@ -104,7 +115,7 @@ def texts(path: str | Path | None = None, *, download: bool = False) -> Iterator
     """
     path = _chosen(path, download, "texts")
     if path is None:
-        return world.build().texts()
+        return WorldTexts()
     return _paragraphs(Path(path)) if Path(path).suffix == ".parquet" else _lines(Path(path))
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pmet_lens.models.bridge import Hooks, Wrapped, copy_sharing_weights
+from pmet_lens.models.bridge import Hooks, Wrapped, copy_sharing_weights, speaking
 from pmet_lens.models.chat import Messages, frame
 from pmet_lens.models.sites import (
     PROJECTION_MODULES,
@@ -83,11 +83,9 @@ class Model:
         self._enters: dict[str, bool] = {}
 
     def __repr__(self) -> str:
-        file = "" if not self.kind else f", weights from a {file_of(self.kind)}"
-        return (
-            f"Model({self.name!r}: {type(self.hf).__name__}, {self.n_layers} layers, d_model "
-            f"{self.d_model}, {str(self.dtype).removeprefix('torch.')}{file})"
-        )
+        file = f", weights from a {file_of(self.kind)}" if self.kind else ""
+        what = f"{type(self.hf).__name__}, {self.n_layers} layers, d_model {self.d_model}"
+        return f"Model({self.name!r}: {what}, {str(self.dtype).removeprefix('torch.')}{file})"
 
     @property
     def n_layers(self) -> int:
@@ -117,6 +115,11 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.parameter(Site(0, "mlp")).dtype
+
+    @cached_property
+    def speaker(self) -> Any:
+        """A copy that shares the weights, for transformers' own `generate`; yours is left alone."""
+        return speaking(self.hf)
 
     @cached_property
     def parallel_blocks(self) -> bool:
