@@ -59,7 +59,9 @@ def generate_batch(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def sample(i: int, logits: Tensor) -> int:
-        values, ids = logits.topk(min(top_k, len(logits)))
+        if top_k >= len(logits):  # nothing to sort
+            return int(torch.multinomial(logits.softmax(0), 1, generator=generators[i]))
+        values, ids = logits.topk(top_k)
         return int(ids[torch.multinomial(values.softmax(0), 1, generator=generators[i])])
 
     # The chat template is not counted.
@@ -177,7 +179,7 @@ def _extend(
     )
     for i, n, said in zip(going, left, out[:, width:].tolist(), strict=True):
         said = said[:n]
-        rows[i] += said[: said.index(end) + 1] if end in said else said
+        rows[i].extend(said[: said.index(end) + 1] if end in said else said)
 
 
 def _decoded(model: Model, rows: Sequence[list[int]], starts: Sequence[int]) -> list[str]:
