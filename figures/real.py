@@ -48,7 +48,7 @@ def texts(model: pl.Model, path: str | None) -> list[str]:
     if path is not None:
         return list(islice(pl.texts(path), 2000))
     length = 100
-    return list(islice(pl.sampled_texts(model, length=length), N_TOKENS // length + 40))
+    return list(islice(pl.sampled_texts(model, length=length), N_TOKENS // length + 15))
 
 
 def study(path: str | None) -> pd.DataFrame:

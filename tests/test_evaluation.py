@@ -703,3 +703,16 @@ def test_a_text_follows_from_its_seed():
     texts = pl.generate_batch(model, ["Ostria"] * 3, [1, 2, 1], length=30, top_k=50)
     assert texts[0] == texts[2] != texts[1]
     assert pl.generate(model, "Ostria", 30, top_k=10**6, seed=1)  # more than there are
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "top_k", "words"),
+    [
+        ("Kel is", [0], 1, "one string; put it into a list"),
+        (["Kel is", "Vell is"], [0], 1, "2 prompts need as many seeds, not 1"),
+        (["Kel is"], [0], 0, "top_k at least 1, not 0"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(gpt2, prompts, seeds, top_k, words):
+    with pytest.raises(pl.FactError, match=words):
+        generate_batch(gpt2, prompts, seeds, 10, top_k)

@@ -51,9 +51,17 @@ def generate_batch(
 
     Raises:
         ModelError: for a tokenizer without an end-of-text token, which no text could end with.
-        FactError: for a prompt without a token.
+        FactError: for a prompt without a token, one string in place of a list, another number of
+            seeds than of prompts, or `top_k` below 1.
     """
     check_end(model)
+    if isinstance(prompts, str):
+        raise FactError("prompts is one string; put it into a list, or call generate.")
+    if len(prompts) != len(seeds) or top_k < 1:
+        raise FactError(
+            f"{len(prompts)} prompts need as many seeds, not {len(seeds)}, and top_k at least 1, "
+            f"not {top_k}."
+        )
     rows = _prompt_ids(model, prompts)
     starts = [len(row) for row in rows]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
