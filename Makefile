@@ -15,7 +15,7 @@ BROWSER := $(VENV)/.browser
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper test test-browser docs bench bench-gpu lint lab notebooks review models clean
+.PHONY: help figures paper real test test-browser docs bench bench-gpu lint lab notebooks review models clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,10 @@ figures: $(READY) ## the main job on the bundled models: figures and tables in f
 
 paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it stopped)
 	$(PY) figures/paper.py
+
+real: $(READY) ## a real model (SmolLM2, fetched once): PMET and MEMIT on 20 real facts (6 minutes)
+	$(PIP) -e '.[gguf]'
+	$(PY) figures/real.py
 
 test: lint ## lint, tests and notebooks, without a network
 	$(OFFLINE) $(ONE) $(PY) -m pytest -n 2 --dist loadfile

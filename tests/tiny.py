@@ -51,7 +51,13 @@ def tiny_tokenizer(pad: bool = True):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
-def tiny_config(family: str, vocab_size: int = 320, window: int = 5, positions: int = 64):
+def tiny_config(
+    family: str,
+    vocab_size: int = 320,
+    window: int = 5,
+    positions: int = 64,
+    intermediate: int = 48,
+):
     """A 4-layer configuration of width 32; the newer families share keys among heads."""
     import transformers as hf
 
@@ -63,7 +69,7 @@ def tiny_config(family: str, vocab_size: int = 320, window: int = 5, positions: 
         "num_attention_heads": 4,
         "max_position_embeddings": positions,
     }
-    grouped = {**wide, "num_key_value_heads": 2, "intermediate_size": 48}
+    grouped = {**wide, "num_key_value_heads": 2, "intermediate_size": intermediate}
     return {
         "gpt2": lambda: hf.GPT2Config(**common, **gpt),
         "gptj": lambda: hf.GPTJConfig(**common, **gpt, rotary_dim=4),

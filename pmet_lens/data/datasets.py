@@ -13,6 +13,7 @@ from typing import Any
 
 from pmet_lens.data import downloads, world
 from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.scripts import ends_word
 
 Record = dict[str, Any]
 LARGEST = 1 << 30
@@ -90,8 +91,19 @@ def _chosen(path: str | Path | None, download: bool, name: str) -> str | Path | 
         return downloads.fetch(downloads.HOMES[name], on_bytes=show)
 
 
+class WorldTexts(Iterator[str]):
+    """Endless text about the bundled world, which fits no other model."""
+
+    def __init__(self) -> None:
+        self._texts = world.build().texts()
+
+    def __next__(self) -> str:
+        return next(self._texts)
+
+
 def texts(path: str | Path | None = None, *, download: bool = False) -> Iterator[str]:
-    """Texts for second moments, in order; None: endless text about the world.
+    """Texts for second moments, in order; None: endless text about the bundled world, for its
+    models alone (`second_moments` refuses it for others).
 
     `path`: a text file, each line that holds text a text of its own, or a `.parquet` file with a
     column "text". `download`: paragraphs of English Wikipedia (the first half of WikiText-103 raw,
@@ -103,7 +115,7 @@ def texts(path: str | Path | None = None, *, download: bool = False) -> Iterator
     """
     path = _chosen(path, download, "texts")
     if path is None:
-        return world.build().texts()
+        return WorldTexts()
     return _paragraphs(Path(path)) if Path(path).suffix == ".parquet" else _lines(Path(path))
 
 
@@ -261,7 +273,16 @@ def parse_known(record: Record) -> Fact:
 
 
 def marked(text: str, subject: str) -> str:
-    """`text` with the first occurrence of the subject replaced by `{}`."""
-    if subject not in text:
+    """`text` with the first occurrence of the subject as whole words replaced by `{}`."""
+    at = text.find(subject)
+    if at < 0:
         raise FactError(f"the subject {subject!r} does not occur in {text!r}.")
-    return text.replace(subject, "{}", 1)
+    while at >= 0:
+        stop = at + len(subject)
+        if ends_word(text, at) and ends_word(text, stop):
+            return f"{text[:at]}{{}}{text[stop:]}"
+        at = text.find(subject, at + 1)
+    raise FactError(
+        f"the subject {subject!r} stands only inside a word of {text!r}; give the whole word as "
+        "the subject."
+    )

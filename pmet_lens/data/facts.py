@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from pmet_lens.data import markup
+from pmet_lens.data import markup, scripts
 
 BENCHMARKS = ("zsre",)
 """Benchmarks that are scored in their own way; see `Fact.benchmark`."""
+
+
+_OPTIONAL = ("target_new", "target_true", "relation", "benchmark")
+_TEXTS = ("paraphrases", "attributes", "generation")
+_PAIRS = ("neighbours", "portability")
+_LATER = ("portability", "blank")
 
 
 class FactError(ValueError):
@@ -20,8 +26,10 @@ class FactError(ValueError):
 class Fact:
     """One statement about one subject. Immutable; validated when built.
 
-    Targets are written without the leading space; it is put before them when they are tokenised.
-    Prompts other than `prompt` are complete texts that end right before the answer.
+    Targets are written without the leading space; it is put before them when they are tokenised,
+    unless the script writes none (`blank`). Prompts other than `prompt` are complete texts that end
+    right before the answer. Blanks around subject and answers and behind prompts are taken off,
+    and lists become tuples.
     """
 
     subject: str
@@ -45,8 +53,14 @@ class Fact:
     """Identifier of the record in its data set."""
     benchmark: str | None = None
     """"zsre" for facts that `summarise` also scores as zsRE does; None for all others."""
+    portability: tuple[tuple[str, str], ...] = ()
+    """(prompt, answer) pairs whose answer follows from `target_new`, such as a second hop."""
+    blank: bool | None = None
+    """Whether a blank stands between prompt and answer. None: as the prompt's script has it
+    (`scripts.writes_blanks`): not in Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan."""
 
     def __post_init__(self) -> None:
+        self._take_types()
         if not self.subject.strip():
             raise FactError(f"The fact with prompt {self.prompt!r} has an empty subject.")
         holes = self.prompt.count("{}")
@@ -54,6 +68,12 @@ class Fact:
             raise FactError(
                 f"The prompt {self.prompt!r} has {holes} places marked {{}}; it needs exactly one, "
                 "where the subject goes."
+            )
+        place = self.prompt.index("{}") + len(self.subject)
+        if not scripts.ends_word(self.text, place):
+            raise FactError(
+                f"The subject {self.subject!r} ends inside a word of {self.text!r}; give the whole "
+                "word as the subject, or spell it as the prompt does."
             )
         for name in ("target_new", "target_true"):
             value = getattr(self, name)
@@ -70,13 +90,34 @@ class Fact:
                 f"{', '.join(BENCHMARKS)}."
             )
 
+    def _take_types(self) -> None:
+        """Refuse what a field does not take; take off blanks that change tokens and no meaning."""
+        for name in ("subject", "prompt", *_OPTIONAL):
+            value = getattr(self, name)
+            if not (isinstance(value, str) or (value is None and name in _OPTIONAL)):
+                none = " or None" if name in _OPTIONAL else ""
+                raise FactError(f"{name} takes one text{none}, not {value!r}.")
+            if value is not None and name != "relation":
+                whole = value.rstrip() if name == "prompt" else value.strip()
+                object.__setattr__(self, name, whole)
+        for name in _TEXTS:
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        for name in _PAIRS:
+            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+
+    def record(self) -> dict[str, Any]:
+        """The fields as JSON takes them. Those that came later are there only where they say
+        something, so that facts without them keep their hashes."""
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in record.items() if k not in _LATER or v not in ((), None)}
+
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Fact:
-        """The inverse of `dataclasses.asdict`, also after JSON, which turns tuples into lists.
-        Fields that came later than the record (`benchmark`) take their defaults."""
+        """The inverse of `record`, also after JSON, which turns tuples into lists. Fields that came
+        later than the record (`benchmark`) take their defaults."""
         listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
-        pairs = tuple((prompt, answer) for prompt, answer in record["neighbours"])
-        return cls(**{**record, **listed, "neighbours": pairs})
+        pairs = {k: tuple(tuple(pair) for pair in record.get(k, ())) for k in _PAIRS}
+        return cls(**{**record, **listed, **pairs})
 
     def _repr_html_(self) -> str:
         neighbours = [f"{prompt} → {answer}" for prompt, answer in self.neighbours]
@@ -86,6 +127,7 @@ class Fact:
             "true answer": self.target_true,
             "relation": self.relation,
             "paraphrases": markup.listed(self.paraphrases),
+            "portability": markup.listed([f"{p} → {answer}" for p, answer in self.portability]),
             "neighbours": markup.listed(neighbours),
         }
         return markup.pairs({k: v for k, v in shown.items() if v}, f"Fact about {self.subject}")
@@ -112,6 +154,22 @@ def listed(facts: object) -> list[Fact]:
             "pl.Fact(subject, prompt, target_new), or read a table with pl.read_facts."
         )
     return several
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """A list of texts; one text in its place would be taken letter by letter."""
+    if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+        return tuple(text.rstrip() for text in value)
+    raise FactError(f"{name} takes a list of texts, not {value!r}; put one text into a list.")
+
+
+def _pairs(name: str, value: Any) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        for pair in value
+    ):
+        return tuple((prompt.rstrip(), answer.strip()) for prompt, answer in value)
+    raise FactError(f"{name} takes a list of (prompt, answer) pairs of texts, not {value!r}.")
 
 
 def check_editable(facts: Sequence[Fact]) -> None:

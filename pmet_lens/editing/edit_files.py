@@ -44,7 +44,7 @@ def save(parts: Mapping[str, Any], path: str | Path) -> None:
         tensors |= {f"{site}.left": left, f"{site}.right": right}
     head = {
         "format": FORMATS[-1],
-        "facts": [asdict(f) for f in parts["facts"]],
+        "facts": [f.record() for f in parts["facts"]],
         "method": _record(parts["method"]),
         "hparams": _record(parts["hparams"]),
         "contexts": parts["contexts"],

@@ -234,7 +234,8 @@ def _answers(model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
     """Per fact the likeliest next token, and the wanted answer's nll and whether it is the
     argmax."""
     asked = scoring.ask(model, [f.text for f in facts], k=1)
-    scores = scoring.score(model, [tokens.Prompt(f.text, None, f.target_new) for f in facts])
+    prompts = [tokens.Prompt(f.text, None, f.target_new, f.blank) for f in facts]
+    scores = scoring.score(model, prompts)
     return {
         "token": asked["token"].str.strip(),
         "nll": [s.nll for s in scores],

@@ -174,7 +174,7 @@ class FineTune:
 
 def rewrites(facts: Sequence[Fact]) -> list[tokens.Prompt]:
     """The plain prompt of every fact with its new answer."""
-    return [tokens.Prompt(f.prompt, f.subject, f.target_new) for f in facts]
+    return [tokens.Prompt(f.prompt, f.subject, f.target_new, f.blank) for f in facts]
 
 
 def output_hooks(

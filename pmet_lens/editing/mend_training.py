@@ -154,7 +154,10 @@ def _draw(
 ) -> tuple[list[tokens.Prompt], list[tokens.Prompt]]:
     """Per fact one phrasing to be answered, and one locality prompt: every other time one of its
     neighbours, where it has some."""
-    asked = [tokens.Prompt(rng.choice((f.text, *f.paraphrases)), None, f.target_new) for f in facts]
+    asked = [
+        tokens.Prompt(rng.choice((f.text, *f.paraphrases)), None, f.target_new, f.blank)
+        for f in facts
+    ]
     near = [[tokens.Prompt(text, None, answer) for text, answer in f.neighbours] for f in facts]
     local = [rng.choice(some if some and rng.random() < 0.5 else locality) for some in near]
     return asked, local

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from pmet_lens.data import datasets, world
 from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.real_facts import real_facts
 from pmet_lens.evaluation import metrics, scoring
 from pmet_lens.models import activations, likelihood, tokens
+from pmet_lens.models.loading import of_the_world
 from pmet_lens.models.model import Model
 
 HELD_OUT = 2
@@ -68,15 +70,18 @@ def general_ability(
 
     Args:
         texts: the first `n_texts` are read. None: text about the bundled world in another draw
-            than its models and moments saw; the facts in it are the same.
+            than its models and moments saw; the facts in it are the same. For a model of another
+            world: one sentence for each of `pl.real_facts()`.
         prompts: None: a sentence about each of 200 subjects of the bundled world that none of its
-            records edits.
-        others: facts with `target_true`. None: every fact of the bundled world but those with
-            subject and relation of an edited one (all of the subject, where no relation is given).
+            records edits; for another model the first 200 prompts of `pl.real_facts()`, but those
+            about edited subjects.
+        others: facts with `target_true`. None: every fact of the bundled world (for another model
+            of `pl.real_facts()`) but those with subject and relation of an edited one (all of the
+            subject, where no relation is given).
         batch_tokens: padded tokens per forward pass.
 
-    An empty collection leaves its row out. The defaults suit models that know the bundled world;
-    for another model pass yours: of the defaults only the difference an edit makes has a meaning.
+    An empty collection leaves its row out. A real model knows only a part of the real facts: of
+    these defaults the difference an edit makes has a meaning.
 
     Raises:
         FactError: for texts or prompts that are one string, hold no token or (prompts) are longer
@@ -84,11 +89,19 @@ def general_ability(
     """
     if isinstance(texts, str) or isinstance(prompts, str):
         raise FactError("texts and prompts are lists of texts; put one text into a list.")
-    texts = world.build().texts(HELD_OUT) if texts is None else texts
+    edited = () if edit is None else edit.facts
+    bundled = of_the_world(model)
+    real = [] if bundled else others_of(real_facts(), edited)
+    if texts is None:
+        said = (f"{fact.text} {fact.target_true}." for fact in real)
+        texts = world.build().texts(HELD_OUT) if bundled else said
     read = list(itertools.islice(texts, n_texts))
-    prompts = _prompts() if prompts is None else prompts
+    if prompts is None:
+        about = {fact.subject for fact in edited}
+        safe = [fact.text for fact in real if fact.subject not in about]
+        prompts = _prompts() if bundled else safe[:200]
     if others is None:
-        others = others_of(datasets.knowns(), () if edit is None else edit.facts)
+        others = others_of(datasets.knowns(), edited) if bundled else real
     before = _next_token(model, prompts, batch_tokens) if len(prompts) else torch.empty(0)
     table = {}
     with nullcontext() if edit is None else edit.applied(model):

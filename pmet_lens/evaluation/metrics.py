@@ -179,6 +179,7 @@ _MEASURES = {"S": "success", "A": "correct", "M": "margin"}
 # Metric -> the kind of prompt and the column of `evaluate` that it is the mean of.
 _COLUMNS: Mapping[str, tuple[str, str]] = {
     **{k + m: (kind, column) for m, column in _MEASURES.items() for k, kind in _KINDS.items()},
+    "portability": ("portability", "correct"),
     "GE": ("generation", "fluency"),
     "RS": ("generation", "consistency"),
 }
@@ -200,6 +201,7 @@ MEANING: Mapping[str, str] = {
     "EM": "edited prompts: probability of the new answer minus the old one's, points",
     "PM": "paraphrases: probability of the new answer minus the old one's, points",
     "NM": "neighbours: probability of the true answer minus the new one's, points",
+    "portability": "prompts whose answer follows from the new one, answered word for word, %",
     "GE": "fluency of generated text, bits × 100",
     "RS": "consistency of generated text with texts about the new answer, 0 to 100",
     "score": "zsRE: harmonic mean of the three below, %",
@@ -223,7 +225,8 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 
     In per cent, higher is better: ES, PS, NS (success on rewrite, paraphrase and neighbour
     prompts), S (their harmonic mean), EA, PA, NA (accuracies), EM, PM, NM (mean probability
-    margins, −100 to 100). GE (fluency) in bits × 100. RS (consistency), 0 to 100.
+    margins, −100 to 100), portability (accuracy on what follows from the new answer, where facts
+    have such prompts). GE (fluency) in bits × 100. RS (consistency), 0 to 100.
 
     Of zsRE facts (`benchmark` "zsre"), and of no others, also efficacy, paraphrase and specificity:
     the share of the answer's tokens that are the argmax under teacher forcing on the question, on

@@ -36,6 +36,7 @@ OnPrompts = Callable[[int, int], object]
 References = Mapping[tuple[str | None, str], Sequence[str]]
 """(relation, answer) -> texts about subjects that have that answer, for consistency."""
 KINDS = ("rewrite", "paraphrase", "neighbour")
+_Key = tuple[str, str | None, bool | None]
 _AT_ONCE = 2048  # prompts encoded together
 
 
@@ -63,10 +64,10 @@ def score(
     """
     if batch_tokens is None:
         batch_tokens = 2048 if model.device.type == "cpu" else 32768
-    distinct = {(p.text, p.target): tokens.Prompt(p.text, None, p.target) for p in prompts}
+    distinct = {_key(p): tokens.Prompt(p.text, None, p.target, p.blank) for p in prompts}
     # The answers to one text stand side by side, and texts of about one length.
-    keys = sorted(distinct, key=lambda key: (len(key[0]), key[0], key[1] or ""))
-    scores: dict[tuple[str, str | None], Score] = {}
+    keys = sorted(distinct, key=lambda key: (len(key[0]), key[0], key[1] or "", str(key[2])))
+    scores: dict[_Key, Score] = {}
     while len(scores) < len(keys):
         start = stop = len(scores)
         while stop < len(keys) and (stop < start + _AT_ONCE or keys[stop][0] == keys[stop - 1][0]):
@@ -78,7 +79,12 @@ def score(
             scores.update(zip([keys[start + row] for row, _ in pairs], new, strict=True))
             if on_prompts is not None:
                 on_prompts(len(scores), len(keys))
-    return [scores[p.text, p.target] for p in prompts]
+    return [scores[_key(p)] for p in prompts]
+
+
+def _key(prompt: tokens.Prompt) -> _Key:
+    """What two prompts with the same score have in common."""
+    return prompt.text, prompt.target, prompt.blank
 
 
 def _shared_rows(batch: tokens.Batch, batch_tokens: int) -> Iterator[list[tuple[int, int]]]:
@@ -135,14 +141,15 @@ def evaluate(
     """One row per fact, kind of prompt and prompt.
 
     Columns: fact (position in `facts`), case_id, relation, kind ("rewrite", "paraphrase",
-    "neighbour"), index (of the prompt within its kind), prompt, wanted and other (the answer that
-    should win and its rival; no rival: None), nll_wanted, nll_other (nats per token), margin (the
-    difference of the probabilities, wanted minus other, −1 to 1), success (wanted likelier than
-    other; NaN without a rival), correct (every token of wanted is the argmax), token_accuracy
-    (share of its tokens that are). If some facts have a `benchmark` also that.
+    "neighbour", and "portability" where facts have such prompts), index (of the prompt within its
+    kind), prompt, wanted and other (the answer that should win and its rival; no rival: None),
+    nll_wanted, nll_other (nats per token), margin (the difference of the probabilities, wanted
+    minus other, −1 to 1), success (wanted likelier than other; NaN without a rival), correct (every
+    token of wanted is the argmax), token_accuracy (share of its tokens that are). If some facts
+    have a `benchmark` also that.
 
     The wanted answer is `target_new` on rewrite and paraphrase prompts (`target_true` for facts
-    without a new one) and the neighbour's answer on neighbour prompts.
+    without a new one) and the prompt's own answer on neighbour and portability prompts.
 
     With `generate` also one row per generation prompt, of kind "generation", with text and fluency
     (bits × 100), and consistency (0 to 100) where there are `references` for the fact: texts about
@@ -160,8 +167,12 @@ def evaluate(
         raise FactError("There are no facts to evaluate; pass at least one Fact.")
     if generate:
         check_end(model)
-    wanted = [tokens.Prompt(r["prompt"], None, r["wanted"]) for r in rows]
-    rival = [tokens.Prompt(r["prompt"], None, r["other"]) for r in rows if r["other"] is not None]
+
+    def answered(answer: str) -> list[tokens.Prompt]:
+        asked = [r for r in rows if r[answer] is not None]
+        return [tokens.Prompt(r["prompt"], None, r[answer], facts[r["fact"]].blank) for r in asked]
+
+    wanted, rival = answered("wanted"), answered("other")
     scores = score(model, [*wanted, *rival], on_prompts=on_prompts)
     others = iter(scores[len(wanted) :])
     for row, of_wanted in zip(rows, scores, strict=False):
@@ -192,6 +203,7 @@ def _prompts(i: int, fact: Fact) -> list[dict[str, Any]]:
         ("neighbour", n, p, answer, new if answer == true else None)
         for n, (p, answer) in enumerate(fact.neighbours)
     ]
+    cases += [("portability", n, p, answer, None) for n, (p, answer) in enumerate(fact.portability)]
     return [
         _row(i, fact, kind, n, prompt, wanted=winner, other=loser)
         for kind, n, prompt, winner, loser in cases
@@ -275,7 +287,7 @@ def recall(
     facts = listed(facts)
     if any(f.target_true is None for f in facts):
         raise FactError("recall needs facts with target_true.")
-    prompts = [tokens.Prompt(f.text, None, f.target_true) for f in facts]
+    prompts = [tokens.Prompt(f.text, None, f.target_true, f.blank) for f in facts]
     scores = score(model, prompts, on_prompts=on_prompts)
     columns = {
         "fact": range(len(facts)),

@@ -22,7 +22,7 @@ from pmet_lens.editing.finetune import FineTune, FineTuneHparams
 from pmet_lens.editing.mend import Mend, MendHparams
 from pmet_lens.editing.method import Hparams, Method, kind_of
 from pmet_lens.editing.methods import ABLATIONS, METHODS, PMET, known_hparams, named
-from pmet_lens.models.loading import DTYPES
+from pmet_lens.models.weights import DTYPES
 
 FORMAT = "pmet_lens grid 1"
 ENGINES = ("serial", "ray")
@@ -206,7 +206,7 @@ def _name(method: Any) -> str:
 
 def facts_digest(facts: Sequence[Fact]) -> str:
     """A hash of facts in their order; empty for none."""
-    return hash_of([asdict(fact) for fact in facts]) if facts else ""
+    return hash_of([fact.record() for fact in facts]) if facts else ""
 
 
 def check_grid(grid: Sequence[Any]) -> list[Run]:
@@ -263,7 +263,7 @@ def save_grid(grid: Sequence[Run], path: str | Path) -> None:
     for run in check_grid(grid):
         for facts in (run.facts, run.others):
             if facts:
-                lists.setdefault(facts_digest(facts), [asdict(fact) for fact in facts])
+                lists.setdefault(facts_digest(facts), [fact.record() for fact in facts])
         record = {**run.record(), "texts": run.texts, "name": run.name}
         rows.append({key: value for key, value in record.items() if key != "n_facts"})
     whole = {"format": FORMAT, "facts": lists, "runs": rows}

@@ -28,7 +28,7 @@ from pmet_lens.models import tokens
 from pmet_lens.models.loading import load
 from pmet_lens.models.model import Model, Site
 from pmet_lens.moments import moment_files
-from pmet_lens.moments.second_moments import MomentError
+from pmet_lens.moments.second_moments import MomentError, check_fit
 
 MOMENTS_KEPT_EVERY = 60.0
 """Seconds after which the sums of a part of the text are kept, so that it can be gone on with."""
@@ -131,7 +131,9 @@ class Worker:
         sites = [Site.parse(site) for site in task.sites]
         n_tokens = run.n_tokens // n + (task.start < run.n_tokens % n)
         for again in (True, False):
-            texts = itertools.islice(datasets.texts(run.texts), task.start, None, n)
+            whole = datasets.texts(run.texts)
+            check_fit(self.model, whole)
+            texts = itertools.islice(whole, task.start, None, n)
             try:
                 moment_files.kept_moments(
                     path,

@@ -152,7 +152,7 @@ class Session(EditInputs):
         kinds["neighbour"] = [prompt for prompt, _ in fact.neighbours]
         asked = [(kind, prompt) for kind, prompts in kinds.items() for prompt in prompts]
         prompts = [prompt for _, prompt in asked]
-        wanted = [tokens.Prompt(prompt, None, fact.target_new) for prompt in prompts]
+        wanted = [tokens.Prompt(prompt, None, fact.target_new, fact.blank) for prompt in prompts]
         columns: dict[str, Any] = {"kind": [kind for kind, _ in asked], "prompt": prompts}
         columns["before"] = generation.answers(self.model, prompts)
         scores = scoring.score(self.model, wanted)

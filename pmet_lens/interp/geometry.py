@@ -55,7 +55,8 @@ def answer_gain(
 def _gains(model: Model, facts: Sequence[Fact], targets: Targets, points: int) -> pd.DataFrame:
     """The table of `answer_gain` for facts of one pass, stream after stream."""
     deltas: dict[Stream, Tensor] = {s: targets.delta(s) for s in targets.values}
-    batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject, f.target_new) for f in facts])
+    asked = [tokens.Prompt(f.prompt, f.subject, f.target_new, f.blank) for f in facts]
+    batch = tokens.encode(model, asked)
     total = {s: torch.zeros(len(facts), dtype=torch.float64) for s in deltas}
     for k in range(points):
         part = (k + 0.5) / points

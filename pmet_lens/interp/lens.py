@@ -114,7 +114,7 @@ def first_tokens(
     for fact in facts:
         if getattr(fact, answer) is None:
             raise FactError(f"{fact.text!r} has no {answer}.")
-    prompts = [tokens.Prompt(f.prompt, f.subject, getattr(f, answer)) for f in facts]
+    prompts = [tokens.Prompt(f.prompt, f.subject, getattr(f, answer), f.blank) for f in facts]
     batch = tokens.encode(model, prompts)
     return batch.labels[torch.arange(len(batch), device=model.device), batch.last]
 

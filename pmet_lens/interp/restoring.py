@@ -139,7 +139,7 @@ def run_both(
     seed: int,
 ) -> Runs:
     """Both runs of numbered facts. A fact's noise depends on its number and the seed alone."""
-    prompts = [tokens.Prompt(f.prompt, f.subject, f.target_true) for f in facts.values()]
+    prompts = [tokens.Prompt(f.prompt, f.subject, f.target_true, f.blank) for f in facts.values()]
     batch = tokens.encode(model, [prompt for prompt in prompts for _ in range(samples)])
     spread = noise * _entering_scale(model) * float(model.embedding.float().std())
     drawn = torch.zeros(*batch.ids.shape, model.d_model)

@@ -9,7 +9,7 @@ left; a position on padding is an error, because its value means nothing and loo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -82,7 +82,7 @@ class Activations:
         """Write everything to one safetensors file. Raises `ModelError` where that fails."""
         head = {
             "format": FORMAT,
-            "facts": [asdict(f) for f in self.facts],
+            "facts": [f.record() for f in self.facts],
             "layers": self.layers,
             "model": self.model,
         }

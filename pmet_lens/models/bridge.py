@@ -34,6 +34,16 @@ def copy_sharing_weights(hf: nn.Module) -> nn.Module:
     return copy.deepcopy(hf, {id(tensor): tensor for tensor in tensors}).eval()
 
 
+def speaking(hf: nn.Module) -> Any:
+    """A copy that shares the weights, for `generate`: nothing of the model's own generation
+    settings (sampling, penalties, more end tokens) is left in it."""
+    from transformers import GenerationConfig
+
+    model: Any = copy_sharing_weights(hf)
+    model.generation_config = GenerationConfig()
+    return model
+
+
 class Blocks:
     """The block list of a model (a copy, never a user's model), which may begin later for a pass.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pmet_lens.data import scripts
 from pmet_lens.models.sites import ModelError
 
 Messages = Sequence[Mapping[str, str]]
@@ -26,11 +27,14 @@ class Frame:
         """`text` as the model is asked it."""
         return f"{self.head}{text}{self.tail}"
 
-    def answered(self, text: str, answer: str) -> str:
+    def answered(self, text: str, answer: str, blank: bool | None = None) -> str:
         """`around(text)`, then the answer, with a blank in between unless there is one, or a line
-        break (most templates end the assistant's header with one)."""
+        break (most templates end the assistant's header with one), or the script of `text` writes
+        none. `blank`: whether to put one all the same; None: this rule."""
         asked = self.around(text)
-        return f"{asked}{'' if self.tail and asked[-1:].isspace() else ' '}{answer.strip()}"
+        if blank is None:
+            blank = not asked[-1:].isspace() if self.tail else scripts.writes_blanks(text)
+        return f"{asked}{' ' * blank}{answer.strip()}"
 
 
 def frame(tokenizer: Any, template: str | Messages | None) -> Frame:

@@ -1,9 +1,12 @@
-"""Text from a model: many prompts continued in one forward pass, each as if it were alone."""
+"""Text from a model, with transformers' own `generate` (keys and values are kept) on a copy that
+shares the weights, edits included: many prompts at once, each as if it were alone."""
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +14,15 @@ from torch import Tensor
 from pmet_lens.data.facts import FactError
 from pmet_lens.models.model import Model
 from pmet_lens.models.sites import ModelError
-from pmet_lens.models.tokens import chunks, pad
+from pmet_lens.models.tokens import chunks, plain_ids
 
 OnPrompts = Callable[[int, int], object]
+_OPENERS = (
+    "The In A It He This As At On For She When After One During They Although From With Many Since "
+    "Most By An There While Some His According Its Both Her Until Two Each Despite Because Between"
+)
+OPENERS = tuple(_OPENERS.split(" "))
+"""Words that English sentences begin with."""
 
 
 def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed: int = 0) -> str:
@@ -42,25 +51,35 @@ def generate_batch(
 
     Raises:
         ModelError: for a tokenizer without an end-of-text token, which no text could end with.
-        FactError: for a prompt without a token.
+        FactError: for a prompt without a token, one string in place of a list, another number of
+            seeds than of prompts, or `top_k` below 1.
     """
     check_end(model)
+    if isinstance(prompts, str):
+        raise FactError("prompts is one string; put it into a list, or call generate.")
+    if len(prompts) != len(seeds) or top_k < 1:
+        raise FactError(
+            f"{len(prompts)} prompts need as many seeds, not {len(seeds)}, and top_k at least 1, "
+            f"not {top_k}."
+        )
     rows = _prompt_ids(model, prompts)
     starts = [len(row) for row in rows]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def sample(i: int, logits: Tensor) -> int:
+        if top_k >= len(logits):  # nothing to sort
+            return int(torch.multinomial(logits.softmax(0), 1, generator=generators[i]))
         values, ids = logits.topk(top_k)
         return int(ids[torch.multinomial(values.softmax(0), 1, generator=generators[i])])
 
     # The chat template is not counted.
-    plain = [len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    plain = [len(plain_ids(model, prompt, True)[0]) for prompt in prompts]
     limits = [
         min(length + start - n, model.n_positions) for start, n in zip(starts, plain, strict=True)
     ]
     done = 0
     for chunk in chunks(limits, batch_tokens, starts):
-        _extend(model, rows, chunk, limits, sample)
+        _extend(model, rows, chunk, limits, None if top_k == 1 else sample)
         done += len(chunk)
         if on_prompts is not None:
             on_prompts(done, len(rows))
@@ -70,6 +89,25 @@ def generate_batch(
     return [model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
+def sampled_texts(
+    model: Model, seed: int = 0, length: int = 100, batch_tokens: int = 4096
+) -> Iterator[str]:
+    """Endless text in the model's own words, for second moments where no other text is at hand:
+    every text begins with one of `OPENERS` and goes on to `length` tokens, sampled from the whole
+    distribution of the model as it is now. Deterministic in `seed`.
+
+    Raises `ModelError` for a tokenizer without an end-of-text token, which no text could end with.
+    """
+    check_end(model)
+    vocabulary, batch = len(model.tokenizer), max(1, batch_tokens // length)
+    for start in itertools.count(seed << 32, batch):
+        prompts = [OPENERS[n % len(OPENERS)] for n in range(start, start + batch)]
+        seeds = range(start, start + batch)
+        yield from generate_batch(
+            model, prompts, seeds, length, vocabulary, batch_tokens=batch_tokens
+        )
+
+
 def answers(model: Model, prompts: Sequence[str], n_tokens: int = 6) -> list[str]:
     """What the model says next, greedily: up to `n_tokens` tokens after each prompt, cut at the end
     of the sentence or line, without blanks around. Raises `FactError` for a prompt without a
@@ -77,7 +115,7 @@ def answers(model: Model, prompts: Sequence[str], n_tokens: int = 6) -> list[str
     rows = _prompt_ids(model, prompts)
     starts = [len(row) for row in rows]
     limits = [min(n + n_tokens, model.n_positions) for n in starts]
-    _extend(model, rows, range(len(rows)), limits, lambda _, logits: int(logits.argmax()))
+    _extend(model, rows, range(len(rows)), limits)
     return [re.split(r"[.!?](?:\s|$)|\n", t)[0].strip() for t in _decoded(model, rows, starts)]
 
 
@@ -87,7 +125,7 @@ def _prompt_ids(model: Model, prompts: Sequence[str]) -> list[list[int]]:
     rows = []
     for prompt in prompts:
         text, special = model.frame.around(prompt), not model.frame
-        rows.append(list(model.tokenizer(text, add_special_tokens=special)["input_ids"]))
+        rows.append(plain_ids(model, text, special)[0])
         if not rows[-1]:
             raise FactError(f"The prompt {prompt!r} has no token to continue.")
     return rows
@@ -98,20 +136,58 @@ def _extend(
     rows: Sequence[list[int]],
     chosen: Sequence[int],
     limits: Sequence[int],
-    choose: Callable[[int, Tensor], int],
+    choose: Callable[[int, Tensor], int] | None = None,
 ) -> None:
     """Append tokens to the chosen rows, each until its limit or the end-of-text token.
 
-    `choose(i, logits)`: the next token of row `i`, from its logits, float32 on the CPU.
+    `choose(i, logits)`: the next token of row `i`, from its logits, float32 on the CPU; None: the
+    likeliest.
     """
     going = [i for i in chosen if len(rows[i]) < limits[i]]
-    while going:
-        ids, mask = pad(model, [rows[i] for i in going])
-        at = torch.stack([torch.arange(len(going), device=mask.device), mask.sum(1) - 1], dim=1)
-        for i, logits in zip(going, model.logits_at(ids, mask, at).float().cpu(), strict=True):
-            rows[i].append(choose(i, logits))
-        end = model.tokenizer.eos_token_id
-        going = [i for i in going if rows[i][-1] != end and len(rows[i]) < limits[i]]
+    if not going:
+        return
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+    lengths = [len(rows[i]) for i in going]
+    if model.dtype == torch.float64 and len(set(lengths)) > 1:
+        # In plain transformers a query that sees padding alone can be NaN in float64.
+        for n in sorted(set(lengths)):
+            _extend(model, rows, [i for i in going if len(rows[i]) == n], limits, choose)
+        return
+    left = [limits[i] - n for i, n in zip(going, lengths, strict=True)]
+    width, fill = max(lengths), int(model.tokenizer.pad_token_id)
+    padded = [[fill] * (width - n) + rows[i] for i, n in zip(going, lengths, strict=True)]
+    ids = torch.tensor(padded, device=model.device)
+    place = torch.arange(width, device=model.device)
+    mask = (place >= width - torch.tensor(lengths, device=model.device)[:, None]).long()
+    end = model.tokenizer.eos_token_id
+    most = torch.tensor(left, device=model.device)
+
+    def pick(_: Tensor, scores: Tensor) -> Tensor:
+        """Scores that leave each row one token."""
+        if choose is None:
+            return scores
+        logits = scores.float().cpu()
+        best = [choose(i, row) for i, row in zip(going, logits, strict=True)]
+        place = torch.tensor(best, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, place, 0.0)
+
+    def done(so_far: Tensor, _: Any, **__: Any) -> Tensor:
+        return so_far.shape[1] - width >= most
+
+    settings = GenerationConfig(
+        max_new_tokens=max(left), do_sample=False, eos_token_id=end, pad_token_id=fill
+    )
+    out = model.speaker.generate(
+        ids,
+        attention_mask=mask,
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([pick]),  # pyright: ignore[reportArgumentType]
+        stopping_criteria=StoppingCriteriaList([done]),  # pyright: ignore[reportArgumentType]
+    )
+    for i, n, said in zip(going, left, out[:, width:].tolist(), strict=True):
+        said = said[:n]
+        rows[i].extend(said[: said.index(end) + 1] if end in said else said)
 
 
 def _decoded(model: Model, rows: Sequence[list[int]], starts: Sequence[int]) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pmet_lens.models.bridge import Blocks, Hooks, Wrapped, copy_sharing_weights
+from pmet_lens.models.bridge import Blocks, Hooks, Wrapped, copy_sharing_weights, speaking
 from pmet_lens.models.chat import Messages, frame
 from pmet_lens.models.sites import (
     PROJECTION_MODULES,
@@ -32,14 +32,13 @@ from pmet_lens.models.sites import (
     layer_of,
 )
 from pmet_lens.models.tail import Tail, make_tail
-from pmet_lens.models.weights import LiveEdits, restored
-
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+from pmet_lens.models.weights import (
+    LiveEdits,
+    check_floats,
+    check_tokenizer,
+    file_of,
+    restored,
+)
 
 
 class Model:
@@ -47,22 +46,26 @@ class Model:
 
     `hf`, `tokenizer`: the user's objects, untouched. `bridge`: the wrapped copy, in eval mode
     whatever the mode of `hf`. `name`: what hyper-parameters are looked up by. `frame`: what stands
-    around every prompt (`chat.Frame`). `load` makes one; load again after moving `hf` or changing
-    weights that belong to no `Site` (some are copied).
+    around every prompt (`chat.Frame`). `kind`: how the weights were quantised in the file they come
+    from ("Q4_1"); empty where they were not. `load` makes one; load again after moving `hf` or
+    changing weights that belong to no `Site` (some are copied).
 
-    Raises `ModelError` for quantised weights, for a tokenizer without a pad token, and for an
-    architecture without one output projection per component (a mixture of experts).
+    Raises `ModelError` for quantised weights, for a tokenizer without a pad token or one that does
+    not say where its tokens stand, and for an architecture without one output projection per
+    component (a mixture of experts).
     """
 
     def __init__(
-        self, hf: nn.Module, tokenizer: Any, name: str, template: str | Messages | None = None
+        self,
+        hf: nn.Module,
+        tokenizer: Any,
+        name: str,
+        template: str | Messages | None = None,
+        kind: str = "",
     ) -> None:
-        _check_weights(hf, name)
-        if tokenizer.pad_token_id is None:
-            raise ModelError(
-                "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token"
-            )
-        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        check_floats(hf, name)
+        check_tokenizer(tokenizer)
+        self.hf, self.tokenizer, self.name, self.kind = hf, tokenizer, name, kind
         self.frame = frame(tokenizer, template)
         self._wrapped = Wrapped(copy_sharing_weights(hf), name)
         self.bridge = self._wrapped.bridge
@@ -70,6 +73,11 @@ class Model:
         self._check_sites()
         self.live_edits = LiveEdits(self.weight)
         self._tails, self._enters = dict[int, Tail](), dict[str, bool]()
+
+    def __repr__(self) -> str:
+        file = f", weights from a {file_of(self.kind)}" if self.kind else ""
+        what = f"{type(self.hf).__name__}, {self.n_layers} layers, d_model {self.d_model}"
+        return f"Model({self.name!r}: {what}, {str(self.dtype).removeprefix('torch.')}{file})"
 
     @property
     def n_layers(self) -> int:
@@ -99,6 +107,11 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.parameter(Site(0, "mlp")).dtype
+
+    @cached_property
+    def speaker(self) -> Any:
+        """A copy that shares the weights, for transformers' own `generate`; yours is left alone."""
+        return speaking(self.hf)
 
     @cached_property
     def parallel_blocks(self) -> bool:
@@ -283,18 +296,3 @@ class Model:
                     f"the wrapped copy of {self.name!r} does not share the weight at {site} with "
                     "the model, so an edit would be lost: this architecture is not supported"
                 )
-
-
-def _check_weights(hf: nn.Module, name: str) -> None:
-    plain = all(p.dtype in DTYPES.values() for p in hf.parameters())
-    if not plain or getattr(hf, "is_quantized", False):
-        raise ModelError(f"the weights of {name!r} are quantised: load it in a floating dtype")
-    if any(p.is_inference() for p in hf.parameters()):
-        raise ModelError(f"{name!r} was made inside torch.inference_mode; make it outside")
-    away = [n for n, p in hf.named_parameters() if p.is_meta]
-    if 0 < len(away) < len(list(hf.parameters())):  # a whole model without numbers can be counted
-        raise ModelError(
-            f"the weight {away[0]!r} of {name!r} is not in memory (offloaded by its device_map, or "
-            "never loaded), so it cannot be edited: spread the model over more devices, or load it "
-            "in a smaller dtype (bfloat16)"
-        )

@@ -39,6 +39,8 @@ class Prompt:
     template: str
     subject: str | None = None
     target: str | None = None
+    blank: bool | None = None
+    """As `Fact.blank`."""
 
     @property
     def text(self) -> str:
@@ -147,7 +149,7 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
     """
     frame = model.frame
     texts = [
-        frame.around(p.text) if p.target is None else frame.answered(p.text, p.target)
+        frame.around(p.text) if p.target is None else frame.answered(p.text, p.target, p.blank)
         for p in prompts
     ]
     # A chat template writes the special tokens itself.
@@ -163,6 +165,9 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
                 "shorten it."
             )
         end = len(frame.around(prompt.text))
+        ids, offsets = _without_end(ids, offsets)
+        if prompt.target is not None and any(a < end < b for a, b in offsets):
+            ids, offsets = _in_two(model, text, end)
         # Special tokens have the empty span (0, 0); a token may carry the space before its word.
         answer = [i for i, (a, b) in enumerate(offsets) if b > end and b > a]
         first = answer[0] if answer else len(ids)
@@ -178,6 +183,37 @@ def encode(model: Model, prompts: Sequence[Prompt]) -> Batch:
     ids, mask = pad(model, rows)
     subject_first, subject_last, last = torch.tensor(places, device=model.device).T
     return Batch(ids, mask, subject_last, subject_first, last, _stack(model, labels, -100))
+
+
+_Tokens = tuple[list[int], list[tuple[int, int]]]
+
+
+def _without_end(ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> _Tokens:
+    """The tokens without the special ones behind the text, which some tokenizers put there (T5, or
+    `add_eos_token=True`): nothing of a text goes on after its end. What stands before it stays."""
+    stop = max((i + 1 for i, (a, b) in enumerate(offsets) if b > a), default=1)
+    return list(ids[:stop]), list(offsets[:stop])
+
+
+def _in_two(model: Model, text: str, seam: int) -> _Tokens:
+    """The tokens of `text[:seam]`, as the model is asked it, and then those of the rest: without a
+    blank in between some tokenizers would make one token of the end of a prompt and the beginning
+    of its answer, which no model says after the prompt."""
+    special = not model.frame
+    ids, offsets = plain_ids(model, text[:seam], special)
+    more, places = plain_ids(model, text[seam:], False)
+    shifted = [(a + seam, b + seam) for a, b in places]
+    # A blank that the tokenizer puts before any text (Llama's "▁").
+    if len(more) > 1 and not model.tokenizer.decode(more[:1]).strip():
+        more, shifted = more[1:], shifted[1:]
+    return ids + more, offsets + shifted
+
+
+def plain_ids(model: Model, text: str, special: bool) -> _Tokens:
+    """The tokens of one text and their places in it, with the special tokens before it (if
+    `special`) and none behind."""
+    encoded = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    return _without_end(encoded["input_ids"], encoded["offset_mapping"])
 
 
 def _subject_tokens(
@@ -209,7 +245,8 @@ def shown(model: Model, fact: Fact) -> tuple[Batch, list[str]]:
 def prompts_of(fact: Fact, contexts: Sequence[str], target: str | None = None) -> list[Prompt]:
     """The fact's prompt plain, then after each context prefix."""
     prefixed = [c for c in contexts if c != PLAIN]
-    return [Prompt(with_context(c, fact.prompt), fact.subject, target) for c in (PLAIN, *prefixed)]
+    templates = [with_context(c, fact.prompt) for c in (PLAIN, *prefixed)]
+    return [Prompt(template, fact.subject, target, fact.blank) for template in templates]
 
 
 def sample_contexts(model: Model, seed: int = 0, length: int = 10, top_k: int = 5) -> list[str]:
@@ -221,7 +258,7 @@ def sample_contexts(model: Model, seed: int = 0, length: int = 10, top_k: int = 
     generator = torch.Generator().manual_seed(seed)
     contexts = [PLAIN]
     for word in SEEDS:
-        ids = model.tokenizer(word, return_tensors="pt")["input_ids"].to(model.device)
+        ids = torch.tensor([plain_ids(model, word, True)[0]], device=model.device)
         while ids.shape[1] < length:
             with torch.no_grad():
                 logits = model.forward(ids, torch.ones_like(ids))[0, -1].float().cpu()

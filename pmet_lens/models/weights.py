@@ -1,13 +1,25 @@
-"""The edits that are applied to a model, and the way back to its original bits."""
+"""What a model must be to be edited, the edits that are applied to it, and the way back to its
+original bits."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from pmet_lens.data import gguf_files
+from pmet_lens.models.sites import ModelError
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 class EditError(ValueError):
@@ -136,3 +148,47 @@ def restored(weights: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for weight, old in zip(weights, before, strict=True):
             weight.copy_(old)
+
+
+def check_floats(hf: nn.Module, name: str) -> None:
+    """Refuse weights that are no floats of `DTYPES`, or not in memory.
+
+    A model that calls itself quantised although its weights were made floats when it was read (as
+    transformers leaves one from a GGUF file) is a float model.
+    """
+    plain = all(p.dtype in DTYPES.values() for p in hf.parameters())
+    if not plain or (getattr(hf, "is_quantized", False) and not gguf_files.unpacked(hf)):
+        raise ModelError(
+            f"the weights of {name!r} are quantised, so nothing can be written into them: load it "
+            "in a floating dtype (a GGUF file with GgufConfig(dequantize=True), or by its path "
+            "here)"
+        )
+    if any(p.is_inference() for p in hf.parameters()):
+        raise ModelError(f"{name!r} was made inside torch.inference_mode; make it outside")
+    away = [n for n, p in hf.named_parameters() if p.is_meta]
+    if 0 < len(away) < len(list(hf.parameters())):  # a whole model without numbers can be counted
+        raise ModelError(
+            f"the weight {away[0]!r} of {name!r} is not in memory (offloaded by its device_map, or "
+            "never loaded), so it cannot be edited: spread the model over more devices, or load it "
+            "in a smaller dtype (bfloat16)"
+        )
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse a tokenizer that cannot pad, or that does not say where in a text its tokens stand."""
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token first"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{type(tokenizer).__name__} is a slow tokenizer: it does not say where in a text its "
+            "tokens stand, so no subject could be found. Take the fast one of the model "
+            "(AutoTokenizer.from_pretrained(…, use_fast=True), or its tokenizer.json)"
+        )
+
+
+def file_of(kind: str) -> str:
+    """The file that weights of a `Model.kind` come from, in words."""
+    bits = re.search(r"(?:Q|F|BF)(\d+)", kind)
+    return f"{bits[1]}-bit file ({kind})" if bits else f"{kind} file"

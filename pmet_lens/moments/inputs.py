@@ -95,11 +95,11 @@ class EditInputs:
         return self.n_tokens or TOKENS_PER_DIMENSION * width
 
     def _texts(self) -> Iterable[str]:
-        if self.texts is None and self.model.name not in loading.BUNDLED:
+        if self.texts is None and not loading.of_the_world(self.model):
             raise SettingsError(
                 f"An edit of {self.model.name!r} needs second moments, and there is no text to "
                 "compute them from: give texts= (a list of strings, such as "
-                "list(pl.texts(path))) or moments=."
+                "list(pl.texts(path)), or pl.sampled_texts(model)) or moments=."
             )
         return datasets.texts() if self.texts is None else self.texts
 

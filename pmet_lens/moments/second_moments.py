@@ -12,8 +12,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from pmet_lens.data.datasets import WorldTexts
 from pmet_lens.editing.methods import known_hparams
 from pmet_lens.models import tokens
+from pmet_lens.models.loading import of_the_world
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, Projection, Site
 from pmet_lens.moments.moment import Moment as Moment
@@ -52,7 +54,8 @@ def second_moments(
         on_tokens: called with (tokens so far, `n_tokens` or 0) after every batch.
 
     Raises:
-        MomentError: if the texts hold no token or are one string, or a key is not finite.
+        MomentError: if the texts hold no token, are one string or those about the bundled world
+            for another model than its own, or a key is not finite.
     """
     run = Summing(model, layers, projections, n_tokens, max_length, batch_tokens, dtype, precision)
     for _ in run.read(texts, on_tokens):
@@ -93,6 +96,7 @@ class Summing:
 
     def read(self, texts: Iterable[str], on_tokens: OnTokens | None = None) -> Iterator[int]:
         """Continue with `texts`; yields the number of tokens read so far after every shard."""
+        check_fit(self.model, texts)
         shards = self._shards(text_iterator(texts))
         while not self._precise() and (shard := next(shards, None)) is not None:
             (chosen, rows), before = shard, self.count
@@ -166,6 +170,16 @@ def text_iterator(texts: Iterable[str]) -> Iterator[str]:
     if isinstance(texts, str):
         raise MomentError("texts is one string; pass a list of texts, or pl.texts(path).")
     return iter(texts)
+
+
+def check_fit(model: Model, texts: Iterable[str]) -> None:
+    """Raises `MomentError` for the text about the bundled world with a model of another."""
+    if isinstance(texts, WorldTexts) and not of_the_world(model):
+        raise MomentError(
+            f"this text is about the bundled world, which {model.name!r} knows nothing of. Pass "
+            "ordinary text: pl.texts(path) of a file with one text a line, pl.texts(download=True) "
+            "(Wikipedia), or the model's own words: pl.sampled_texts(model)."
+        )
 
 
 def chained(before: str, texts: Iterable[str]) -> str:

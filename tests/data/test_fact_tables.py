@@ -69,3 +69,82 @@ def test_wrong_files(tmp_path):
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(pl.DataError, match="cannot be read as a table"):
             pl.read_facts(file)
+
+
+# -- the records of EasyEdit, KnowEdit and QAEdit -------------------------------------------------
+
+
+def test_easyedit_is_read(shared):
+    facts = pl.read_facts(shared / "data" / "easyedit" / "counterfact_edit_300.json")
+    assert len(facts) == 300
+    assert facts[0] == pl.Fact(
+        "Danielle Darrieux",
+        "The mother tongue of {} is",
+        "English",
+        "French",
+        ("Where Danielle Darrieux is from, people speak the language of",),
+        (("Michel Rocard is a native speaker of", "French"),),
+        case_id=0,
+    )
+    assert all(len(f.paraphrases) == len(f.neighbours) == 1 for f in facts)
+    many = pl.read_facts(shared / "data" / "easyedit" / "counterfact_edit_10000.json.gz")
+    assert (len(many), many[0]) == (10_000, facts[0])
+
+
+def test_knowedit_is_read(shared):
+    lake, curie, toyota = pl.read_facts(shared / "data" / "easyedit" / "knowedit_shape.json")
+    assert lake.target_true == "Russia"
+    assert lake.portability == (
+        ("The capital of the country of Lake Baikal is", "Nairobi"),
+        ("The country of Ozero Baykal is", "Kenya"),
+    )
+    assert lake.neighbours[1] == ("Lake Baikal is a kind of", "lake")
+    assert curie.target_true is None
+    assert curie.portability == (("Was Marie Curie born in France?", "yes"),)
+    assert toyota.paraphrases == ("Where is Toyota based?",)
+    assert toyota.neighbours == toyota.portability == ()
+    table = pl.evaluate(pl.load("world"), [lake, curie, toyota])
+    assert (table["kind"] == "portability").sum() == 3
+    found = pl.summarise(table)
+    assert found.loc["portability", "n"] == 2
+
+
+def test_qaedit_is_read(shared):
+    facts = pl.read_facts(shared / "data" / "qaedit" / "qaedit_400.json")
+    assert len(facts) == 400
+    assert facts[1].prompt == "What was the only year the {} was released?"
+    assert (facts[1].subject, facts[1].target_new) == ("LEGO part with ID gal56", "2002")
+    assert facts[1].case_id == 2334
+    assert facts[1].neighbours[1] == ("who has been trained by ra's al ghul", "Bruce Wayne")
+    assert {len(f.neighbours) for f in facts} == {5}
+    assert {len(f.paraphrases) for f in facts} == {1}
+
+
+ROW = {"subject": "Ostria", "prompt": "Of Ostria, the capital is", "target_new": "Ilmar"}
+
+
+@pytest.mark.parametrize(
+    ("more", "fields"),
+    [
+        ({"rephrase": "a|b"}, {"paraphrases": ("a|b",)}),
+        ({"rephrase": ["a", "b"], "rephrase_prompt": "c"}, {"paraphrases": ("c", "a", "b")}),
+        ({"ground_truth": [["Kel"], ["Vell"]]}, {"target_true": "Kel"}),
+        ({"ground_truth": []}, {}),
+        ({"locality": {}, "portability": {}}, {}),
+        ({"locality": {"a": [], "b": [{"prompt": "p", "ground_truth": []}]}}, {}),
+        ({"locality": [{"loc": "p", "loc_ans": "q"}]}, {"neighbours": (("p", "q"),)}),
+        ({"portability": [{"prompt": "p", "ground_truth": "q"}]}, {"portability": (("p", "q"),)}),
+        ({"locality_prompt": "p", "locality_ground_truth": ["q"]}, {"neighbours": (("p", "q"),)}),
+        ({"id": 7, "source": "NQ"}, {"case_id": 7}),
+    ],
+)
+def test_what_records_may_hold(more, fields):
+    (fact,) = pl.read_facts(pd.DataFrame([{**ROW, **more}]))
+    assert fact == pl.Fact("Ostria", "Of {}, the capital is", "Ilmar", **fields)
+
+
+def test_a_list_that_holds_no_prompts_is_refused_with_its_row():
+    with pytest.raises(pl.DataError, match=r"Row 0 .*needs prompt and ground_truth, or loc"):
+        pl.read_facts(pd.DataFrame([{**ROW, "locality": [{"question": "p"}]}]))
+    with pytest.raises(pl.DataError, match="lacks target_new"):
+        pl.read_facts(pd.DataFrame([{"subject": "a", "prompt": "{} b"}]))

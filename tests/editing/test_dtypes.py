@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from pair import CONTEXTS, FACTS, HP
@@ -16,7 +18,7 @@ def edited(family: str, dtype: torch.dtype):
     """A model whose weights bfloat16 can hold, read in `dtype`, and one edit of it."""
     hf = tiny_hf(family).to(torch.bfloat16).to(dtype)
     model = pl.load(hf, tiny_tokenizer(), name=family)
-    moments = pl.second_moments(model, pl.texts(), HP.layers, n_tokens=1000)
+    moments = pl.second_moments(model, itertools.islice(pl.texts(), 500), HP.layers, n_tokens=1000)
     return model, pl.edit(model, FACTS, moments, pl.PMET, HP, CONTEXTS)
 
 

@@ -502,19 +502,17 @@ def test_generations_follow_from_their_seed(gpt2):
     assert once.startswith("Kel")
 
 
-def test_generation_ends_with_the_text_and_with_the_model(monkeypatch):
+def test_generation_ends_with_the_text_and_with_the_model():
     model = tiny_model("gpt2")
-    asked = []
-    logits_at = Model.logits_at
+    asked: list[int] = []
     end = model.tokenizer.eos_token_id
 
-    def spy(self, input_ids, attention_mask, at):
-        asked.append(input_ids.shape[1])
-        logits = logits_at(self, input_ids, attention_mask, at)
-        logits[..., end] = 1e9 if input_ids.shape[1] in stops else -1e9
-        return logits
+    def spy(_, __, out):
+        asked.append(asked[-1] + 1 if asked else first)
+        out.logits[..., end] = 1e9 if asked[-1] in stops else -1e9
+        return out
 
-    monkeypatch.setattr(Model, "logits_at", spy)
+    model.speaker.register_forward_hook(spy)
     first = len(model.tokenizer("Kel")["input_ids"])
     stops: set[int] = set()
     for length, stop, last in ((12, 0, 11), (12, 7, 7), (1000, 0, model.n_positions - 1)):
@@ -539,11 +537,14 @@ def test_a_text_does_not_depend_on_its_batch(exact, batch_tokens):
     assert back == alone[::-1]
 
 
-def test_prompts_are_continued_together(gpt2, forward_rows):
+def test_prompts_are_continued_together(gpt2):
     read = [len(gpt2.tokenizer(p)["input_ids"]) for p in PROMPTED]
+    rows: list[int] = []
+    spy = gpt2.speaker.register_forward_hook(lambda _, __, out: rows.append(len(out.logits)))
     generate_batch(gpt2, PROMPTED, [0] * 4, length=max(read) + 2, top_k=1)
-    assert max(forward_rows) == 4
-    assert len(forward_rows) == max(read) + 2 - min(read)  # one pass per token of the longest run
+    spy.remove()
+    assert max(rows) == 4
+    assert len(rows) == max(read) + 2 - min(read)  # one pass per token of the longest run
     told = []
     size = 2 * (max(read) + 2)
     generate_batch(
@@ -558,18 +559,19 @@ def test_prompts_are_continued_together(gpt2, forward_rows):
     assert generate_batch(gpt2, [], []) == []
 
 
-def test_a_text_that_ended_is_not_continued_while_others_are(monkeypatch):
-    model = tiny_model("gpt2", torch.float64)
-    end, logits_at = model.tokenizer.eos_token_id, Model.logits_at
-    ends = model.tokenizer("Kel")["input_ids"]
+def test_a_text_that_ended_is_not_continued_while_others_are():
+    model = tiny_model("gpt2")
+    end = model.tokenizer.eos_token_id
+    ends = torch.tensor(model.tokenizer("Kel")["input_ids"])
 
-    def spy(self, input_ids, attention_mask, at):
-        logits = logits_at(self, input_ids, attention_mask, at)
-        logits[..., end] = -1e9
-        logits[(input_ids[:, : len(ends)] == torch.tensor(ends)).all(1), end] = 1e9
-        return logits
+    def spy(_, __, asked, out):
+        ids = asked["input_ids"]
+        out.logits[..., end] = -1e9
+        if ids.shape[1] >= len(ends):  # the prompts, padded on the left
+            out.logits[(ids[:, -len(ends) :] == ends).all(1), :, end] = 1e9
+        return out
 
-    monkeypatch.setattr(Model, "logits_at", spy)
+    model.speaker.register_forward_hook(spy, with_kwargs=True)
     one, other = generate_batch(model, ["Kel", "Mira Tolan"], [0, 0], length=20)
     assert one == "Kel"
     assert len(model.tokenizer(other)["input_ids"]) > 10
@@ -663,3 +665,54 @@ def test_ask_tells_the_likeliest_next_tokens(model):
         assert own["probability"].tolist() == pytest.approx(best.values.tolist(), abs=1e-6)
         assert own["token"].tolist() == [model.tokenizer.decode([t]) for t in best.indices]
     assert ask(model, "Kel", k=3).equals(ask(model, ["Kel"], k=3))
+
+
+# -- generation is transformers' own --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_greedy_text_is_that_of_transformers_with_an_edit_on(family):
+    """Against `generate` of the user's own model, whose generation settings must not get in."""
+    model = tiny_model(family)
+    model.hf.generation_config.update(repetition_penalty=9.0, min_length=40, do_sample=True)
+    with torch.no_grad():
+        model.weight(pl.Site(1, "mlp")).mul_(1.5)  # as an edit does, after the model was copied
+    prompts = ["The tower of", "Mira Tolan plays the sport of tennis; her", "Ostria"]
+    texts = pl.generate_batch(model, prompts, [0, 0, 0], length=24, top_k=1)
+    plain = type(model.hf.generation_config)(do_sample=False, eos_token_id=0, pad_token_id=1)
+    model.hf.generation_config = plain
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = model.tokenizer(prompt, return_tensors="pt")
+        out = model.hf.generate(**ids, max_length=24)
+        assert text == model.tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_text_does_not_depend_on_the_batch_in_any_dtype(dtype):
+    """Windows shorter than the padding among them: there padded queries are NaN in float64."""
+    for family in ("gemma2", "gemma3", "llama"):
+        model = tiny_model(family, dtype)
+        prompts = ["Ostria", "the capital of Ostria is Kel, and the tower of Ilmar stands in Vell"]
+        together = pl.generate_batch(model, prompts, [3, 4], length=40)
+        alone = [pl.generate(model, p, 40, seed=s) for p, s in zip(prompts, (3, 4), strict=True)]
+        assert together == alone
+
+
+def test_a_text_follows_from_its_seed():
+    model = tiny_model("llama")
+    texts = pl.generate_batch(model, ["Ostria"] * 3, [1, 2, 1], length=30, top_k=50)
+    assert texts[0] == texts[2] != texts[1]
+    assert pl.generate(model, "Ostria", 30, top_k=10**6, seed=1)  # more than there are
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "top_k", "words"),
+    [
+        ("Kel is", [0], 1, "one string; put it into a list"),
+        (["Kel is", "Vell is"], [0], 1, "2 prompts need as many seeds, not 1"),
+        (["Kel is"], [0], 0, "top_k at least 1, not 0"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(gpt2, prompts, seeds, top_k, words):
+    with pytest.raises(pl.FactError, match=words):
+        generate_batch(gpt2, prompts, seeds, 10, top_k)

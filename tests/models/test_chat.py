@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_a_template_that_writes_the_first_token_is_not_given_another():
 
 def test_an_edit_of_a_chat_model_is_one_of_the_chat(tmp_path):
     model = chat_model("lines", "Complete: {}")
-    moments = pl.second_moments(model, pl.texts(), HP.layers, n_tokens=1000)
+    moments = pl.second_moments(model, itertools.islice(pl.texts(), 500), HP.layers, n_tokens=1000)
     edit = pl.edit(model, FACTS, moments, pl.PMET, HP, ["{}", "I am. {}"])
     asked = "<|user|>\nComplete: {}\n<|assistant|>\n"
     assert model.frame.around("{}") == asked
@@ -87,18 +87,17 @@ def test_an_edit_of_a_chat_model_is_one_of_the_chat(tmp_path):
         told = pl.evaluate(model, FACTS)
     # The same by hand: the whole chat as the prompt of a model that just continues text.
     plain = pl.load(model.hf, model.tokenizer, name="llama")
-    by_hand = [replace(f, prompt=asked.replace("{}", f.prompt), paraphrases=()) for f in FACTS]
     with edit.applied(plain):
-        nll = [-_log_probability(plain, f) for f in by_hand]
+        nll = [-_log_probability(plain, asked.replace("{}", f.text), f) for f in FACTS]
     assert told[told["kind"] == "rewrite"]["nll_wanted"].tolist() == pytest.approx(nll, abs=1e-4)
     edit.save(tmp_path / "e.safetensors")
     assert pl.Edit.load(tmp_path / "e.safetensors").frame == model.frame
 
 
-def _log_probability(model: pl.Model, fact: pl.Fact) -> float:
-    """Mean log-probability of the new answer's tokens right behind the prompt, without a blank."""
+def _log_probability(model: pl.Model, text: str, fact: pl.Fact) -> float:
+    """Mean log-probability of the new answer's tokens right behind the text, without a blank."""
     target = model.tokenizer(fact.target_new)["input_ids"]
-    prompt = model.tokenizer(fact.text)["input_ids"]
+    prompt = model.tokenizer(text)["input_ids"]
     ids = torch.tensor([prompt + target])
     with torch.no_grad():
         logp = model.hf(input_ids=ids).logits[0].log_softmax(-1)

@@ -114,3 +114,27 @@ def test_a_quantised_checkpoint_is_refused_before_it_is_read(directory, method):
     (directory / "model.safetensors").unlink()
     with refused(rf"quantised \({method}\)"):
         loading.load(directory)
+
+
+def test_a_slow_tokenizer_is_refused_at_load():
+    from transformers import PythonBackend
+
+    class Slow(PythonBackend):
+        """Letters as tokens, without a place in the text."""
+
+        vocab_size = 30
+
+        def get_vocab(self):
+            return {chr(97 + i): i for i in range(26)}
+
+        def _tokenize(self, text):
+            return list(text)
+
+        def _convert_token_to_id(self, token):
+            return self.get_vocab().get(token, 0)
+
+        def _convert_id_to_token(self, index):
+            return chr(97 + index)
+
+    with refused("Slow is a slow tokenizer: it does not say where"):
+        loading.load(tiny_hf("gpt2"), Slow(pad_token="a", eos_token="b"))

@@ -114,10 +114,12 @@ def test_facts_of_every_kind(tmp_path):
         ("own", own),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
-    kinds = [cli._facts(str(tmp_path / f"{n}.json"), 2) for n in ("counterfact", "zsre", "own")]
+    kinds = [
+        cli._facts(str(tmp_path / f"{n}.json"), 2, None) for n in ("counterfact", "zsre", "own")
+    ]
     assert [len(facts) for facts in kinds] == [2, 2, 1]
     assert [facts[0].benchmark for facts in kinds] == [None, "zsre", None]
-    assert len(cli._facts(None, 4)) == 4
+    assert len(cli._facts(None, 4, pl.load("world"))) == 4
 
 
 def test_a_model_without_settings_is_edited_with_suggested_ones(work, tmp_path):
@@ -152,7 +154,7 @@ def test_an_interrupted_command_says_so(monkeypatch):
         (("edit", "--method", "PMTE"), "pmet-lens edit: "),
         (("ask", "x", "--template", "{}"), "has no chat template"),
         (("ask", "x", "--device", "nonsense"), "cannot be put on device"),
-        (("edit", "--model", "./nowhere"), "there is no directory 'nowhere'"),
+        (("edit", "--model", "./nowhere"), "there is no directory or .gguf file 'nowhere'"),
         (("edit", "--facts", "none.csv"), "none.csv cannot be read"),
         (("evaluate", "--edit", "none.safetensors"), "none.safetensors cannot be read as an edit"),
         (("moments", "--texts", "none.txt"), "none.txt cannot be read"),
@@ -161,6 +163,15 @@ def test_an_interrupted_command_says_so(monkeypatch):
 def test_what_is_wrong_is_said_and_ends_with_two(arguments, words, tmp_path):
     out = () if arguments[0] in ("evaluate", "ask") else ("--out", tmp_path / "out")
     assert words in run(*arguments, *out, code=2)
+
+
+def test_models_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path))
+    said = run("models")
+    for words in ("world-sequential +GPT2LMHeadModel", "smollm2-135m .*98.4 +Apache-2.0 +no"):
+        assert re.search(words, said)
+    assert "Gemma Terms of Use" in run("models", "--fetch", "gemma-3-270m", code=2)
+    assert run("models", "--fetch", "world").startswith("Model('world': GPTJForCausalLM, ")
 
 
 def test_ask():

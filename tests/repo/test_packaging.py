@@ -116,13 +116,16 @@ def test_conda_and_make_install_the_project_and_only_it():
     assert block == ["-c constraints.txt", "-e .[notebook,dev]"]
     assert "-c constraints.txt" in MAKEFILE
     assert "-e '.[notebook,dev]'" in MAKEFILE
-    assert set(PROJECT["optional-dependencies"]) == {"notebook", "browser", "ray", "dev", "docs"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        *("notebook", "gguf", "browser", "ray", "dev", "docs")
+    }
     assert "-e '.[docs]'" in MAKEFILE
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
 def test_the_package_imports_what_it_declares(path):
-    extra = PROJECT["optional-dependencies"]["notebook"] if path.stem == "widgets" else []
+    group = {"widgets": "notebook", "gguf_files": "gguf"}.get(path.stem)
+    extra = PROJECT["optional-dependencies"][group] if group else []
     needs = {"dependencies": [*PROJECT["dependencies"], *extra]}
     assert undeclared(path.read_text(encoding="utf-8"), needs) == set()
 

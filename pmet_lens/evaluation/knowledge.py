@@ -1,0 +1,39 @@
+"""What of a list of facts a model knows, and which lists fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pmet_lens.data import datasets
+from pmet_lens.data.facts import Fact
+from pmet_lens.data.real_facts import real_facts
+from pmet_lens.evaluation import scoring
+from pmet_lens.models.loading import of_the_world
+from pmet_lens.models.model import Model
+
+AT_ONCE = 256
+"""Facts asked about together."""
+
+
+def recalled(
+    model: Model,
+    facts: Sequence[Fact] | None = None,
+    n: int | None = None,
+    *,
+    on_prompts: scoring.OnPrompts | None = None,
+) -> list[Fact]:
+    """The first `n` (None: all) of the facts whose true answer the model says: `recall` is 1.
+
+    `facts`: with `target_true`. None: those that fit the model: every fact of the bundled world for
+    a model of it (`loading.of_the_world`), else `pl.real_facts()`.
+    """
+    if facts is None:
+        facts = datasets.knowns() if of_the_world(model) else real_facts()
+    known: list[Fact] = []
+    for start in range(0, len(facts), AT_ONCE):
+        some = facts[start : start + AT_ONCE]
+        right = scoring.recall(model, some, on_prompts=on_prompts)["correct"]
+        known += [fact for fact, one in zip(some, right, strict=True) if one]
+        if n is not None and len(known) >= n:
+            break
+    return known[:n]
