@@ -83,7 +83,7 @@ def study(path: str | None) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> Any:
     """Bars of the scores per method, with their intervals."""
-    fig, axes = panels(6.4, 3.0, 1, 1, layout="constrained")
+    fig, axes = panels(6.4, 3.0, 1, 1)
     ax = axes[0, 0]
     methods = list(dict.fromkeys(table["method"]))
     for i, method in enumerate(methods):
