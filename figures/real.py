@@ -90,7 +90,7 @@ def draw(table: pd.DataFrame) -> Any:
         rows = table[table["method"] == method].set_index("metric").loc[SHOWN]
         place = [k + (i - 1) * 0.27 for k in range(len(SHOWN))]
         ends = [rows["mean"] - rows["ci_low"], rows["ci_high"] - rows["mean"]]
-        colour = plotting.colour_of(method) if method in HPARAMS else "#bbbbbb"
+        colour = plotting.colour_of(method)
         ax.bar(place, rows["mean"], 0.25, yerr=ends, label=method, color=colour, error_kw={"lw": 1})
     ax.set_xticks(range(len(SHOWN)), SHOWN)
     ax.set_ylabel("%")
