@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-from common import OUT, Progress, panels, provenance, save
+from common import OUT, Progress, legend, panels, provenance, save
 
 import pmet_lens as pl
 from pmet_lens import plotting
@@ -83,18 +83,19 @@ def study(path: str | None) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> Any:
     """Bars of the scores per method, with their intervals."""
-    fig, axes = panels(6.4, 3.0, 1, 1, layout="constrained")
+    fig, axes = panels(6.4, 3.0, 1, 1)
     ax = axes[0, 0]
     methods = list(dict.fromkeys(table["method"]))
     for i, method in enumerate(methods):
         rows = table[table["method"] == method].set_index("metric").loc[SHOWN]
         place = [k + (i - 1) * 0.27 for k in range(len(SHOWN))]
         ends = [rows["mean"] - rows["ci_low"], rows["ci_high"] - rows["mean"]]
-        ax.bar(place, rows["mean"], 0.25, yerr=ends, label=method, error_kw={"lw": 0.8})
+        colour = plotting.colour_of(method)
+        ax.bar(place, rows["mean"], 0.25, yerr=ends, label=method, color=colour, error_kw={"lw": 1})
     ax.set_xticks(range(len(SHOWN)), SHOWN)
     ax.set_ylabel("%")
     ax.set_title(f"{MODEL}: {FACTS} real facts edited at once")
-    ax.legend(frameon=False, ncols=len(methods), loc="upper right")
+    legend(fig, ax, len(methods))
     return fig
 
 

@@ -31,7 +31,7 @@ def test_it_says_where_its_weights_come_from(model):
 
 
 def test_it_knows_real_facts(model):
-    """146 and 226 and more of 455: enough to choose from."""
+    """SmolLM2 196 of the 455: enough to choose from."""
     known = pl.recalled(model, pl.real_facts(120))
     assert len(known) > 30
     assert len({fact.relation for fact in known}) >= 10
@@ -65,7 +65,8 @@ def test_the_last_subject_token_and_the_answer(model, template, subject, last):
         batch = tokens.encode(model, [prompt, Prompt("A much longer text, which pads {} up", "it")])
         ids = batch.ids[0].tolist()
         said = model.tokenizer.decode(ids[: int(batch.subject[0]) + 1], skip_special_tokens=True)
-        assert said == last
+        # Gemma has one token for the subject and the particle behind it.
+        assert said == last or (subject == "中国" and said.startswith(last))
         asked = model.tokenizer(prompt.text)["input_ids"]
         assert ids[: len(asked)] == asked
         wanted = [n for n in batch.labels[0].tolist() if n != -100]

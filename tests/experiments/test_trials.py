@@ -619,7 +619,7 @@ def test_a_method_with_its_own_algorithm_has_no_targets(gpt2, bench):
 
 def test_strengths_are_those_known_for_the_model(bench, monkeypatch):
     monkeypatch.setattr(bench.model, "name", "gpt2-xl")
-    usual = Bench(bench.model, bench.folder)
+    usual = Bench(bench.model, bench.folder, some_texts())
     assert usual.hparams(Trial(pl.MEMIT)) == pl.HPARAMS["gpt2-xl"]["MEMIT"]
     assert usual.hparams(Trial(change={"clamp": 9.0})) == replace(
         pl.HPARAMS["gpt2-xl"]["PMET"], clamp=9.0
