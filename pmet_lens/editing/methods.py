@@ -191,7 +191,7 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
             second_moment_weight=20000.0,
         ),
     },
-    # PMET: the first author's later repositories; CounterFact and zsRE. The others: EasyEdit, below.
+    # PMET: the first author's later repositories; CounterFact and zsRE. Others: EasyEdit, below.
     "llama-2-7b-hf": {"PMET": _LLAMA_PMET, **_EASY},
     "llama-2-7b-hf/zsre": {"PMET": replace(_LLAMA_PMET, clamp=0.8, kl_weight=0.1)},
     # hparams/PMET/gpt2-xl.json of the first author's repository BLUE; MEMIT's released
