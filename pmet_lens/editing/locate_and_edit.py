@@ -22,7 +22,7 @@ from pmet_lens.editing.edits import Edit, Editor, merged, origin
 from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import PMET, resolved, settled
 from pmet_lens.editing.objective import optimised
-from pmet_lens.editing.solvers import Dense, Factor, On, SecondMoment
+from pmet_lens.editing.solvers import Dense, Factor, On, SecondMoment, SolveError
 from pmet_lens.editing.targets import OnStep, Targets
 from pmet_lens.evaluation import scoring
 from pmet_lens.models import tokens
@@ -142,14 +142,17 @@ def _made(
                 rest = wanted[stream].to(now.device) - now
                 share = method.share(len(hp.layers) - i)
                 R = keys.to_write(reader, site, stream, targets.layer, rest, share).to(K.device)
-                factor = (factorised or {}).get(site)
-                if factor is None:
-                    C = _moment(moments[site], K.device)
-                    past = None if earlier is None else earlier[site]
-                    factor = solver.factorise(C, hp.second_moment_weight, past)
+                try:
+                    factor = (factorised or {}).get(site)
+                    if factor is None:
+                        C = _moment(moments[site], K.device)
+                        past = None if earlier is None else earlier[site]
+                        factor = solver.factorise(C, hp.second_moment_weight, past)
+                    left, right = factors[site] = factor.factors(K, R)
+                except SolveError as error:
+                    raise SolveError(f"At {site}: {error}{_dead(moments[site])}") from error
                 if factorised is not None:
                     factorised[site] = factor
-                left, right = factors[site] = factor.factors(K, R)
                 model.weight(site).add_((left @ right).to(model.dtype))
     made_on = origin(model, sites)
     return Edit(factors, model.dtype, tuple(facts), method, hp, tuple(contexts), targets, **made_on)
@@ -226,6 +229,18 @@ def _moment(moment: object, device: torch.device) -> SecondMoment:
     if not isinstance(moment, (Tensor, SecondMoment)):
         raise SettingsError(f"A second moment must be a Tensor or a Moment, not {type(moment)}.")
     return On(Dense(moment) if isinstance(moment, Tensor) else moment, device)
+
+
+def _dead(moment: object) -> str:
+    """In words, the inputs of a projection that no token of the text used."""
+    entries = _moment(moment, torch.device("cpu")).matrix().diagonal()
+    if not (dead := int((entries == 0).sum())):
+        return ""
+    return (
+        f" {dead} of its {len(entries)} inputs were 0 on every token (dead neurons, as ReLU leaves "
+        "them): where more text does not wake them, give their moment a floor, such as 1e-4 of "
+        "its mean diagonal on the diagonal, moments[site] = C + floor · I."
+    )
 
 
 def _check_given(

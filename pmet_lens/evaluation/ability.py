@@ -30,8 +30,6 @@ HELD_OUT = 2
 the bundled models were trained on neither."""
 
 
-_PARTS = 4
-"""Times the budget of logits, up to which a text that is longer than it is read in one pass."""
 _ROWS = 16
 """Distributions over the vocabulary that are compared at a time."""
 
@@ -162,7 +160,7 @@ def _nll(
         ids, mask = tokens.pad(model, [read[i] for i in chunk])
         at = mask[:, 1:].nonzero()  # the tokens but the last, each of which predicts the next
         parts = []
-        for some in at.split(_PARTS * likelihood.readable(model, batch_tokens)):  # of a long text
+        for some in at.split(budget):  # a longer text runs several times
             log_p = likelihood.log_probs(model.logits_at(ids, mask, some))
             parts.append(-likelihood.of_labels(log_p, ids[some[:, 0], some[:, 1] + 1]).double())
         nll = torch.cat(parts)

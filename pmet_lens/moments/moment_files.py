@@ -99,6 +99,7 @@ def _settings(run: Summing) -> dict[str, Any]:
     return {
         "weights": file_format.state_digest(run.model.hf.state_dict()),
         "sites": [str(site) for site in run.sums],
+        **({} if run.first_tokens else {"first_tokens": False}),  # older files do not say
         **{k: getattr(run, k) for k in ("n_tokens", "max_length", "batch_tokens", "precision")},
         "dtype": str(run.dtype),
         "n_texts": run.n_texts,
@@ -114,7 +115,8 @@ def _check(
     made, asked = head.get("made"), _settings(run)
     if made is None:
         raise MomentError(f"{path} does not say what it was made of; read it with load_moments.")
-    other = [k for k in asked if k not in ("n_texts", "texts") and asked[k] != made[k]]
+    names = [k for k in {**asked, **made} if k not in ("n_texts", "texts")]
+    other = [k for k in names if asked.get(k) != made.get(k)]
     if chained("", itertools.islice(texts, made["n_texts"])) != made["texts"]:
         other.append("texts")
     if other:

@@ -38,6 +38,7 @@ def second_moments(
     batch_tokens: int = 2048,
     dtype: torch.dtype = torch.float64,
     precision: float | None = None,
+    first_tokens: bool = True,
     on_tokens: OnTokens | None = None,
 ) -> dict[Site, Moment]:
     """Second moments of all sites of `layers` in one pass that stops after the highest one.
@@ -51,13 +52,17 @@ def second_moments(
             of the products; a singular moment may then look regular).
         precision: stop before `n_tokens` as soon as `Moment.error` of every site is at most this
             (0.03, say; at least four shards of 2 · `batch_tokens` tokens are read).
+        first_tokens: whether the first token of a text counts (as released). Its key can be far
+            larger than all others (an attention sink, whether it is a BOS or not): on SmolLM2-135M
+            a third of C at layer 2, where leaving it out changed 20 edits by 3 % and no answer.
         on_tokens: called with (tokens so far, `n_tokens` or 0) after every batch.
 
     Raises:
         MomentError: if the texts hold no token, are one string or those about the bundled world
             for another model than its own, or a key is not finite.
     """
-    run = Summing(model, layers, projections, n_tokens, max_length, batch_tokens, dtype, precision)
+    how = (n_tokens, max_length, batch_tokens, dtype, precision, first_tokens)
+    run = Summing(model, layers, projections, *how)
     for _ in run.read(texts, on_tokens):
         pass
     return run.moments()
@@ -76,6 +81,7 @@ class Summing:
     batch_tokens: int = 2048
     dtype: torch.dtype = torch.float64
     precision: float | None = None
+    first_tokens: bool = True
 
     def __post_init__(self) -> None:
         model = self.model
@@ -103,7 +109,7 @@ class Summing:
             for chunk in tokens.chunks([len(row) for row in rows], self.batch_tokens):
                 ids, mask = tokens.pad(self.model, [rows[i] for i in chunk])
                 self._add(ids, mask)
-                self.count += int(mask.sum())
+                self.count += int(mask.sum()) - (0 if self.first_tokens else len(chunk))
                 if on_tokens is not None:
                     on_tokens(self.count, self.n_tokens or 0)
             self.n_texts += len(chosen)
@@ -131,10 +137,12 @@ class Summing:
             chosen = list(rows)
             width = int(mask[chosen].sum(1).max())
             used = mask[chosen, :width]
+            counted = used.bool()
+            counted[:, 0] &= self.first_tokens
 
             def add(site: Site, keys: Tensor) -> None:
                 if not done[site].issuperset(chosen):
-                    self.sums[site].add(keys[used.bool().to(keys.device)])
+                    self.sums[site].add(keys[counted.to(keys.device)])
                     done[site].update(chosen)
 
             hooks = [(self.model.key_hook(site), partial(add, site)) for site in self.sums]
