@@ -38,6 +38,9 @@ def model(request, gpt2, monkeypatch) -> Model:
 # -- where the subject ends -----------------------------------------------------------------------
 
 
+@pytest.mark.few(
+    "*None-{}-*byte-level*", "*byte-level*None-{}-*", "*French-I like*", "*I like*French*"
+)
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("context", [PLAIN, "The man. {}", "I like {x}, { and }. {}"])
 @pytest.mark.parametrize("target", [None, "French"])

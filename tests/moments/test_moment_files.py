@@ -136,6 +136,7 @@ def child(path: Path, wait: str = "pass") -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_it_had_and_no_lock(model, texts, wanted, tmp_path):
     path = tmp_path / "m.safetensors"
     wait = "import time; time.sleep(600 if done > 900 else 0)"

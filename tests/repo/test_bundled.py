@@ -59,6 +59,7 @@ def test_recall_goes_through_the_last_subject_token(model):
     assert share[["first subject token", "middle subject tokens", "between", "last"]].max() <= 0.3
 
 
+@pytest.mark.few("world")
 def test_mass_edit_and_way_back(model, tmp_path):
     facts = pl.counterfact(n=40)
     before = {k: v.clone() for k, v in model.hf.state_dict().items()}
@@ -96,6 +97,7 @@ def test_the_unmasked_twin_knows_its_world_and_recalls_elsewhere():
     assert trace.set_index("place")["recovered"]["last subject token"] <= 0.4
 
 
+@pytest.mark.slow
 def test_parallel_first_layer_is_refused_in_words():
     """In a parallel first layer without position embeddings a key is a function of the token, so
     the second moment has no more rank than there are tokens."""
