@@ -54,6 +54,6 @@ def write(folder: Path) -> set[str]:
 
 
 if __name__ == "__main__":
-    unused = SHORTER.keys() - write(Path(os.path.abspath(sys.argv[1])))
+    unused = SHORTER.keys() - write(Path(sys.argv[1]).absolute())
     if unused:
         sys.exit(f"no notebook has {', '.join(sorted(unused))}: change tests/shorten.py")
