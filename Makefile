@@ -15,7 +15,7 @@ BROWSER := $(VENV)/.browser
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper real test test-browser docs bench bench-gpu lint lab notebooks review models clean
+.PHONY: help figures paper real test test-all coverage test-browser docs bench bench-gpu lint lab notebooks review models clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,8 +33,16 @@ real: $(READY) ## a real model (SmolLM2, fetched once): PMET and MEMIT on 20 rea
 	$(PIP) -e '.[gguf]'
 	$(PY) figures/real.py
 
-test: lint ## lint, tests and notebooks, without a network
-	$(OFFLINE) $(ONE) $(PY) -m pytest -n 2 --dist loadfile
+test: lint ## lint, tests and notebooks on few facts, without a network
+	$(OFFLINE) $(ONE) $(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(COVER)
+	$(PY) tests/shorten.py build/short
+	$(OFFLINE) $(ONE) $(PY) -m pytest -n 2 --nbmake --nbmake-timeout=600 build/short/notebooks
+
+coverage: ## `make test`, and the branches of pmet_lens that its tests take (explorer left out)
+	$(MAKE) test COVER="--cov --cov-report=term:skip-covered"
+
+test-all: lint ## every test, with checked shapes, and the notebooks at full size (half an hour)
+	$(OFFLINE) $(ONE) PMET_LENS_SHAPES=1 $(PY) -m pytest -n 2 --dist loadfile
 	$(OFFLINE) $(ONE) $(PY) -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
 
 docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/html/index.html (half a minute)
@@ -75,7 +83,7 @@ models: $(READY) ## train the bundled models (45 CPU-minutes each) and MEND edit
 	$(PY) figures/train_mend.py world-sequential
 
 clean: ## remove what commands made: figures/out, docs/_build, tests/*/out, caches, .venv
-	rm -rf $(VENV) figures/out docs/_build tests/benchmarks/out tests/browser/out .pytest_cache .ruff_cache *.egg-info build dist
+	rm -rf $(VENV) figures/out docs/_build tests/benchmarks/out tests/browser/out .pytest_cache .ruff_cache .coverage *.egg-info build dist
 	find . -type d \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
@@ -89,7 +97,7 @@ INLINE := MPLBACKEND=module://matplotlib_inline.backend_inline
 # Two processes of one thread each do more than one of two.
 ONE := OMP_NUM_THREADS=1
 
-# Without tests/conftest.py: it checks the shapes in every signature, which takes time.
+# Without tests/conftest.py, which is for tests.
 BENCH := $(PY) -m pytest -q --confcutdir=tests/benchmarks -o python_files='bench_*.py'
 
 TOO_OLD := pmet_lens needs Python 3.10 or newer. Name one that you have: make PYTHON=python3.11

@@ -1,9 +1,13 @@
-"""For every test: no network, one thread, and the shapes in the package's signatures checked."""
+"""For every test: no network and one thread; which cases are slow; shapes checked where asked.
+
+`PMET_LENS_SHAPES=1` checks the shapes in the package's signatures, which takes a third more time.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 # Read at import time by the libraries below, hence set first.
@@ -20,12 +24,21 @@ import jaxtyping
 import pytest
 import torch
 
-if any(name.split(".")[0] == "pmet_lens" for name in sys.modules):
-    raise RuntimeError("pmet_lens was imported before its shape checks; start pytest without it.")
-# `make bench` and `make test-browser`, without this file: checked shapes take time.
+# `make bench` and `make test-browser`, without this file.
 collect_ignore = ["benchmarks", "browser"]
-jaxtyping.install_import_hook("pmet_lens", "beartype.beartype")
+if os.environ.get("PMET_LENS_SHAPES") == "1":
+    if any(name.split(".")[0] == "pmet_lens" for name in sys.modules):
+        raise RuntimeError("pmet_lens was imported before its shape checks; start pytest without.")
+    jaxtyping.install_import_hook("pmet_lens", "beartype.beartype")
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.few("gpt2*")`: cases whose id fits no pattern are slow."""
+    for item in items:
+        few = item.get_closest_marker("few")
+        if few and not any(fnmatchcase(item.callspec.id, pattern) for pattern in few.args):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ def edited(family: str, dtype: torch.dtype):
     return model, pl.edit(model, FACTS, moments, pl.PMET, HP, CONTEXTS)
 
 
+@pytest.mark.few("dtype0-llama", "dtype1-gpt2")
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_edit_in_half_precision_is_the_edit_of_full(family, dtype, tmp_path):

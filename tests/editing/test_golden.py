@@ -105,6 +105,7 @@ def delta_in_row_convention(record, tensors, model, prefix, site):
     return want if is_row else want.T
 
 
+@pytest.mark.few("*-paper_like")
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_pmet_targets(arch, name):
     _record, tensors, _model, _ = golden(arch)
@@ -114,6 +115,7 @@ def test_pmet_targets(arch, name):
         assert error < TOLERANCE[arch][0], (stream, error)
 
 
+@pytest.mark.few("*-paper_like")
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_memit_targets(arch, name):
     _record, tensors, _model, _ = golden(arch)

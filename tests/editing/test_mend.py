@@ -156,6 +156,7 @@ def trained(model: Model, **change) -> MendEditor:
     return train_editor(model, FACTS, LOCALITY, FACTS, SITES, replace(TRAINING, **change))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_model_alone():
     model = tiny_model("gptj")
     before, flags = bits(model), [p.requires_grad for p in model.hf.parameters()]
@@ -270,6 +271,7 @@ def test_the_edit_is_a_value_like_any_other(tmp_path):
     assert (again.method.name, again.method.values) == ("Mend", asdict(found.method))
 
 
+@pytest.mark.few("world")
 @pytest.mark.parametrize("name", sorted(path.stem for path in BUNDLED.glob("*.safetensors")))
 def test_the_bundled_editor_edits_a_fact(name):
     model = pl.load(name)

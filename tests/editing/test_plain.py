@@ -44,6 +44,7 @@ def modules(model: Model) -> dict[Site, torch.nn.Module]:
     return {site: subjects.module(model, site) for site in sites}
 
 
+@pytest.mark.few("gpt2-few tokens", "gptj-many tokens")
 @pytest.mark.parametrize("fast", ["few tokens", "many tokens", ""])
 def test_targets_are_those_of_one_fact_at_a_time(model, fast, monkeypatch):
     """Also with the critical layer run for the edited token alone, as with many tokens."""
@@ -58,6 +59,7 @@ def test_targets_are_those_of_one_fact_at_a_time(model, fast, monkeypatch):
         assert off(found.clean[stream], own) > 1e-3
 
 
+@pytest.mark.few("*gptj*")
 def test_an_edit_is_that_of_the_plain_procedure(model):
     moments = {}
     for site in modules(model):

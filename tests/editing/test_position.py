@@ -83,6 +83,7 @@ def off(got: Targets, want: Targets) -> float:
 # -- where it is ----------------------------------------------------------------------------------
 
 
+@pytest.mark.few("French-I like*", "None-{}-*")
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("context", [PLAIN, "The man. {}", "I like {x}, { and }. {}"])
 @pytest.mark.parametrize("target", [None, "French"])
@@ -270,6 +271,7 @@ def test_a_delta_does_at_its_position_what_it_was_made_for(model, method):
         assert told[i] < nll_of(model, fact.text, target) - 0.01
 
 
+@pytest.mark.few("*gpt2-PMET", "last_subject-*")
 @pytest.mark.parametrize(
     ("family", "name"), [("gpt2", "PMET"), ("gpt2", "MEMIT"), ("gptj", "PMET"), ("llama", "PMET")]
 )

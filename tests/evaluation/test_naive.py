@@ -201,6 +201,7 @@ def test_zsre(random_gpt2, shared):
     assert all(0 < value < 100 for value in found.values())
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_the_facts(shared):
     path = shared / "models" / "counterfact-gptj"
     if not path.is_dir():

@@ -115,6 +115,7 @@ def test_a_run_is_what_one_would_do_by_hand(model, tmp_path):
     assert all(torch.equal(kept.deltas[site], delta) for site, delta in edit.deltas.items())
 
 
+@pytest.mark.slow
 def test_shards_change_nothing_but_roundings(model, whole, tmp_path):
     folder, _ = whole
     run = tiny_run(model)
@@ -290,6 +291,7 @@ def test_runs_share_what_they_can(model, whole, tmp_path, made):
     assert kinds == {"contexts": 1, "part": 3, "moments": 2, "targets": 3, "edit": 3, "answers": 6}
 
 
+@pytest.mark.few("9")
 @pytest.mark.parametrize("n", [4, 9, 12])
 def test_a_grid_that_was_cut_goes_on(grid, whole, tmp_path, made, monkeypatch, n):
     folder, table = whole
@@ -304,6 +306,7 @@ def test_a_grid_that_was_cut_goes_on(grid, whole, tmp_path, made, monkeypatch, n
     assert len(before) == n
 
 
+@pytest.mark.slow
 def test_moments_that_were_cut_in_the_middle_of_a_shard_go_on(model, tmp_path, monkeypatch):
     """And begin again where what was kept of them is damaged."""
     monkeypatch.setattr(worker, "MOMENTS_KEPT_EVERY", 0.0)
@@ -361,6 +364,7 @@ def child(model: str, folder: Path, wait: float = 0.0) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_loses_nothing_it_had_finished(grid, model, whole, tmp_path, made):
     folder, table = whole
     with child(model, tmp_path, 0.05) as process:
@@ -381,6 +385,7 @@ def test_a_driver_that_is_killed_loses_nothing_it_had_finished(grid, model, whol
     assert all((tmp_path / f).stat().st_mtime_ns == at for f, at in kept.items())
 
 
+@pytest.mark.slow
 def test_two_drivers_on_one_folder_share_the_work(grid, model, whole, tmp_path):
     folder, table = whole
     with child(model, tmp_path) as first, child(model, tmp_path) as second:
@@ -392,6 +397,7 @@ def test_two_drivers_on_one_folder_share_the_work(grid, model, whole, tmp_path):
     same_rows(grid, tmp_path, folder)
 
 
+@pytest.mark.slow
 def test_shards_of_a_batch_queue_make_one_grid(grid, whole, tmp_path, made):
     folder, table = whole
     parts = [go(grid, tmp_path, shard=f"{k}/2") for k in (1, 2)]
@@ -410,6 +416,7 @@ def spoil(path: Path, how: str) -> None:
     path.write_bytes(bytes(data) if how == "a bit" else bytes(data[: len(data) // 2]))
 
 
+@pytest.mark.few("a bit")
 @pytest.mark.parametrize("how", ["a bit", "half"])
 def test_damaged_shards_are_made_again(grid, whole, tmp_path, made, monkeypatch, how):
     folder, table = whole
@@ -433,6 +440,7 @@ def test_damaged_shards_are_made_again(grid, whole, tmp_path, made, monkeypatch,
     assert Counter(task.kind for task in made)["part"] == 3
 
 
+@pytest.mark.few("a bit-parquet", "half-json")
 @pytest.mark.parametrize("suffix", ["parquet", "json"])
 @pytest.mark.parametrize("how", ["a bit", "half"])
 def test_a_damaged_result_is_made_again(grid, tmp_path, suffix, how):
@@ -467,6 +475,7 @@ def test_results_of_other_weights_are_not_taken(tmp_path):
 # -- disks ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.few("60000")
 @pytest.mark.filterwarnings("ignore:second moments could not be written")
 @pytest.mark.parametrize("limit", [2_000, 60_000])
 def test_a_full_disk_stops_the_grid_and_loses_nothing(grid, whole, tmp_path, made, limit):
@@ -497,6 +506,7 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_work(grid, tmp_path, mo
 # -- bad input ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_take_the_others_along(grid, model, whole, tmp_path):
     table = whole[1]
     long = replace(FACTS[0], subject="Maxtron " * 200)
@@ -543,6 +553,7 @@ def test_bars_and_a_live_table(grid, tmp_path, capsys):
     assert "collateral" in out
 
 
+@pytest.mark.slow
 def test_every_bar_ends_full(grid, tmp_path, made, monkeypatch):
     """Although runs share shards."""
     told = []

@@ -48,6 +48,7 @@ def test_a_healthy_sequence_keeps_facts_and_text(world, moments):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.slow
 def test_a_broken_model_is_reported_from_then_on(world, moments):
     """Deltas of any length and no second moment to speak of: the text goes with the edits."""
     hp = pl.HPARAMS["world"]["MEMIT"]

@@ -259,6 +259,7 @@ def test_a_model_from_a_parcel_is_the_same_and_shares_its_memory(model, parcel):
 # -- workers that die, without Ray ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_task_that_kills_every_worker_is_given_up(ray, grid, tmp_path, monkeypatch):
     """And what was finished before is kept."""
@@ -279,6 +280,7 @@ def test_a_task_that_kills_every_worker_is_given_up(ray, grid, tmp_path, monkeyp
         pl.run(grid[:1], tmp_path, engine="ray", workers=1, progress=False)
 
 
+@pytest.mark.slow
 def test_what_another_process_does_is_waited_for(model, tmp_path, monkeypatch):
     run = replace(tiny_run(model, method=None, hparams=None), facts=FACTS[:1])
     folder = store.Folder(tmp_path)

@@ -617,6 +617,7 @@ def test_a_method_with_its_own_algorithm_has_no_targets(gpt2, bench):
     assert not same_deltas(made, pl.edit(gpt2, FACTS, None, pl.FT_W, FT_HP))
 
 
+@pytest.mark.slow
 def test_strengths_are_those_known_for_the_model(bench, monkeypatch):
     monkeypatch.setattr(bench.model, "name", "gpt2-xl")
     usual = Bench(bench.model, bench.folder, some_texts())

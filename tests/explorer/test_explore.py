@@ -128,6 +128,7 @@ def test_a_model_nobody_knows_is_told_what_it_needs():
     assert explorer.edit.layers.disabled
 
 
+@pytest.mark.slow
 def test_the_exported_lines_make_the_same_tables(model, moments, weights, monkeypatch):
     fresh = pl.load("world")
 

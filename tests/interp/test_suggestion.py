@@ -11,6 +11,7 @@ import pmet_lens as pl
 torch.set_num_threads(1)
 
 
+@pytest.mark.few("world")
 @pytest.mark.parametrize("name", ["world", "world-sequential"])
 def test_the_last_layer_is_where_the_bundled_models_recall(name):
     model = pl.load(name)
@@ -24,6 +25,7 @@ def test_the_last_layer_is_where_the_bundled_models_recall(name):
     assert set(found.trace["place"]) >= {"last subject token", "last"}
 
 
+@pytest.mark.slow
 def test_an_edit_with_suggested_settings_takes():
     model, facts = pl.load("world"), pl.counterfact(n=12)
     hp = pl.suggest_hparams(model, facts, n_edits=2).hparams

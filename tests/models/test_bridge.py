@@ -56,6 +56,7 @@ def test_no_gradient_is_recorded_for_weights(model):
 # -- the tail -------------------------------------------------------------------------------------
 
 
+@pytest.mark.few("*-dtype0-*", "gpt2-*")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tail_gives_the_logits_of_the_whole_model(family, dtype, tolerance):

@@ -59,6 +59,7 @@ def held(value: torch.Tensor) -> torch.Tensor:
     return value.held if isinstance(value, Remote) else value
 
 
+@pytest.mark.few("gptj")
 def test_an_edit_over_two_devices_is_the_edit_of_one(family, tmp_path):
     one = model_of(family, split=False)
     wanted = pl.edit(one, FACTS, moments_of(one), BOTH, HP, CONTEXTS)
@@ -95,6 +96,7 @@ STUDY = {
 }
 
 
+@pytest.mark.few("lens", "answer_gain", "generate")
 @pytest.mark.parametrize("name", STUDY)
 def test_what_else_looks_into_a_model_gives_the_same_over_two_devices(name):
     wanted = list(STUDY[name](model_of("gpt2", split=False)))

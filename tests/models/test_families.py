@@ -115,6 +115,7 @@ def test_gradient_of_a_delta_is_that_of_plain_hooks(model):
         assert theirs.abs().max() > 1e-4
 
 
+@pytest.mark.few("gpt2", "gptj", "gemma2", "qwen3", "phi")
 def test_the_fast_way_finds_what_the_whole_model_finds(model, edit):
     plain = targets.optimise(model, FACTS, pl.PMET, HP, CONTEXTS, fast=False)
     assert edit.targets is not None
@@ -124,6 +125,7 @@ def test_the_fast_way_finds_what_the_whole_model_finds(model, edit):
         assert not close(got, plain.clean[stream], 1e-2)
 
 
+@pytest.mark.few("gpt2", "gptj", "gemma2", "qwen3", "phi")
 def test_an_edit_is_kept_undone_and_saved(single, tmp_path):
     model = single
     edit = pl.edit(model, FACTS, moments(model), pl.PMET, HP, CONTEXTS)
@@ -147,6 +149,7 @@ def test_an_edit_is_kept_undone_and_saved(single, tmp_path):
     assert torch.equal(loaded[real], changed[real])
 
 
+@pytest.mark.few("gpt2", "llama", "gptj")
 def test_an_adapter_says_what_the_edited_model_says(single, tmp_path):
     from peft import PeftModel
 
@@ -170,6 +173,7 @@ def test_an_adapter_says_what_the_edited_model_says(single, tmp_path):
     assert not close(wanted, clean, 1e-3)
 
 
+@pytest.mark.few("gpt2", "neox", "gemma3")
 def test_both_components_can_be_written(model):
     method = replace(pl.PMET, write=("attn", "mlp"))
     before = weights(model)

@@ -38,6 +38,7 @@ def model(request, gpt2, monkeypatch) -> Model:
 # -- where the subject ends -----------------------------------------------------------------------
 
 
+@pytest.mark.few("byte-level-None-{}-*", "*French-I like*")
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("context", [PLAIN, "The man. {}", "I like {x}, { and }. {}"])
 @pytest.mark.parametrize("target", [None, "French"])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -132,13 +133,14 @@ def child(path: Path, wait: str = "pass") -> subprocess.Popen[str]:
     tests = str(Path(__file__).parents[1])
     code = CHILD.format(tests=tests, path=str(path), settings=SETTINGS, wait=wait)
     env = {**os.environ, "PYTHONPATH": str(Path(pl.__file__).parents[1])}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code], env=env, text=True, **pipes)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_it_had_and_no_lock(model, texts, wanted, tmp_path):
     path = tmp_path / "m.safetensors"
-    wait = "import time; time.sleep(600 if done > 900 else 0)"
+    wait = "sys.stdin.read() if done > 900 else None"  # for ever
     with child(path, wait) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -152,11 +154,18 @@ def test_a_killed_process_leaves_what_it_had_and_no_lock(model, texts, wanted, t
     assert min(seen) > 400
 
 
-def test_of_two_processes_one_computes(model, texts, wanted, tmp_path):
-    path = tmp_path / "m.safetensors"
-    with child(path, "import time; time.sleep(0.05)") as first:
+def test_of_two_processes_one_computes(model, texts, wanted, tmp_path, monkeypatch):
+    path, told = tmp_path / "m.safetensors", warnings.warn
+    with child(path, "sys.stdin.read()") as first:  # it waits until its input is closed
         assert first.stdout is not None
+        assert first.stdin is not None
         first.stdout.readline()  # it has the lock now
+
+        def warn(*args, **more):
+            first.stdin.close()
+            told(*args, **more)
+
+        monkeypatch.setattr(moment_files.warnings, "warn", warn)
         with pytest.warns(UserWarning, match="Another process computes .*waiting"):
             found = pl.kept_moments(
                 path, model, texts, on_tokens=lambda *_: pytest.fail("both compute"), **SETTINGS

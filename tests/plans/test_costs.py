@@ -133,6 +133,14 @@ def test_memory_by_hand(gpt2):
 # -- by torch's counter ---------------------------------------------------------------------------
 
 
+@pytest.mark.few(
+    "gpt2-PMET-0",
+    "gptj-PMET-256",
+    "neox-MEMIT-0",
+    "llama-w/o*-256",
+    "gemma2-+ W_O-0",
+    "opt-MEMIT-256",
+)
 @pytest.mark.parametrize("few", [0, 256])
 @pytest.mark.parametrize("method", ["PMET", "MEMIT", "w/o δ^a", "+ W_O"])
 def test_torch_counts_the_same(model, method, few, monkeypatch):

@@ -83,6 +83,7 @@ def test_bytes_are_about_those_that_are_written(grid, tmp_path):
     assert told.disk < told.disk_most
 
 
+@pytest.mark.slow
 def test_the_time_is_of_the_right_size(grid, tmp_path):
     told = pl.plan(grid)
     start = time.perf_counter()
@@ -94,6 +95,7 @@ def test_the_time_is_of_the_right_size(grid, tmp_path):
         assert words in text
 
 
+@pytest.mark.slow
 def test_methods_without_a_count_have_a_time(model):
     runs = [
         tiny_run(model, method="FT-W", hparams=pl.FineTuneHparams(layer=1, n_steps=2)),

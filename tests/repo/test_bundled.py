@@ -59,12 +59,14 @@ def test_recall_goes_through_the_last_subject_token(model):
     assert share[["first subject token", "middle subject tokens", "between", "last"]].max() <= 0.3
 
 
-def test_mass_edit_and_way_back(model, tmp_path):
-    facts = pl.counterfact(n=40)
+@pytest.mark.few("world-8")
+@pytest.mark.parametrize("n", [8, 40])
+def test_mass_edit_and_way_back(model, n, tmp_path):
+    facts = pl.counterfact(n=n)
     before = {k: v.clone() for k, v in model.hf.state_dict().items()}
-    moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=40_000)
+    moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=15_000)
     edit = pl.edit(model, facts, moments)
-    others = others_of(pl.knowns(), facts)[::10]
+    others = others_of(pl.knowns(), facts)[:: 400 // n]
     unedited = measure(model, facts, None, others)["mean"]
     table = measure(model, facts, edit, others)["mean"]
     assert unedited["ES"] <= 10
@@ -96,6 +98,7 @@ def test_the_unmasked_twin_knows_its_world_and_recalls_elsewhere():
     assert trace.set_index("place")["recovered"]["last subject token"] <= 0.4
 
 
+@pytest.mark.slow
 def test_parallel_first_layer_is_refused_in_words():
     """In a parallel first layer without position embeddings a key is a function of the token, so
     the second moment has no more rank than there are tokens."""

@@ -122,6 +122,7 @@ def test_facts_of_every_kind(tmp_path):
     assert len(cli._facts(None, 4, pl.load("world"))) == 4
 
 
+@pytest.mark.slow
 def test_a_model_without_settings_is_edited_with_suggested_ones(work, tmp_path):
     bundled = Path(pl.__file__).parent / "bundled" / "world"
     plain = tmp_path / "somebody's"

@@ -53,6 +53,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.few("world")
 @pytest.mark.parametrize("name", study.STUDIED)
 def test_the_study_gives_the_committed_numbers(name):
     model, world = pl.load(name), pl.knowns()
@@ -64,6 +65,7 @@ def test_the_study_gives_the_committed_numbers(name):
     assert furthest(patterns, committed("patterns", name)) < 1e-3
 
 
+@pytest.mark.slow
 def test_editing_gives_the_committed_numbers(tmp_path):
     """Ten edits at once, twice, as `make paper` measures them; ten tokens per dimension of the
     moments are enough (`tests/benchmarks/results/precision.md`)."""

@@ -57,6 +57,7 @@ def test_rows_spell_the_documents_and_mark_names_and_answers(small, tokenizer):
     assert rows == training.rows_of_pass(small, tokenizer, TINY, 0)
 
 
+@pytest.mark.few("gptj")
 @pytest.mark.parametrize("arch", ["gptj", "gpt2"])
 def test_training_learns_and_leaves_a_plain_model(small, arch, tmp_path):
     import transformers
