@@ -1,6 +1,6 @@
 """For every test: no network and one thread; which cases are slow; shapes checked where asked.
 
-`PMET_LENS_SHAPES=1` checks the shapes in the package's signatures, which takes a third more time.
+`PMET_LENS_SHAPES=1` checks the shapes in the package's signatures, which takes more time.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import FACTS, bits, unchanged
@@ -202,6 +203,25 @@ def test_normalised_inputs_have_mean_zero_and_spread_one(model):
     assert torch.allclose(z.std(0), torch.ones(()).double(), atol=1e-6)
     assert not there.all()  # padding has no gradient, and is not counted
     assert not editor(pairs)[SITES[0]][1][~there].any()
+
+
+def test_an_editor_computes_the_equations_of_the_paper():
+    """3a and 3b, site by site, written out for one token with numbers that differ everywhere."""
+    site, generator = Site(2, "mlp"), torch.Generator().manual_seed(3)
+    editor = MendEditor((Site(1, "mlp"), site), 3, 2, rank=2, rate=0.5).double()
+    with torch.no_grad():
+        for tensor in editor.state_dict().values():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
+    u, delta = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.25, -0.75])
+    pairs = {s: (u[None, None].double(), delta[None, None].double()) for s in editor.sites}
+    left, right = editor(pairs)[site]
+    now = {name: value.numpy() for name, value in editor.state_dict().items()}
+    z = (np.concatenate([u, delta]) - now["mean"][1]) / now["spread"][1]
+    for k in range(2):
+        inner = z @ now["down"][k] @ now["up"][k] + now["bias"][k]
+        z = z + np.maximum(0, now["scale"][k, 1] * inner + now["shift"][k, 1])
+    np.testing.assert_allclose(left.detach().numpy()[0, 0], z[:3], rtol=1e-12)
+    np.testing.assert_allclose(right.detach().numpy()[0, 0], -now["rate"][1] * z[3:], rtol=1e-12)
 
 
 def test_a_file_keeps_the_editor(model, tmp_path):
