@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from test_gguf import written
+from small_gguf import written
 from tiny import refused
 
 import pmet_lens as pl
