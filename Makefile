@@ -29,7 +29,7 @@ figures: $(READY) ## the main job on the bundled models: figures and tables in f
 paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it stopped)
 	$(PY) figures/paper.py
 
-real: $(READY) ## a real model (SmolLM2, fetched once): PMET and MEMIT on 20 real facts (6 minutes)
+real: $(READY) ## a real model (SmolLM2, fetched once): PMET and MEMIT on 20 real facts
 	$(PIP) -e '.[gguf]'
 	$(PY) figures/real.py
 
@@ -41,7 +41,7 @@ test: lint ## lint, tests and notebooks on few facts, without a network
 coverage: ## `make test`, and the branches of pmet_lens that its tests take (explorer left out)
 	$(MAKE) test COVER="--cov --cov-report=term:skip-covered"
 
-test-all: lint ## every test, with checked shapes, and the notebooks at full size (half an hour)
+test-all: lint ## every test, with checked shapes, and the notebooks at full size
 	$(OFFLINE) $(ONE) PMET_LENS_SHAPES=1 $(PY) -m pytest -n 2 --dist loadfile
 	$(OFFLINE) $(ONE) $(PY) -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
 

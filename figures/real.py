@@ -23,7 +23,8 @@ from pmet_lens import plotting
 MODEL = "smollm2-135m"
 FACTS = 20
 LAYERS = (2, 3, 4, 5, 6, 7)
-"""What `pl.suggest_hparams` says on 24 facts of this model."""
+"""Of the trace's plateau, layers 0 to 12 (0.56 to 0.70 of the answer comes back at the last subject
+token); `pl.suggest_hparams(model, pl.recalled(model, n=24))` takes its highest point, 4 to 9."""
 HPARAMS = {
     "PMET": pl.Hparams(layers=LAYERS, second_moment_weight=20.0),
     # MEMIT's published settings for GPT-J but for λ, which is for few facts here.
@@ -81,6 +82,22 @@ def study(path: str | None) -> pd.DataFrame:
     return pd.concat(tables, names=["method"]).reset_index()
 
 
+def page(table: pd.DataFrame, made: str) -> str:
+    """The scores with their intervals, as Markdown; `made`: how and when."""
+    numbers = table[["mean", "ci_low", "ci_high"]].itertuples(index=False)
+    cells = table.assign(
+        text=[f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high in numbers]
+    )
+    wide = cells.pivot(index="method", columns="metric", values="text")
+    shown = wide.loc[table["method"].unique(), ["S", *SHOWN, "portability"]]
+    rows = [["method", *shown.columns], ["---"] * (1 + len(shown.columns)), *shown.itertuples()]
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    what = (
+        f"{MODEL}, {FACTS} real facts at once, per cent with 95 % bootstrap intervals over facts."
+    )
+    return "\n".join([what, "", *lines, "", made, ""])
+
+
 def draw(table: pd.DataFrame) -> Any:
     """Bars of the scores per method, with their intervals."""
     fig, axes = panels(6.4, 3.0, 1, 1)
@@ -111,12 +128,8 @@ def main() -> None:
         parser.exit(2, f"{error}\n")
     args.out.mkdir(parents=True, exist_ok=True)
     table.round(2).to_csv(args.out / "real.csv", index=False)
-    wide = table.pivot(index="method", columns="metric", values="mean")
-    shown = wide.loc[table["method"].unique(), ["S", *SHOWN, "portability"]].round(1)
-    rows = [["method", *shown.columns], ["---"] * (1 + len(shown.columns)), *shown.itertuples()]
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     made = provenance((time.monotonic() - start) / 60)
-    (args.out / "real.md").write_text("\n".join([*lines, "", made, ""]), encoding="utf-8")
+    (args.out / "real.md").write_text(page(table, made), encoding="utf-8")
     with mpl.rc_context({**plotting.STYLE, "svg.hashsalt": "real"}):
         save(draw(table), args.out / "fig_real")
 

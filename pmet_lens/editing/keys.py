@@ -225,17 +225,17 @@ def to_write(
     if stream == written:
         there = reader.values(layer, written).double()
         return rest / share * (here.norm(dim=-1) / there.norm(dim=-1))[:, None].to(rest)
-    wanted = rest.double() / share
+    missed = rest.double() / share
     if last is not None and last.normed:
         # What is left for `layer` must be what its norm can bring: a part of the turn, not of the
         # chord.
         now = reader.values(layer, written).double()
         goal = now + last.change(now, rest)
-        wanted = last.reached(now) + rest - last.reached(_turned(now, goal, 1 - 1 / share))
+        missed = last.reached(now) + rest - last.reached(_turned(now, goal, 1 - 1 / share))
     if road is None:
-        return wanted
+        return missed
     # Below `layer` what is missed is left for it, and its own norm has the last word.
-    return road.change(here, wanted) if site.layer == layer else road.pushed(here, wanted)
+    return road.change(here, missed) if site.layer == layer else road.pushed(here, missed)
 
 
 def _turned(
