@@ -18,7 +18,7 @@ from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.interp import passes
 from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.activations import Position, probe
-from pmet_lens.models.bridge import head_together
+from pmet_lens.models.bridge import head_together, unembedded
 from pmet_lens.models.model import Model, ModelError, Stream
 
 Answer = Literal["target_true", "target_new"]
@@ -154,11 +154,7 @@ def _logits(model: Model, states: Float[Tensor, "row d_model"]) -> Float[Tensor,
     """As `logits`, once: TransformerLens's readout computes more than is asked for here, and is
     asked for the first row alone, whether the model has one and whether this is it."""
     checked = _readout(model, states[:1]).values
-    bridge = model.bridge
-    with torch.no_grad(), head_together(bridge):
-        normed = bridge.ln_final(states.to(bridge.W_U)[None])[0]
-        read = (normed @ bridge.W_U).add_(bridge.b_U)
-        read = likelihood.at_least_float32(bridge.adapter.apply_output_logits_transform(read))
+    read = likelihood.at_least_float32(unembedded(model.bridge, states))
     if not torch.allclose(read[:1], checked.to(read), rtol=1e-2, atol=1e-2):
         return _readout(model, states).values
     return read

@@ -246,6 +246,14 @@ def head_together(bridge: Any) -> Iterator[None]:
             handle.remove()
 
 
+def unembedded(bridge: Any, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
+    """The logits of residual streams after the last block: final norm, unembedding, soft cap."""
+    with torch.no_grad(), head_together(bridge):
+        normed = bridge.ln_final(states.to(bridge.W_U)[None])[0]
+        logits = (normed @ bridge.W_U).add_(bridge.b_U)
+        return bridge.adapter.apply_output_logits_transform(logits)
+
+
 def picked(value: Tensor, at: Int[Tensor, "n 2"]) -> Float[Tensor, "n d"]:
     """The (row, token) pairs `at` of an activation."""
     return value[at.to(value.device).unbind(1)]
