@@ -21,10 +21,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 figures: $(READY) ## the main job on the bundled models: figures and tables in figures/out
-	$(PY) figures/study.py
-	$(PY) figures/make.py
-	$(PY) figures/paper.py --quick
-	$(PY) figures/redraw.py
+	$(PY) figures/figures.py
 
 paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it stopped)
 	$(PY) figures/paper.py

@@ -6,10 +6,10 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,21 +37,25 @@ STUDIED = {
 Found = TypeVar("Found")
 
 
-def each(names: Sequence[str], run: Callable[[str, int], Found]) -> list[Found]:
-    """`run(name, place)` of every model, side by side in as many processes as there are models or
-    cores, which share the cores: two of one thread beat one of two here. `run` has to be a function
-    of a module, or a `partial` of one. `place` is the line of its progress bar."""
+@contextmanager
+def workers(most: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for `submit`, at most one per core, which share the cores: two of one thread beat
+    one of two here."""
     cores = os.cpu_count() or 1
-    workers = min(len(names), cores)
+    count = min(most, cores)
+    share = (max(1, cores // count),)
     # Spawned, so that every process sets its own threads.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        share = partial(_alone, max(1, cores // workers), run)
-        return list(pool.map(share, names, range(len(names))))
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(count, spawn, torch.set_num_threads, share) as pool:
+        yield pool
 
 
-def _alone(threads: int, run: Callable[[str, int], Found], name: str, place: int) -> Found:
-    torch.set_num_threads(threads)
-    return run(name, place)
+def submit(
+    pool: Executor, names: Sequence[str], run: Callable[[str, int], Found]
+) -> list[Future[Found]]:
+    """`run(name, place)` of every model. `run` has to be a function of a module, or a `partial` of
+    one. `place` is the line of its progress bar."""
+    return [pool.submit(run, name, place) for place, name in enumerate(names)]
 
 
 class Progress:

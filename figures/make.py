@@ -12,13 +12,26 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 
 import common
 import manifest
 import pandas as pd
-from common import EDITED, HERE, OUT, Progress, each, into_readme, legend, panels, provenance
+from common import (
+    EDITED,
+    HERE,
+    OUT,
+    Progress,
+    into_readme,
+    legend,
+    panels,
+    provenance,
+    submit,
+    workers,
+)
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
@@ -33,22 +46,33 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few facts, to see that it runs")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    with workers(len(EDITED)) as pool:
+        begin(pool, args.out, args.record, args.quick)()
+
+
+def begin(
+    pool: Executor, out: Path = OUT, keep: bool = False, quick: bool = False
+) -> Callable[[], None]:
+    """Hands the work out; what is returned waits for it and writes tables and figures."""
+    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    few, many = (10, 10) if args.quick else (100, 300 if args.record else 100)
-    sizes = (few, many)
-    table = pd.concat(each(list(EDITED), partial(run_model, sizes)), ignore_index=True)
-    if not args.record:
-        table = pd.concat([table, recorded(few)], ignore_index=True)
-    table.to_csv(args.out / "main.csv", index=False)
-    used = {"fig_main": common.make(draw, "fig_main", args.out, args.out)}
-    manifest.write("make.py", args.out, used, computed=True)
-    minutes = (time.perf_counter() - start) / 60
-    text = report(table, minutes)
-    (args.out / "main.md").write_text(text, encoding="utf-8")
-    sys.stdout.write(f"\n{text}\nFigures and tables: {args.out}\n")
-    if args.record:
-        record(table, text, args.out)
+    few, many = (10, 10) if quick else (100, 300 if keep else 100)
+    found = submit(pool, list(EDITED), partial(run_model, (few, many)))
+
+    def finish() -> None:
+        table = pd.concat([one.result() for one in found], ignore_index=True)
+        if not keep:
+            table = pd.concat([table, recorded(few)], ignore_index=True)
+        table.to_csv(out / "main.csv", index=False)
+        used = {"fig_main": common.make(draw, "fig_main", out, out)}
+        manifest.write("make.py", out, used, computed=True)
+        text = report(table, (time.perf_counter() - start) / 60)
+        (out / "main.md").write_text(text, encoding="utf-8")
+        sys.stdout.write(f"\n{text}\nFigures and tables: {out}\n")
+        if keep:
+            record(table, text, out)
+
+    return finish
 
 
 def recorded(measured: int) -> pd.DataFrame:
@@ -82,7 +106,8 @@ def run_model(sizes: tuple[int, int], name: str, place: int) -> pd.DataFrame:
     world = pl.knowns()  # every fact of the world
     progress.stage(f"{name}: second moments and the unedited model")
     contexts = pl.sample_contexts(model)
-    moments = pl.second_moments(model, pl.texts(), projections=("mlp",))
+    layers = sorted({n for m in ("PMET", "MEMIT") for n in pl.HPARAMS[name][m].layers})
+    moments = pl.second_moments(model, pl.texts(), layers, projections=("mlp",))
     others = experiments.others_of(world, facts[:few])
     tables = {("unedited", few): experiments.measure(model, facts[:few], None, others)}
     progress.done()

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import manifest
 import pandas as pd
-from common import EDITED, HERE, OUT, each, into_readme, make, provenance
+from common import EDITED, HERE, OUT, into_readme, make, provenance, submit, workers
 from paper_tables import FIGURES, ablation_table, main_table
 from tqdm import tqdm
 
@@ -85,10 +86,10 @@ QUICK = Size(
     ablated=3,
     swept=3,
     curve=(4, 2),
-    moment_tokens=10_000,
+    moment_tokens=5_000,
     generate=1,
-    others=100,
-    texts=20,
+    others=40,
+    texts=5,
     lambdas=(10.0, 1000.0),
     last=(3,),
     curves=("PMET", "AlphaEdit, protected"),
@@ -105,30 +106,49 @@ def main() -> None:
     parser.add_argument("--address", help="of a Ray cluster; default: this machine")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    out = args.out or OUT / ("quick" if args.quick else "paper")
-    start = time.perf_counter()
+    out, size = args.out, Size()
+    if args.quick:
+        out, size = out or OUT / "quick", QUICK
+    out = out or OUT / "paper"
     prepare(out, fresh=args.fresh or args.quick)
-    before = spent(out)
-    size = QUICK if args.quick else Size()
     if args.engine != "serial":
         grid = {run.digest: run for name in EDITED for *_, run in scaling(name, size)}
         how = {"workers": args.workers, "address": args.address, "strict": False}
         pl.run(list(grid.values()), out / "runs", args.engine, **how)
-    done = each(list(EDITED), partial(run_model, size, out))
-    minutes = before + (time.perf_counter() - start) / 60
-    (out / "minutes.txt").write_text(f"{minutes}\n", encoding="utf-8")
-    for name in TABLES:
-        whole = pd.concat([tables[name] for tables in done], ignore_index=True)
-        whole.round(3).to_csv(out / f"{name}.csv", index=False)
-    note = f"{provenance(minutes)}{' Quick: few facts.' if args.quick else ''}"
-    (out / "provenance.txt").write_text(note + "\n", encoding="utf-8")
-    used = {name: make(draw, name, out, out) for name, draw in FIGURES.items()}
-    manifest.write("paper.py", out, used, computed=True)
-    for name, table in (("main", main_table), ("ablations", ablation_table)):
-        (out / f"{name}.md").write_text(table(out), encoding="utf-8")
-    sys.stdout.write(f"\nTables and figures: {out}\n")
-    if args.record:
-        record(out, used)
+    with workers(len(EDITED)) as pool:
+        begin(pool, out, size, args.record)()
+
+
+def quickly(pool: Executor) -> Callable[[], None]:
+    """`begin` as `--quick` does."""
+    out = OUT / "quick"
+    prepare(out, fresh=True)
+    return begin(pool, out, QUICK, keep=False)
+
+
+def begin(pool: Executor, out: Path, size: Size, keep: bool) -> Callable[[], None]:
+    """Hands the work out; what is returned waits for it and writes tables and figures."""
+    start, before = time.perf_counter(), spent(out)
+    found = submit(pool, list(EDITED), partial(run_model, size, out))
+
+    def finish() -> None:
+        done = [one.result() for one in found]
+        minutes = before + (time.perf_counter() - start) / 60
+        (out / "minutes.txt").write_text(f"{minutes}\n", encoding="utf-8")
+        for name in TABLES:
+            whole = pd.concat([tables[name] for tables in done], ignore_index=True)
+            whole.round(3).to_csv(out / f"{name}.csv", index=False)
+        note = f"{provenance(minutes)}{' Quick: few facts.' if size == QUICK else ''}"
+        (out / "provenance.txt").write_text(note + "\n", encoding="utf-8")
+        used = {name: make(draw, name, out, out) for name, draw in FIGURES.items()}
+        manifest.write("paper.py", out, used, computed=True)
+        for name, table in (("main", main_table), ("ablations", ablation_table)):
+            (out / f"{name}.md").write_text(table(out), encoding="utf-8")
+        sys.stdout.write(f"\nTables and figures: {out}\n")
+        if keep:
+            record(out, used)
+
+    return finish
 
 
 def prepare(out: Path, fresh: bool) -> None:

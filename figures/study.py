@@ -11,6 +11,8 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,18 @@ import fig_lens
 import fig_relation_vs_subject
 import manifest
 import pandas as pd
-from common import EDITED, HERE, OUT, STUDIED, Progress, each, into_readme, make, provenance
+from common import (
+    EDITED,
+    HERE,
+    OUT,
+    STUDIED,
+    Progress,
+    into_readme,
+    make,
+    provenance,
+    submit,
+    workers,
+)
 
 import pmet_lens as pl
 from pmet_lens import evaluation, interp
@@ -34,6 +47,7 @@ FIGURES = {
     "fig_lens": fig_lens.draw,
 }
 TRACED = {"resid_post": 1, "attn_out": 3, "mlp_out": 3}  # stream -> layers restored together
+RESULTS = HERE / "results"
 Tables = dict[str, pd.DataFrame]
 
 
@@ -43,23 +57,36 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few facts, to see that it runs")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    with workers(len(STUDIED)) as pool:
+        begin(pool, args.out, args.record, args.quick)()
+
+
+def begin(
+    pool: Executor, out: Path = OUT, record: bool = False, quick: bool = False
+) -> Callable[[], None]:
+    """Hands the work out; what is returned waits for it and writes tables and figures."""
+    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    found = each(list(STUDIED), partial(study, (70, 5) if args.quick else (300, 40)))
-    for key in dict.fromkeys(k for tables in found for k in tables):
-        whole = pd.concat([t[key] for t in found if key in t], ignore_index=True)
-        whole.round(4).to_csv(args.out / f"{key}.csv", index=False)
-    used = {name: make(draw, name, args.out, args.out) for name, draw in FIGURES.items()}
-    manifest.write("study.py", args.out, used, computed=True)
-    text = report(args.out, (time.perf_counter() - start) / 60)
-    (args.out / "claims.md").write_text(text, encoding="utf-8")
-    sys.stdout.write(f"\n{text}\nFigures and tables: {args.out}\n")
-    if args.record:
-        kept = [f"{n}.png" for n in FIGURES] + [f"{k}.csv" for k in found[0]] + ["claims.md"]
-        for file in kept:
-            shutil.copy(args.out / file, HERE / "results" / file)
-        manifest.write("study.py", HERE / "results", used, computed=True, into=manifest.RECORDED)
-        into_readme("study", text)
+    done = submit(pool, list(STUDIED), partial(study, (70, 5) if quick else (300, 40)))
+
+    def finish() -> None:
+        found = [one.result() for one in done]
+        for key in dict.fromkeys(k for tables in found for k in tables):
+            whole = pd.concat([t[key] for t in found if key in t], ignore_index=True)
+            whole.round(4).to_csv(out / f"{key}.csv", index=False)
+        used = {name: make(draw, name, out, out) for name, draw in FIGURES.items()}
+        manifest.write("study.py", out, used, computed=True)
+        text = report(out, (time.perf_counter() - start) / 60)
+        (out / "claims.md").write_text(text, encoding="utf-8")
+        sys.stdout.write(f"\n{text}\nFigures and tables: {out}\n")
+        if record:
+            kept = [f"{n}.png" for n in FIGURES] + [f"{k}.csv" for k in found[0]] + ["claims.md"]
+            for file in kept:
+                shutil.copy(out / file, RESULTS / file)
+            manifest.write("study.py", RESULTS, used, computed=True, into=manifest.RECORDED)
+            into_readme("study", text)
+
+    return finish
 
 
 def study(sizes: tuple[int, int], name: str, place: int) -> Tables:

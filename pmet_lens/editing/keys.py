@@ -25,6 +25,7 @@ from pmet_lens.models.bridge import Hook
 from pmet_lens.models.likelihood import at_least_float32
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, ModelError, Site, Stream
+from pmet_lens.models.sites import Road
 from pmet_lens.models.tokens import Position
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 4096, 65536
@@ -74,6 +75,7 @@ class Reader:
     ) -> None:
         self.model = model
         self._layer, self._fast = 0, fast
+        self._roads: dict[Site, Road | None] = {}
         prompts = [tokens.prompts_of(fact, contexts) for fact in facts]
         self._per_fact = len(prompts[0])
         rows = tokens.encode(model, list(itertools.chain.from_iterable(prompts)))
@@ -107,6 +109,13 @@ class Reader:
         names = [self.model.key_hook(site), self.model.stream_hook(layer, stream)]
         keys, now = self._read(names, site.layer, layer)
         return _averaged(keys), now[:, 0]
+
+    def road(self, site: Site) -> Road | None:
+        """`activations.road`, tried out once, for the layers below as well."""
+        if site not in self._roads:
+            sites = [Site(layer, site.projection) for layer in range(site.layer + 1)]
+            self._roads |= activations.roads(self.model, sites)
+        return self._roads[site]
 
     def _read(
         self, names: Sequence[str], layer: int, last: int, plain: bool = False
@@ -192,7 +201,7 @@ def wanted(
     for stream in streams:
         lies = optimised(reader.model, stream)
         values[stream] = targets.values[lies]
-        road = activations.road(reader.model, Site(targets.layer, "mlp"))
+        road = reader.road(Site(targets.layer, "mlp"))
         if lies != stream and road is not None:
             clean = reader.values(targets.layer, stream)
             change = road.reached(targets.values[lies]) - road.reached(targets.clean[lies])
@@ -216,8 +225,8 @@ def to_write(
     size relative to what the site writes; one of the layer output (MEMIT) is shared in the stream,
     and the site writes what its norm needs for it.
     """
-    road = activations.road(reader.model, site)
-    last = activations.road(reader.model, Site(layer, site.projection))
+    last = reader.road(Site(layer, site.projection))
+    road = reader.road(site)
     written = STREAM_OF[site.projection]
     if road is None and last is None:
         return rest / share

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -240,37 +241,29 @@ def road(model: Model, site: Site) -> Road | None:
     Tried out, because configurations name it differently: alone in an empty stream, two vectors
     tell the gains, and whether a norm stands there. Raises `ModelError` where it is anything else.
     """
+    return roads(model, [site])[site]
+
+
+def roads(model: Model, sites: Sequence[Site]) -> dict[Site, Road | None]:
+    """`road` of every site (one per layer), in one pass."""
     signs = 1.0 - 2.0 * (torch.arange(model.d_model) % 3 == 0)
-    slope = torch.linspace(1, 3, len(signs))
-    tried = torch.stack([torch.zeros_like(signs), signs, slope])[None].to(model.dtype)
-    mlp = site.projection == "mlp"
-    written: Stream = "mlp_out" if mlp else "attn_out"
-    output: Stream = "resid_post" if mlp or model.parallel_blocks else "resid_mid"
-    seen: list[Tensor] = []
-    streams: tuple[Stream, ...] = ("resid_pre", "attn_out", "mlp_out")
-    hooks: list[tuple[str, Hook]] = [
-        (
-            model.stream_hook(site.layer, s),
-            lambda value, s=s: tried.to(value) if s == written else torch.zeros_like(value),
-        )
-        for s in streams
-    ]
-    hooks.append((model.stream_hook(site.layer, output), seen.append))
-    ids = torch.arange(tried.shape[1], device=model.device)[None]
+    tried = torch.stack([torch.zeros_like(signs), signs, torch.linspace(1, 3, len(signs))])
+    seen: dict[Site, Tensor] = {}
+    hooks: list[tuple[str, Hook]] = []
+    for site in sites:
+        mlp = site.projection == "mlp"
+        written: Stream = "mlp_out" if mlp else "attn_out"
+        output: Stream = "resid_post" if mlp or model.parallel_blocks else "resid_mid"
+        streams: tuple[Stream, ...] = ("resid_pre", "attn_out", "mlp_out")
+        for stream in streams:
+            put = tried if stream == written else torch.zeros_like(tried)
+            hooks.append((model.stream_hook(site.layer, stream), put[None].to(model.dtype).to))
+        hooks.append((model.stream_hook(site.layer, output), partial(seen.__setitem__, site)))
+    ids = torch.arange(len(tried), device=model.device)[None]
+    stop = 1 + max(site.layer for site in sites)
     with torch.no_grad():
-        model.forward(ids, torch.ones_like(ids), hooks=hooks, stop_at_layer=site.layer + 1)
-    nothing, *reached = seen[0][0].double().cpu()
-    gain, close = (reached[0] - nothing) * signs, 16 * torch.finfo(model.dtype).eps
-    for normed in (False, True):
-        found = Road(gain, normed)
-        missed = found.reached(slope[None])[0] - (reached[1] - nothing)
-        if bool(missed.norm() <= max(close, 1e-4) * reached[1].norm()):
-            plain = not normed and bool(((gain - 1).abs() <= close).all())
-            return None if plain else found
-    raise ModelError(
-        f"what {site} writes reaches the stream of {model.name!r} through a norm that is not known "
-        "here (neither a scale nor an RMS norm), so the stream cannot be edited there"
-    )
+        model.forward(ids, torch.ones_like(ids), hooks=hooks, stop_at_layer=stop)
+    return {site: Road.tell(site, tried, seen[site][0]) for site in sites}
 
 
 def _rows_and(positions: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,11 +71,30 @@ class Site:
 @dataclass(frozen=True)
 class Road:
     """How what a projection writes reaches the residual stream: `gain` times it and, behind a
-    post-norm (Gemma 2 and 3, OLMo 2), divided by its root mean square. `activations.road` finds it.
+    post-norm (Gemma 2 and 3, OLMo 2), divided by its root mean square. `activations.road` tries it
+    out.
     """
 
     gain: Float[Tensor, " d_model"]
     normed: bool
+
+    @classmethod
+    def tell(
+        cls, site: Site, tried: Float[Tensor, "3 d_model"], seen: Float[Tensor, "3 d_model"]
+    ) -> Road | None:
+        """From what came of nothing, of a vector of signs and of another; None: as it is."""
+        close = 16 * torch.finfo(seen.dtype).eps
+        nothing, signs, other = seen.double().cpu()
+        gain, wanted = (signs - nothing) * tried[1], other - nothing
+        for found in (cls(gain, normed=False), cls(gain, normed=True)):
+            missed = found.reached(tried[2:])[0] - wanted
+            if bool(missed.norm() <= max(close, 1e-4) * other.norm()):
+                plain = not found.normed and bool(((gain - 1).abs() <= close).all())
+                return None if plain else found
+        raise ModelError(
+            f"what {site} writes reaches the stream through a norm that is not known here (neither "
+            "a scale nor an RMS norm), so the stream cannot be edited there"
+        )
 
     def reached(self, written: Float[Tensor, "fact d_model"]) -> Float[Tensor, "fact d_model"]:
         """What enters the stream where the projection writes this (float64)."""
