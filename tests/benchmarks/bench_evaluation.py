@@ -11,9 +11,9 @@ import pmet_lens as pl
 
 @pytest.mark.parametrize("name", ["world", "medium"])
 def test_evaluation(name, compare, device, small):
-    """200 records without generation, at the medium shape 12; the plain side some of them."""
+    """100 records without generation, at the medium shape 8; the plain side some of them."""
     model = subjects.medium(small, device) if name == "medium" else subjects.bundled(name, device)
-    facts = pl.counterfact(n=12 if small or name == "medium" else 200)
+    facts = pl.counterfact(n=8 if small or name == "medium" else 100)
     every = 4
 
     def slow(_: int) -> float:
@@ -27,5 +27,5 @@ def test_evaluation(name, compare, device, small):
         return float(len(facts))
 
     pl.evaluate(model, facts[:2])
-    what = f"evaluation, {len(facts)} records, {name} (per record)"
+    what = f"evaluate {len(facts)} records, {name} (per record)"
     compare(what, slow, fast, allows="3 to 4 ×", wanted=2.5, unit="ms", scale=1e3)

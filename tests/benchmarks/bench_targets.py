@@ -21,13 +21,13 @@ shares: list[dict[str, str]] = []
 
 @pytest.mark.parametrize("name", ["world", "world-sequential", "medium"])
 def test_targets(name, compare, device, small, request):
-    """100 facts, per fact and step, since facts stop early (both sides after as many steps:
-    test_plain.py). The plain side takes other facts in every round: five, at the medium shape one.
+    """40 facts, per fact and step, since facts stop early (both sides after as many steps:
+    test_plain.py). The plain side takes other facts in every round: two, at the medium shape one.
     """
     medium = name == "medium"
     model = subjects.medium(small, device) if medium else subjects.bundled(name, device)
     hp, own = subjects.settings(model), subjects.contexts(model)
-    facts = pl.counterfact(n=20 if small else 100)
+    facts = pl.counterfact(n=20 if small else 40)
     plainly = subjects.plainly(model, hp, own)
     # Also makes the tail; at the medium shape, where no fact stops, of few facts.
     first = targets.optimise(model, facts[:2] if medium else facts, pl.PMET, hp, own).history
@@ -46,7 +46,7 @@ def test_targets(name, compare, device, small, request):
         return float(sum(count[fact] for fact in chosen))
 
     known = {"world": "about 5 ×", "world-sequential": "about 5 ×", "medium": "about 8 ×"}[name]
-    what = f"targets, {len(facts)} facts, {name} (per fact and step)"
+    what = f"find targets for {len(facts)} facts, {name} (per fact and step)"
     compare(what, slow, fast, allows=known, wanted=6.0, unit="ms", scale=1e3)
     share(model, facts[:10] if medium else facts, hp, own, request.config)
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-ROUNDS = 5
+ROUNDS = 3
 rows: list[dict[str, Any]] = []
 """What the run has measured so far; written after each."""
 
