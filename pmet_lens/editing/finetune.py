@@ -181,7 +181,7 @@ def _losses(
     """−log P of every row's answer, and the gradient of their mean in `delta`; as many rows in a
     pass as their logits allow."""
     losses, gradient = [], torch.zeros_like(delta)
-    size = likelihood.rows_at_once(model, batch, len(batch))
+    size = likelihood.rows_at_once(model, batch, len(batch), copies=2)
     for rows in torch.arange(len(batch), device=batch.ids.device).split(size):
         some = -likelihood.answers(model, batch[rows], hooks, mean=True)
         (part,) = torch.autograd.grad(some.sum() / len(batch), [delta])

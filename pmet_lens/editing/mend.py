@@ -244,7 +244,7 @@ def gradients(
 def passes(model: Model, facts: Sequence[Fact]) -> Iterator[Sequence[Fact]]:
     """The facts whose gradients are taken together: 64, or as the logits allow; a choice of memory
     alone."""
-    size = likelihood.rows_at_once(model, tokens.encode(model, rewrites(facts)), 64)
+    size = likelihood.rows_at_once(model, tokens.encode(model, rewrites(facts)), 64, copies=2)
     return (facts[start : start + size] for start in range(0, len(facts), size))
 
 

@@ -89,7 +89,7 @@ def batches(
     run = lengths if whole else lengths - rows.at(position)
     longest = run.view(-1, per_fact).amax(1).tolist()
     total = lengths.view(-1, per_fact).amax(1).tolist()
-    reads, most = read_by(rows, per_fact).tolist(), likelihood.readable(model)
+    reads, most = read_by(rows, per_fact).tolist(), likelihood.readable(model, copies=2)
     return tokens.chunks(longest, budget // per_fact, total, reads=reads, readable=most)
 
 

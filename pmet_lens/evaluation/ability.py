@@ -136,7 +136,7 @@ def _next_token(model: Model, prompts: Sequence[str], batch_tokens: int) -> Iter
     float64 on the CPU."""
     asked = [tokens.Prompt(prompt) for prompt in prompts]
     # In float64, before and after the softmax: four times the logits.
-    most = max(1, likelihood.readable(model) // 4)
+    most = likelihood.readable(model, copies=4)
     for chosen, batch in activations.batches(model, asked, batch_tokens):
         for part in torch.arange(len(batch)).split(most):
             rows = batch[part.to(batch.ids.device)]

@@ -47,7 +47,7 @@ def answer_gain(
     facts, frames = passes.some(facts), []
     if len(facts) != len(targets):
         raise FactError(f"{len(facts)} facts do not fit the targets of {len(targets)}.")
-    size = likelihood.rows_at_once(model, _asked(model, facts), FACTS_PER_PASS)
+    size = likelihood.rows_at_once(model, _asked(model, facts), FACTS_PER_PASS, copies=2)
     for start in range(0, len(facts), size):
         chosen = slice(start, start + size)
         gains = _gains(model, facts[chosen], targets[chosen], points)

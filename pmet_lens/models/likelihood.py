@@ -22,21 +22,24 @@ _PART = 16
 gradient and that of the logits a quarter."""
 
 
-def readable(model: Model, tokens: int | None = None, free: int | None = None) -> int:
+def readable(
+    model: Model, tokens: int | None = None, free: int | None = None, *, copies: int = 1
+) -> int:
     """How many of so many tokens (None: of any number) one pass may read the logits of, one at
-    least. `free`: bytes of the accelerator (None: ask it); where little is, as much as on a CPU."""
+    least. `free`: bytes of the accelerator (None: ask it); where little is, as much as on a CPU.
+    `copies`: how many times as much room as a plain pass each takes (with a gradient: 2)."""
     most = LOGITS if model.device.type == "cpu" else LOGITS_ELSEWHERE
     free = memory.free(model.device) if free is None else free
     if free is not None:
         most = min(LOGITS_ELSEWHERE, max(LOGITS, free // _PART // 4))
-    fitting = max(1, most // len(model.embedding))
+    fitting = max(1, most // copies // len(model.embedding))
     return fitting if tokens is None else max(1, min(tokens, fitting))
 
 
-def rows_at_once(model: Model, batch: Batch, most: int) -> int:
+def rows_at_once(model: Model, batch: Batch, most: int, *, copies: int = 1) -> int:
     """How many rows of `batch` one pass takes: `most`, or what is `readable` of their answers."""
     longest = max(1, int(batch.scored.sum(1).max()))
-    return max(1, min(most, readable(model) // longest))
+    return max(1, min(most, readable(model, copies=copies) // longest))
 
 
 def at_least_float32(value: Tensor) -> Tensor:

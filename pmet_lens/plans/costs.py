@@ -129,7 +129,7 @@ def estimate(
         count.add(facts[start : start + size], contexts)
     scale, together = n / len(facts), min(n, method.at_once or n)
     # Of a larger edit a batch is as full as tokens and logits allow.
-    budget, readable = objective.budget(model, hp.layers[-1]), likelihood.readable(model)
+    budget, readable = objective.budget(model, hp.layers[-1]), likelihood.readable(model, copies=2)
     filled = min(budget / count.ran, readable / count.read)
     full = count.values * min(together / len(facts), filled)
     streams = count.kept * together / len(facts) * sizes.d_model
