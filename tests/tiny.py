@@ -150,14 +150,21 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
 
 
 @contextmanager
-def refused(match: str) -> Iterator[None]:
-    """Expect a `ModelError` in these words from a call that no type checker sees, as a user's."""
+def refused(match: str, error: type[Exception] | None = None) -> Iterator[None]:
+    """Expect this error (None: a `ModelError`) in these words from a call that no type checker
+    sees, as a user's."""
     from pmet_lens.models.model import ModelError
 
+    with unchecked(), pytest.raises(error or ModelError, match=match):
+        yield
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """A block in which no signature is checked, as where users call."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        with pytest.raises(ModelError, match=match):
-            yield
+        yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", before)

@@ -155,6 +155,8 @@ def _facts(
     bundled: Callable[[], list[Record]],
     parse: Callable[[Record], Fact],
 ) -> list[Fact]:
+    if n is not None and (not isinstance(n, int) or n < 0):
+        raise DataError(f"n must be a whole number ≥ 0 or None, not {n!r}.")
     records = bundled() if path is None else _read(Path(path))
     facts = []
     for i, record in enumerate(itertools.islice(records, n)):

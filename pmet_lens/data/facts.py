@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -154,6 +155,27 @@ def listed(facts: object) -> list[Fact]:
             "pl.Fact(subject, prompt, target_new), or read a table with pl.read_facts."
         )
     return several
+
+
+def with_answer(facts: object, answer: str, needed_by: str) -> dict[int, Fact]:
+    """The facts that have this `answer` ("target_true", "target_new"), by their place in the list;
+    the others are left out, with a warning.
+
+    Raises:
+        FactError: where none has, or for anything else than facts.
+    """
+    if answer not in ("target_true", "target_new"):
+        raise FactError(f"answer must be target_true or target_new, not {answer!r}.")
+    several = listed(facts)
+    usable = {i: f for i, f in enumerate(several) if getattr(f, answer) is not None}
+    if not usable:
+        raise FactError(f"{needed_by} needs facts with {answer}; there are none.")
+    if left_out := len(several) - len(usable):
+        warnings.warn(
+            f"{left_out} of {len(several)} facts have no {answer} and are left out of {needed_by}.",
+            stacklevel=3,
+        )
+    return usable
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

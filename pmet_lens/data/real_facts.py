@@ -29,10 +29,12 @@ def real_facts(n: int | None = None, relation: str | None = None) -> list[Fact]:
     (`portability`). What a model knows of them: `pl.recalled`.
 
     Raises:
-        FactError: for a relation that is not there; the message names all.
+        FactError: for a relation that is not there (the message names all), or a negative `n`.
     """
     data = json.loads(files("pmet_lens").joinpath("bundled/real_facts.json").read_text("utf-8"))
     relations = data["relations"]
+    if n is not None and n < 0:
+        raise FactError(f"n must be at least 0 or None, not {n}.")
     if relation is not None and relation not in relations:
         raise FactError(f"There is no relation {relation!r}; choose from {', '.join(relations)}.")
     known = [

@@ -243,12 +243,13 @@ def _answers(model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
     }
 
 
-def merged(edits: Sequence[Edit]) -> Edit:
+def merged(edits: Edit | Sequence[Edit]) -> Edit:
     """One edit that is the sum of several on the same model; its rank is at most theirs together.
 
     Raises:
         SettingsError: for an empty list or edits of different methods.
     """
+    edits = [edits] if isinstance(edits, Edit) else edits
     if not edits or any(e.method != edits[0].method for e in edits):
         raise SettingsError("merged needs at least one edit, all of one method.")
     return _sum(edits)

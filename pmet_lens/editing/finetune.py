@@ -19,7 +19,7 @@ from pmet_lens.editing.edits import Edit, origin
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep
 from pmet_lens.models import likelihood, tokens
-from pmet_lens.models.bridge import Hook
+from pmet_lens.models.bridge import Hook, Hooks
 from pmet_lens.models.model import Model, Site
 
 
@@ -121,6 +121,10 @@ class FineTune:
     ) -> FineTuneHparams:
         """`hparams`, or the settings known for this model (or the model of this name), checked
         against `constrained`. Raises `SettingsError`."""
+        if not isinstance(hparams, FineTuneHparams | None):
+            raise SettingsError(
+                f"Fine-tuning takes FineTuneHparams(layer=…), not {type(hparams).__name__}."
+            )
         name = model if isinstance(model, str) else model.name
         known = HPARAMS.get(name.lower(), {})
         hp = known.get(self.constrained) if hparams is None else hparams
@@ -155,10 +159,9 @@ class FineTune:
         for step in range(hp.n_steps):
             per_fact: list[Tensor] = []
             for rows in torch.arange(len(batch), device=batch.ids.device).split(hp.batch_size):
-                losses = -likelihood.answers(model, batch[rows], hooks, mean=True)
-                per_fact.append(losses.detach())
-                if float(losses.detach().mean()) >= hp.stop_loss:
-                    (gradient,) = torch.autograd.grad(losses.mean(), [delta])
+                losses, gradient = _losses(model, batch[rows], hooks, delta)
+                per_fact.append(losses)
+                if float(losses.mean()) >= hp.stop_loss:
                     # The decay of Adam itself would be that of the change.
                     delta.grad = gradient + hp.weight_decay * (weight.to(dtype) + delta.detach())
                     optimiser.step()
@@ -170,6 +173,21 @@ class FineTune:
             if float(losses.mean()) < hp.stop_loss:
                 break
         return delta.detach()
+
+
+def _losses(
+    model: Model, batch: tokens.Batch, hooks: Hooks, delta: Tensor
+) -> tuple[Float[Tensor, " row"], Tensor]:
+    """−log P of every row's answer, and the gradient of their mean in `delta`; as many rows in a
+    pass as their logits allow."""
+    losses, gradient = [], torch.zeros_like(delta)
+    size = likelihood.rows_at_once(model, batch, len(batch), copies=2)
+    for rows in torch.arange(len(batch), device=batch.ids.device).split(size):
+        some = -likelihood.answers(model, batch[rows], hooks, mean=True)
+        (part,) = torch.autograd.grad(some.sum() / len(batch), [delta])
+        losses.append(some.detach())
+        gradient += part
+    return torch.cat(losses), gradient
 
 
 def rewrites(facts: Sequence[Fact]) -> list[tokens.Prompt]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,14 +22,13 @@ from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.edits import Edit, Editor, merged, origin
 from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import PMET, resolved, settled
-from pmet_lens.editing.objective import optimised
-from pmet_lens.editing.solvers import Dense, Factor, On, SecondMoment, SolveError
+from pmet_lens.editing.solvers import Dense, Factor, NullSpace, On, SecondMoment, SolveError
 from pmet_lens.editing.targets import OnStep, Targets
 from pmet_lens.evaluation import scoring
 from pmet_lens.models import tokens
 from pmet_lens.models.model import Model, Site
 
-Moments = Mapping[Site, object]
+Moments = Mapping[Site, object] | Mapping[str, object]
 
 
 def edit(
@@ -50,13 +50,14 @@ def edit(
     A method that edits fewer facts `at_once` does so in steps, and the edit is their sum.
 
     Args:
-        moments: Site -> second moment of the keys, `[d_in, d_in]` tensors or `Moment`s, in memory
-            (`load_moments`) or on disk (`open_moments`); None for a method that needs none
-            (fine-tuning).
+        moments: Site (or its text, "5.mlp") -> second moment of the keys, `[d_in, d_in]` tensors or
+            `Moment`s, in memory (`load_moments`) or on disk (`open_moments`); None for a method
+            that needs none (fine-tuning).
         method: a value, or a name that `pl.named` knows.
         hparams: `Hparams`, or what the method has instead; None takes the settings known for this
-            model (`pl.HPARAMS`). What `Hparams` leave open is as released for the method, λ by the
-            number of facts; the edit says what it was (`Edit.hparams`).
+            model as they were released (`pl.HPARAMS`), λ included, however many facts. What
+            `Hparams` leave open is as released for the method, λ by the number of facts; the edit
+            says what it was (`Edit.hparams`).
         contexts: prefixed templates such as "I am. {}"; None samples them from the model.
         targets: from an earlier edit of the same facts, to skip their optimisation.
         on_step: called with (step, losses per fact) after every optimisation step.
@@ -122,12 +123,16 @@ def _made(
     hp = settled(model, method, hparams, len(facts))
     hp.check(model.n_layers)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
+    moments = _by_site(moments)
+    contexts = None if contexts is None else tokens.contexts_of(model, contexts)
     _check_given(model, moments, sites, contexts or ())
-    contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
+    if isinstance(method.solver, NullSpace):
+        _warn_few_tokens(moments, sites)
+    contexts = tokens.contexts_of(model, contexts)
     if targets is None:
         targets = targeting.optimise(model, facts, method, hp, contexts, on_step)
-    _check_targets(model, targets, facts, method, hp)
-    _warn_already_true(targets, facts)
+    targeting.check(model, targets, facts, method, hp)
+    targeting.warn_already_true(targets, facts)
 
     solver = hp.strengthen(method.solver)
     factors: dict[Site, tuple[Tensor, Tensor]] = {}
@@ -190,13 +195,13 @@ def edit_sequentially(
         )
     facts, method = listed(facts), chosen_method
     batch_size = (method.at_once or 1) if batch_size is None else batch_size
-    if batch_size < 1:
-        raise SettingsError(f"batch_size must be at least 1, not {batch_size}.")
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise SettingsError(f"batch_size must be a whole number ≥ 1, not {batch_size!r}.")
     if protect and factorised is not None:
         _refuse({"factorised": factorised}, "with protect every batch has its own system to solve")
     check_editable(facts)
     hp = settled(model, method, hparams, min(batch_size, len(facts)))
-    contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
+    contexts = tokens.contexts_of(model, contexts)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
     past: dict[Site, Tensor] = dict(earlier or {})
     kept: dict[Site, Factor] = {} if factorised is None else factorised
@@ -224,6 +229,12 @@ def _refuse(given: Mapping[str, object], why: str) -> None:
             raise SettingsError(f"{name}= cannot be used here: {why}. Leave it out.")
 
 
+def _by_site(moments: Moments) -> Mapping[Site, object]:
+    if not any(isinstance(site, str) for site in moments):
+        return moments  # type: ignore[return-value]
+    return {Site.parse(str(site)): moment for site, moment in moments.items()}
+
+
 def _moment(moment: object, device: torch.device) -> SecondMoment:
     """The second moment as solvers take it, whether a tensor, a `Moment` or one on disk."""
     if not isinstance(moment, (Tensor, SecondMoment)):
@@ -243,8 +254,20 @@ def _dead(moment: object) -> str:
     )
 
 
+def _warn_few_tokens(moments: Mapping[Site, object], sites: Sequence[Site]) -> None:
+    """Other solvers refuse such a moment; a null space it has, and too large a one."""
+    known: dict[Site, Any] = {s: moments[s] for s in sites if hasattr(moments[s], "count")}
+    few = [f"{s} ({m.count} for {m.shape[0]})" for s, m in known.items() if m.count < m.shape[0]]
+    if few:
+        warnings.warn(
+            f"Second moments of fewer tokens than inputs: {', '.join(few)}. What is taken for free "
+            "of old memories there is mostly what the text did not reach: take ten times as many.",
+            stacklevel=5,
+        )
+
+
 def _check_given(
-    model: Model, moments: Moments, sites: Sequence[Site], contexts: Sequence[str]
+    model: Model, moments: Mapping[Site, object], sites: Sequence[Site], contexts: Sequence[str]
 ) -> None:
     for site in sites:
         if site not in moments:
@@ -265,35 +288,3 @@ def _check_given(
             raise SettingsError(
                 f"The context {context!r} needs exactly one {{}}, where the prompt goes."
             )
-
-
-def _check_targets(
-    model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
-) -> None:
-    needed = {optimised(model, method.follows(p)) for p in method.write}
-    if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
-        raise SettingsError(
-            f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "
-            f"for {len(facts)} facts at layer {hparams.layers[-1]}."
-        )
-    if targets.position != method.position:
-        raise SettingsError(
-            f"These targets are for the token {targets.position!r}; the method edits the token "
-            f"{method.position!r}."
-        )
-    if not needed <= set(targets.values):
-        raise SettingsError(
-            f"The method needs targets for {', '.join(sorted(needed))}; these are for "
-            f"{', '.join(targets.values)}."
-        )
-
-
-def _warn_already_true(targets: Targets, facts: Sequence[Fact]) -> None:
-    first = targets.history[targets.history["step"] == 0]
-    known = [facts[i].text for i in first.loc[first["said"], "fact"]]
-    if known:
-        warnings.warn(
-            f"The model gives the new answer already for {len(known)} of {len(facts)} facts, so "
-            f"there is nothing to edit there; the first is {known[0]!r}.",
-            stacklevel=5,  # past `_made` and what leaves inference mode
-        )

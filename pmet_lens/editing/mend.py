@@ -77,10 +77,12 @@ class Mend:
         facts = listed(facts)
         check_editable(facts)
         hp = MendHparams() if hparams is None else hparams
+        if not isinstance(hp, MendHparams):
+            raise SettingsError(f"MEND takes MendHparams(strength=…), not {type(hp).__name__}.")
         editor = MendEditor.load(self._file(model)).to(model.device)
         editor.check(model)
         parts: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site in editor.sites}
-        for step, chunk in enumerate(passes(facts)):
+        for step, chunk in enumerate(passes(model, facts)):
             pairs, losses = gradients(model, chunk, editor.sites)
             with torch.no_grad():
                 for site, (left, right) in editor(pairs).items():
@@ -239,9 +241,11 @@ def gradients(
     return pairs, losses.detach()
 
 
-def passes(facts: Sequence[Fact]) -> Iterator[Sequence[Fact]]:
-    """The facts whose gradients are taken together: 64, a choice of memory alone."""
-    return (facts[start : start + 64] for start in range(0, len(facts), 64))
+def passes(model: Model, facts: Sequence[Fact]) -> Iterator[Sequence[Fact]]:
+    """The facts whose gradients are taken together: 64, or as the logits allow; a choice of memory
+    alone."""
+    size = likelihood.rows_at_once(model, tokens.encode(model, rewrites(facts)), 64, copies=2)
+    return (facts[start : start + size] for start in range(0, len(facts), size))
 
 
 def _thin(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

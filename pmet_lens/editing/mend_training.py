@@ -78,7 +78,7 @@ def train_editor(
         torch.manual_seed(cfg.seed)
         editor = MendEditor.of(model, sites, cfg.rank, cfg.rate).to(model.device)
     sample = rng.sample(list(facts), min(len(facts), 512))
-    editor.normalise([gradients(model, chunk, sites)[0] for chunk in passes(sample)])
+    editor.normalise([gradients(model, chunk, sites)[0] for chunk in passes(model, sample)])
     network = [p for name, p in editor.named_parameters() if name != "rate"]
     groups = [{"params": network, "lr": cfg.lr}, {"params": [editor.rate], "lr": cfg.rate_lr}]
     optimiser = torch.optim.Adam(groups)
@@ -172,7 +172,7 @@ def _look(
 ) -> dict[str, float]:
     """The losses on held-out facts, with the same prompts every time."""
     rng, edit, kl = random.Random("look"), 0.0, 0.0
-    for chunk in passes(facts):
+    for chunk in passes(model, facts):
         with torch.no_grad():
             losses = objective(model, editor, chunk, *_draw(chunk, locality, rng))
         edit += float(losses[0]) * len(chunk) / len(facts)

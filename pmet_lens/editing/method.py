@@ -9,11 +9,13 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from pmet_lens.data import markup
 from pmet_lens.editing.solvers import Exact, NullSpace, Solver
 from pmet_lens.models.model import Projection, Stream
+from pmet_lens.models.sites import several
 from pmet_lens.models.tokens import Position
 
 Spread = Literal["sqrt", "linear"]
@@ -150,7 +152,11 @@ class Hparams:
     output, for models whose MLP writes little."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        layers = several(self.layers)
+        for value in (*layers, self.n_steps):
+            if not isinstance(value, Integral):
+                raise SettingsError(f"layers and n_steps are whole numbers, not {value!r}.")
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
         if not self.layers or any(b <= a for a, b in itertools.pairwise(self.layers)):
             raise SettingsError(
                 f"layers must be ascending layer numbers without repeats, not {self.layers}."

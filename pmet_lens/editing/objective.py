@@ -80,15 +80,23 @@ def rows_of(facts: Sequence[int], per_fact: int) -> Int[Tensor, " row"]:
 
 
 def batches(
-    rows: tokens.Batch, per_fact: int, position: Position, *, whole: bool, budget: int
+    model: Model, rows: tokens.Batch, per_fact: int, position: Position, *, whole: bool, budget: int
 ) -> list[list[int]]:
     """The numbers of the facts that share a batch: as many of similar length as `budget` tokens
-    allow, padding included. `whole`: count whole prompts, else what a step runs."""
+    allow, padding included, and as the logits that a step reads (`read_by`) do. `whole`: count
+    whole prompts, else what a step runs."""
     lengths = rows.mask.sum(1)
     run = lengths if whole else lengths - rows.at(position)
     longest = run.view(-1, per_fact).amax(1).tolist()
     total = lengths.view(-1, per_fact).amax(1).tolist()
-    return tokens.chunks(longest, budget // per_fact, total)
+    reads, most = read_by(rows, per_fact).tolist(), likelihood.readable(model, copies=2)
+    return tokens.chunks(longest, budget // per_fact, total, reads=reads, readable=most)
+
+
+def read_by(rows: tokens.Batch, per_fact: int) -> Int[Tensor, " fact"]:
+    """At how many tokens a step reads the logits of each fact: those of its targets, and one of its
+    KL prompt."""
+    return rows.scored.sum(1).view(-1, per_fact).sum(1) + 1
 
 
 def budget(model: Model, layer: int, free: int | None = None) -> int:

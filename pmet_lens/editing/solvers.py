@@ -113,7 +113,8 @@ class RidgeFactor:
         """(λC + KᵀK)⁻¹ Kᵀ, R."""
         keys, residuals = keys.double(), residuals.double()
         system = self.weight * self.moment.matrix(keys.device).double() + keys.T @ keys
-        return torch.cholesky_solve(keys.T, cholesky(system, "λC + KᵀK")), residuals
+        cure = f"{_MORE_TEXT} A larger second_moment_weight (λ) helps where C itself is sound."
+        return torch.cholesky_solve(keys.T, cholesky(system, "λC + KᵀK", cure)), residuals
 
     def dual(self, keys: Keys, residuals: Residuals) -> Thin:
         """C⁻¹Kᵀ, (λI + K C⁻¹ Kᵀ)⁻¹ R."""

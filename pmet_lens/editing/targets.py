@@ -8,6 +8,7 @@ hardware, and a fact's result does not depend on it. The loss is `objective.loss
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from pmet_lens.data import markup
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing import objective
-from pmet_lens.editing.method import Hparams, Method
+from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.models import tokens
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, Stream
@@ -63,9 +64,10 @@ class Targets:
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
 
-    def __getitem__(self, facts: slice | Sequence[int]) -> Targets:
-        """The targets of some of the facts, in this order, so that one optimisation serves many
-        edits."""
+    def __getitem__(self, facts: int | slice | Sequence[int]) -> Targets:
+        """The targets of some of the facts (or of one), in this order, so that one optimisation
+        serves many edits."""
+        facts = [facts] if isinstance(facts, int) else facts
         chosen = list(range(len(self))[facts]) if isinstance(facts, slice) else list(facts)
         rows = self.history[self.history["fact"].isin(chosen)]
         new_number = {old: new for new, old in enumerate(chosen)}
@@ -111,8 +113,9 @@ def optimise(
         contexts: templates such as "I am. {}"; the plain prompt always comes with them.
         on_step: called after every step with the step number (from 0) and this step's losses,
             one value per fact still being optimised.
-        batch_tokens: tokens that one step runs, padding included (one fact at least); None: 1,024
-            on a CPU, elsewhere 16,384 or what keeps half of the free memory free.
+        batch_tokens: tokens that one step runs, padding included (one fact at least; fewer where
+            their logits would be too many); None: 1,024 on a CPU, elsewhere 16,384 or what keeps
+            half of the free memory free.
         fast: run only the part of the model that depends on the deltas; else, with the same
             result, the whole model.
     """
@@ -125,7 +128,8 @@ def optimise(
     rows, per_fact = objective.prompts(model, facts, contexts)
     whole = tail is None or not tail.has_past
     limit = objective.budget(model, layer) if batch_tokens is None else batch_tokens
-    chunks = objective.batches(rows, per_fact, method.position, whole=whole, budget=limit)
+    at = method.position
+    chunks = objective.batches(model, rows, per_fact, at, whole=whole, budget=limit)
 
     def targets_of(chunk: Sequence[int]) -> Targets:
         chosen = rows[objective.rows_of(chunk, per_fact).to(model.device)]
@@ -237,3 +241,37 @@ def _history(steps: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     history = pd.concat(frames, ignore_index=True)
     head = ["fact", "step", "nll", "kl", "decay", "loss", "said", "stopped"]
     return history.reindex(columns=[*head, *history.columns.drop(head)])
+
+
+def check(
+    model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
+) -> None:
+    """Raises `SettingsError` for targets that are not those of such an edit."""
+    needed = {objective.optimised(model, method.follows(p)) for p in method.write}
+    if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
+        raise SettingsError(
+            f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "
+            f"for {len(facts)} facts at layer {hparams.layers[-1]}."
+        )
+    if targets.position != method.position:
+        raise SettingsError(
+            f"These targets are for the token {targets.position!r}; the method edits the token "
+            f"{method.position!r}."
+        )
+    if not needed <= set(targets.values):
+        raise SettingsError(
+            f"The method needs targets for {', '.join(sorted(needed))}; these are for "
+            f"{', '.join(targets.values)}."
+        )
+
+
+def warn_already_true(targets: Targets, facts: Sequence[Fact]) -> None:
+    """Warn of facts whose new answer the model gave before any step."""
+    first = targets.history[targets.history["step"] == 0]
+    known = [facts[i].text for i in first.loc[first["said"], "fact"]]
+    if known:
+        warnings.warn(
+            f"The model gives the new answer already for {len(known)} of {len(facts)} facts, so "
+            f"there is nothing to edit there; the first is {known[0]!r}.",
+            stacklevel=5,  # past `_made` and what leaves inference mode
+        )

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pmet_lens.data import datasets, world
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.data.real_facts import real_facts
 from pmet_lens.evaluation import metrics, scoring
 from pmet_lens.models import activations, likelihood, tokens
@@ -32,6 +32,7 @@ the bundled models were trained on neither."""
 
 _ROWS = 16
 """Distributions over the vocabulary that are compared at a time."""
+_Next = tuple[Int[Tensor, " prompt"], Float[Tensor, "prompt vocab"]]
 
 
 @runtime_checkable
@@ -50,7 +51,7 @@ def general_ability(
     *,
     texts: Iterable[str] | None = None,
     prompts: Sequence[str] | None = None,
-    others: Sequence[Fact] | None = None,
+    others: Fact | Sequence[Fact] | None = None,
     n_texts: int = 200,
     batch_tokens: int = 4096,
 ) -> pd.DataFrame:
@@ -100,16 +101,15 @@ def general_ability(
         prompts = _prompts() if bundled else safe[:200]
     if others is None:
         others = others_of(datasets.knowns(), edited) if bundled else real
-    before = _next_token(model, prompts, batch_tokens) if len(prompts) else torch.empty(0)
+    others = listed(others)
+    before = list(_next_token(model, prompts, batch_tokens)) if len(prompts) else []
     table = {}
     with nullcontext() if edit is None else edit.applied(model):
         if read:
             table["perplexity"] = _perplexity(*_nll(model, read, batch_tokens))
-        if len(prompts):
+        if before:
             after = before if edit is None else _next_token(model, prompts, batch_tokens)
-            pairs = zip(before.split(_ROWS), after.split(_ROWS), strict=True)
-            kl = torch.cat([(b.exp() * (b - a)).sum(1).clamp(min=0) for b, a in pairs]).numpy()
-            table["KL"] = metrics.interval(kl)
+            table["KL"] = metrics.interval(_divergence(before, after))
         if len(others):
             right = 100 * scoring.recall(model, others)["correct"].to_numpy()
             table["recall"] = metrics.interval(right)
@@ -131,17 +131,27 @@ def others_of(facts: Sequence[Fact], edited: Sequence[Fact]) -> list[Fact]:
     return [f for f in facts if not {(f.subject, f.relation), (f.subject, None)} & gone]
 
 
-def _next_token(
-    model: Model, prompts: Sequence[str], batch_tokens: int
-) -> Float[Tensor, "prompt vocab"]:
-    """log P of every next token, nats, float64 on the CPU."""
+def _next_token(model: Model, prompts: Sequence[str], batch_tokens: int) -> Iterator[_Next]:
+    """The numbers of some prompts and log P of every next token of each, batch after batch; nats,
+    float64 on the CPU."""
     asked = [tokens.Prompt(prompt) for prompt in prompts]
-    order, rows = [], []
+    # In float64, before and after the softmax: four times the logits.
+    most = likelihood.readable(model, copies=4)
     for chosen, batch in activations.batches(model, asked, batch_tokens):
-        logits = model.logits_at(batch.ids, batch.mask, scoring.last_places(batch))
+        for part in torch.arange(len(batch)).split(most):
+            rows = batch[part.to(batch.ids.device)]
+            logits = model.logits_at(rows.ids, rows.mask, scoring.last_places(rows))
+            yield chosen[part], logits.cpu().double().log_softmax(-1)
+
+
+def _divergence(before: Iterable[_Next], after: Iterable[_Next]) -> metrics.Numbers:
+    """KL(before ‖ after) of every prompt, in the order of their numbers."""
+    order, found = [], []
+    for (chosen, old), (_, new) in zip(before, after, strict=True):
         order.append(chosen)
-        rows.append(logits.cpu().double().log_softmax(-1))
-    return torch.cat(rows)[torch.cat(order).argsort()]
+        pairs = zip(old.split(_ROWS), new.split(_ROWS), strict=True)
+        found += [(b.exp() * (b - a)).sum(1).clamp(min=0) for b, a in pairs]
+    return torch.cat(found)[torch.cat(order).argsort()].numpy()
 
 
 def _nll(

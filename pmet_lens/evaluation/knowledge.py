@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pmet_lens.data import datasets
-from pmet_lens.data.facts import Fact
+from pmet_lens.data.facts import Fact, with_answer
 from pmet_lens.data.real_facts import real_facts
 from pmet_lens.evaluation import scoring
 from pmet_lens.models.loading import of_the_world
@@ -17,7 +17,7 @@ AT_ONCE = 256
 
 def recalled(
     model: Model,
-    facts: Sequence[Fact] | None = None,
+    facts: Fact | Sequence[Fact] | None = None,
     n: int | None = None,
     *,
     on_prompts: scoring.OnPrompts | None = None,
@@ -30,8 +30,9 @@ def recalled(
     if facts is None:
         facts = datasets.knowns() if of_the_world(model) else real_facts()
     known: list[Fact] = []
-    for start in range(0, len(facts), AT_ONCE):
-        some = facts[start : start + AT_ONCE]
+    asked = list(with_answer(facts, "target_true", "recall").values()) if facts else []
+    for start in range(0, len(asked), AT_ONCE):
+        some = asked[start : start + AT_ONCE]
         right = scoring.recall(model, some, on_prompts=on_prompts)["correct"]
         known += [fact for fact, one in zip(some, right, strict=True) if one]
         if n is not None and len(known) >= n:

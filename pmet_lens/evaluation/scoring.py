@@ -23,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pmet_lens.data import world
-from pmet_lens.data.facts import Fact, FactError, listed
+from pmet_lens.data.facts import Fact, FactError, listed, with_answer
 from pmet_lens.evaluation import metrics
 from pmet_lens.evaluation.metrics import summarise as summarise
 from pmet_lens.models import likelihood, tokens
@@ -37,6 +37,7 @@ References = Mapping[tuple[str | None, str], Sequence[str]]
 """(relation, answer) -> texts about subjects that have that answer, for consistency."""
 KINDS = ("rewrite", "paraphrase", "neighbour")
 _Key = tuple[str, str | None, bool | None]
+_Pairs = Sequence[tuple[int, int]]
 _AT_ONCE = 2048  # prompts encoded together
 
 
@@ -57,11 +58,9 @@ def score(
     batch_tokens: int | None = None,
     on_prompts: OnPrompts | None = None,
 ) -> list[Score]:
-    """Score every prompt's target, each distinct (text, target) once.
-
-    `batch_tokens`: padded tokens per forward pass (one row at least); None: 2,048 on a CPU, 32,768
-    elsewhere. `on_prompts(scored so far, all)` counts distinct (text, target).
-    """
+    """Score every prompt's target, each distinct (text, target) once, in passes of `batch_tokens`
+    padded tokens (None: 2,048 on a CPU, 32,768 elsewhere; fewer of a large vocabulary).
+    `on_prompts(scored so far, all)` counts distinct (text, target)."""
     if batch_tokens is None:
         batch_tokens = 2048 if model.device.type == "cpu" else 32768
     distinct = {_key(p): tokens.Prompt(p.text, None, p.target, p.blank) for p in prompts}
@@ -73,7 +72,7 @@ def score(
         while stop < len(keys) and (stop < start + _AT_ONCE or keys[stop][0] == keys[stop - 1][0]):
             stop += 1
         batch = tokens.encode(model, [distinct[key] for key in keys[start:stop]])
-        for pairs in _shared_rows(batch, batch_tokens):
+        for pairs in _shared_rows(batch, batch_tokens, likelihood.readable(model)):
             parts = halving(pairs, partial(_score_rows, model, batch), "prompts")
             new = [one for part in parts for one in part]
             scores.update(zip([keys[start + row] for row, _ in pairs], new, strict=True))
@@ -87,7 +86,7 @@ def _key(prompt: tokens.Prompt) -> _Key:
     return prompt.text, prompt.target, prompt.blank
 
 
-def _shared_rows(batch: tokens.Batch, batch_tokens: int) -> Iterator[list[tuple[int, int]]]:
+def _shared_rows(batch: tokens.Batch, budget: int, readable: int) -> Iterator[_Pairs]:
     """(row, host) pairs of `batch` to be scored in one pass: a row is read from its host, which
     begins with it, because what follows cannot change it (causal attention)."""
     ids = [row[:n] for row, n in zip(batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True)]
@@ -98,12 +97,14 @@ def _shared_rows(batch: tokens.Batch, batch_tokens: int) -> Iterator[list[tuple[
         if host < 0 or ids[host][: len(ids[row])] != ids[row]:
             host = row
         readers.setdefault(host, []).append(row)
-    hosts = sorted(readers)
-    for chunk in tokens.chunks([len(ids[host]) for host in hosts], batch_tokens):
+    hosts, scored = sorted(readers), batch.scored.cpu()
+    lengths = [len(ids[host]) for host in hosts]
+    reads = [int(scored[readers[host]].any(0).sum()) for host in hosts]
+    for chunk in tokens.chunks(lengths, budget, reads=reads, readable=readable):
         yield [(row, hosts[i]) for i in chunk for row in readers[hosts[i]]]
 
 
-def _score_rows(model: Model, batch: tokens.Batch, pairs: Sequence[tuple[int, int]]) -> list[Score]:
+def _score_rows(model: Model, batch: tokens.Batch, pairs: _Pairs) -> list[Score]:
     """The scores of the rows of (row, host) `pairs`."""
     chosen, host = torch.tensor(pairs, device=batch.ids.device).T
     hosts, host_row = torch.unique(host, return_inverse=True)
@@ -158,7 +159,7 @@ def evaluate(
     bundled world for facts about its subjects; for other facts consistency is then absent.
 
     Raises:
-        FactError: for no facts, or a prompt that cannot be read.
+        FactError: for no facts, a prompt that cannot be read, or `references` without `generate`.
         ModelError: with `generate`, for a tokenizer without an end-of-text token.
     """
     facts = listed(facts)
@@ -167,6 +168,8 @@ def evaluate(
         raise FactError("There are no facts to evaluate; pass at least one Fact.")
     if generate:
         check_end(model)
+    elif references is not None:
+        raise FactError("references are compared with generated texts: pass generate=True, too.")
 
     def answered(answer: str) -> list[tokens.Prompt]:
         asked = [r for r in rows if r[answer] is not None]
@@ -264,18 +267,19 @@ def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:
     """The `k` likeliest next tokens of each prompt: columns prompt, rank (from 1), token,
     probability (0 to 1)."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    batch = tokens.encode(model, [tokens.Prompt(p) for p in prompts])
-    with torch.no_grad():
-        logits = model.forward(batch.ids, batch.mask, at=last_places(batch))
-    best = logits.float().softmax(-1).topk(k)
+    size, best = likelihood.readable(model, len(prompts)), []
+    for start in range(0, len(prompts), size):
+        batch = tokens.encode(model, [tokens.Prompt(p) for p in prompts[start : start + size]])
+        with torch.no_grad():
+            logits = model.forward(batch.ids, batch.mask, at=last_places(batch))
+        top = logits.float().softmax(-1).topk(min(k, logits.shape[1]))
+        best += zip(top.indices.tolist(), top.values.tolist(), strict=True)
     rows = [
         {"prompt": prompt, "rank": rank, "token": model.tokenizer.decode([token]), "probability": p}
-        for prompt, ids, ps in zip(
-            prompts, best.indices.tolist(), best.values.tolist(), strict=True
-        )
+        for prompt, (ids, ps) in zip(prompts, best, strict=True)
         for rank, (token, p) in enumerate(zip(ids, ps, strict=True), start=1)
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["prompt", "rank", "token", "probability"])
 
 
 def recall(
@@ -284,15 +288,13 @@ def recall(
     """Whether each fact's true answer is the argmax on its prompt: columns fact, subject,
     relation, correct (0 or 1). On the facts of a known world that were *not* edited its mean is
     the collateral measure: the share still answered correctly."""
-    facts = listed(facts)
-    if any(f.target_true is None for f in facts):
-        raise FactError("recall needs facts with target_true.")
-    prompts = [tokens.Prompt(f.text, None, f.target_true, f.blank) for f in facts]
+    asked = with_answer(facts, "target_true", "recall")
+    prompts = [tokens.Prompt(f.text, None, f.target_true, f.blank) for f in asked.values()]
     scores = score(model, prompts, on_prompts=on_prompts)
     columns = {
-        "fact": range(len(facts)),
-        "subject": [f.subject for f in facts],
-        "relation": [f.relation for f in facts],
+        "fact": list(asked),
+        "subject": [f.subject for f in asked.values()],
+        "relation": [f.relation for f in asked.values()],
         "correct": [float(s.right == 1) for s in scores],
     }
     return pd.DataFrame(columns)

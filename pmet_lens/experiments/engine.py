@@ -31,7 +31,7 @@ from pmet_lens.models.loading import ModelError
 
 
 def run(
-    grid: Sequence[Run],
+    grid: Run | Sequence[Run],
     folder: str | Path = "runs",
     engine: str = "serial",
     *,

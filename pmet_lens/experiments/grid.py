@@ -209,13 +209,13 @@ def facts_digest(facts: Sequence[Fact]) -> str:
     return hash_of([fact.record() for fact in facts]) if facts else ""
 
 
-def check_grid(grid: Sequence[Any]) -> list[Run]:
-    """The runs of a grid.
+def check_grid(grid: Run | Sequence[Any]) -> list[Run]:
+    """The runs of a grid, one or several.
 
     Raises:
         GridError: for an empty one, something that is no `Run`, and one that is there twice.
     """
-    runs = list(grid)
+    runs = [grid] if isinstance(grid, Run) else list(grid)
     if not runs:
         raise GridError("The grid is empty; pass a list of at least one Run.")
     places: dict[str, int] = {}
@@ -256,7 +256,7 @@ def share_of(runs: Sequence[Run], shard: str | None) -> list[Run]:
     return list(runs[int(k) - 1 :: int(n)])
 
 
-def save_grid(grid: Sequence[Run], path: str | Path) -> None:
+def save_grid(grid: Run | Sequence[Run], path: str | Path) -> None:
     """Write a grid as JSON, each list of facts once; `pmet-lens run` and `load_grid` read it."""
     lists: dict[str, list[Any]] = {}
     rows = []

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pmet_lens.data import datasets, markup
-from pmet_lens.data.facts import Fact
+from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.editing.method import Hparams
+from pmet_lens.evaluation.knowledge import recalled
 from pmet_lens.explorer import widgets
 from pmet_lens.explorer.frame import Shell
 from pmet_lens.explorer.jobs import Runner
@@ -37,7 +38,7 @@ pl.compare, pl.ABLATIONS             variations of PMET side by side"""
 
 def explore(
     model: Model,
-    facts: Sequence[Fact] | None = None,
+    facts: Fact | Sequence[Fact] | None = None,
     *,
     moments: Mapping[Site, Any] | None = None,
     hparams: Hparams | None = None,
@@ -47,16 +48,26 @@ def explore(
     """A panel to ask, look into, edit and ablate `model` by hand; show it as a cell's last line.
 
     Args:
-        facts: examples to choose from; None: of the bundled world, for a bundled model.
+        facts: examples to choose from; None: facts that the unedited model knows, of the bundled
+            world for a model of it, else of `pl.real_facts()` (asked once, which takes seconds).
         moments, hparams, texts, n_tokens: as `Session` takes them. Second moments that are missing
             are computed when the first edit needs them.
 
     Where ipywidgets is missing (`pip install "pmet-lens[notebook]"`), or nothing can show it, the
     explorer shows itself as text, and `explorer.session` does the same without buttons.
     """
-    if facts is None:
-        facts = datasets.counterfact(n=_EXAMPLES) if model.name in loading.BUNDLED else ()
-    return Explorer(Session(model, moments, hparams, texts, n_tokens), facts)
+    examples = _examples(model) if facts is None else listed(facts)
+    return Explorer(Session(model, moments, hparams, texts, n_tokens), examples)
+
+
+def _examples(model: Model) -> Sequence[Fact]:
+    if loading.of_the_world(model):
+        return datasets.counterfact(n=_EXAMPLES)
+    try:
+        with model.live_edits.bare():
+            return recalled(model, n=_EXAMPLES)
+    except FactError:  # a model that reads no whole sentence
+        return ()
 
 
 class Explorer(Shell):

@@ -14,9 +14,9 @@ import pandas as pd
 
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing import locate_and_edit
-from pmet_lens.editing.edits import Edit
-from pmet_lens.editing.method import Hparams
-from pmet_lens.editing.methods import named
+from pmet_lens.editing.edits import Edit, Editor
+from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.methods import ABLATIONS, METHODS, named
 from pmet_lens.editing.targets import OnStep
 from pmet_lens.evaluation import scoring
 from pmet_lens.models import generation, tokens
@@ -98,20 +98,22 @@ class Session(EditInputs):
     def edit(
         self,
         fact: Fact,
-        method: str = "PMET",
+        method: Method | Editor | str = "PMET",
         change: Mapping[str, Any] | None = None,
         on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
     ) -> Step:
         """Edit one fact on the model as it is now, and leave the edit on it.
 
-        `method`: a name of `pl.METHODS` or `pl.ABLATIONS`. `change`: fields of the settings that
-        differ. Whatever goes wrong, or is raised in a callback, leaves the model as it was.
+        `method`: one of `pl.METHODS` or `pl.ABLATIONS`, or its name. `change`: fields of the
+        settings that differ. Whatever goes wrong, or is raised in a callback, leaves the model as
+        it was.
 
         Raises:
             FactError, SettingsError, SolveError: as `pl.edit` does.
         """
-        value, hp, upon = named(method), self.settings(method), tuple(self.on())
+        name = _name(method)
+        value, hp, upon = named(name), self.settings(name), tuple(self.on())
         if hp is not None:
             hp = replace(hp, **(change or {}))
         known, contexts = self.needed(value, hp, on_progress)
@@ -120,7 +122,7 @@ class Session(EditInputs):
         )
         table = self.answers(fact, made)
         made.apply_(self.model)
-        step = Step(fact, method, hp, made, table, upon)
+        step = Step(fact, name, hp, made, table, upon)
         self.steps.append(step)
         self.on_change()
         return step
@@ -163,3 +165,15 @@ class Session(EditInputs):
         columns["p_after"] = [math.exp(-s.nll) for s in later]
         columns["says_new"] = [s.right == 1 for s in later]
         return pd.DataFrame(columns)
+
+
+def _name(method: Method | Editor | str) -> str:
+    """The name of a method that is given as a value, by which a session's lines of code call it."""
+    if isinstance(method, str):
+        return method
+    for name, value in {**METHODS, **ABLATIONS}.items():
+        if value == method:
+            return name
+    raise SettingsError(
+        f"A session edits with what is in pl.METHODS and pl.ABLATIONS; with {method} use pl.edit."
+    )

@@ -35,7 +35,7 @@ PAIRS = ("same relation, same phrasing", "same relation, other phrasing", "other
 def attention_patterns(
     model: Model,
     facts: Fact | Sequence[Fact],
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     *,
     batch_tokens: int = 4096,
 ) -> pd.DataFrame:
@@ -61,7 +61,7 @@ def attention_patterns(
 
 
 def subject_attention(
-    model: Model, fact: Fact | Sequence[Fact], layers: Sequence[int] | None = None
+    model: Model, fact: Fact | Sequence[Fact], layers: int | Sequence[int] | None = None
 ) -> pd.DataFrame:
     """How much every token of a prompt looks at the subject, per head.
 

@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact, FactError, listed
+from pmet_lens.data.facts import Fact, FactError, with_answer
 from pmet_lens.evaluation import metrics
 from pmet_lens.interp import passes
-from pmet_lens.interp.restoring import PLACES, run_both
-from pmet_lens.models import tokens
+from pmet_lens.interp.restoring import PLACES, asked, run_both
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.model import Model, Stream
+from pmet_lens.models.sites import several
 
 OnCell = Callable[[int, int], object]
 
@@ -30,8 +31,8 @@ def causal_trace(
     facts: Fact | Sequence[Fact],
     *,
     stream: Stream = "resid_post",
-    layers: Sequence[int] | None = None,
-    places: Sequence[str] = PLACES,
+    layers: int | Sequence[int] | None = None,
+    places: str | Sequence[str] = PLACES,
     window: int = 1,
     samples: int = 3,
     noise: float = 3.0,
@@ -41,13 +42,16 @@ def causal_trace(
 ) -> pd.DataFrame:
     """Share of the lost answer probability that comes back when `stream` is restored.
 
-    Every fact needs `target_true`. Noise of `noise` standard deviations of the token embeddings, as
-    they enter layer 0 (Gemma scales them), is added there at every subject token (ROME: 3),
-    `samples` times per fact.
+    Behind a post-norm restoring what a component writes ("mlp_out") and restoring what it adds to
+    the residual stream ("mlp_added") are the same.
+
+    Facts without `target_true` are left out, with a warning. Noise of `noise` standard deviations
+    of the token embeddings, as they enter layer 0 (Gemma scales them), is added there at every
+    subject token (ROME: 3), `samples` times per fact.
     `places`: some of `PLACES`; each takes its passes. `window`: how many layers around each of
     `layers` are restored together (fewer at the ends); ROME restores `attn_out` and `mlp_out` in
-    windows of 10, because one layer alone does little. `batch_size`: facts per pass; the result
-    does not depend on it. `on_cell(done, all)` counts facts.
+    windows of 10, because one layer alone does little. `batch_size`: facts per pass (fewer of
+    a large vocabulary); the result does not depend on it. `on_cell(done, all)` counts facts.
 
     Returns a frame with one row per layer and place (`PLACES`; "between" are the tokens between
     subject and last prompt token, "last" the last prompt token): columns layer, place, stream,
@@ -55,16 +59,18 @@ def causal_trace(
     corrupted) / mean(clean − corrupted) of the answer's probability), ci_low, ci_high (95 %
     bootstrap over facts), n (facts that have such a token), p_clean, p_corrupted (means over them).
     """
-    facts = [f for f in listed(facts) if f.target_true is not None]
-    if not facts:
-        raise FactError("causal_trace needs facts with target_true; there are none.")
+    facts = list(with_answer(facts, "target_true", "causal_trace").values())
+    places = several(places)
     unknown = [place for place in places if place not in PLACES]
     if unknown or not places:
         raise FactError(f"places must be some of {', '.join(PLACES)}; got {places!r}.")
     around = _windows(model, layers, window, samples)
     cells: dict[tuple[int, str], list[Tensor]] = {}
-    for start in range(0, len(facts), batch_size):
-        stop = min(start + batch_size, len(facts))
+    size = max(
+        1, likelihood.rows_at_once(model, asked(model, facts), batch_size * samples) // samples
+    )
+    for start in range(0, len(facts), size):
+        stop = min(start + size, len(facts))
         numbered = {i: facts[i] for i in range(start, stop)}
         runs = run_both(model, numbered, stream, around, samples, noise, seed)
         for cell, values in runs.by_place(places):
@@ -87,7 +93,7 @@ def trace_tokens(
     fact: Fact | Sequence[Fact],
     *,
     stream: Stream = "resid_post",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     window: int = 1,
     samples: int = 3,
     noise: float = 3.0,
@@ -128,12 +134,12 @@ def trace_tokens(
 
 
 def _windows(
-    model: Model, layers: Sequence[int] | None, window: int, samples: int
+    model: Model, layers: int | Sequence[int] | None, window: int, samples: int
 ) -> dict[int, range]:
     """For each of `layers` (None: all) those that are restored together."""
     if window < 1 or samples < 1:
         raise FactError("window and samples must be at least 1.")
-    layers = range(model.n_layers) if layers is None else layers
+    layers = range(model.n_layers) if layers is None else several(layers)
     return {n: _window(model.check_layer(n), window, model.n_layers) for n in layers}
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact
+from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing.edits import Edit
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics
@@ -24,6 +24,7 @@ from pmet_lens.interp import passes
 from pmet_lens.models import activations, likelihood, tokens
 from pmet_lens.models.activations import Position, read
 from pmet_lens.models.model import Model, Stream
+from pmet_lens.models.sites import several
 
 FACTS_PER_PASS = 64
 
@@ -44,8 +45,11 @@ def answer_gain(
     of shares over facts divide mean gain by mean change: single changes can be tiny.
     """
     facts, frames = passes.some(facts), []
-    for start in range(0, len(facts), FACTS_PER_PASS):
-        chosen = slice(start, start + FACTS_PER_PASS)
+    if len(facts) != len(targets):
+        raise FactError(f"{len(facts)} facts do not fit the targets of {len(targets)}.")
+    size = likelihood.rows_at_once(model, _asked(model, facts), FACTS_PER_PASS, copies=2)
+    for start in range(0, len(facts), size):
+        chosen = slice(start, start + size)
         gains = _gains(model, facts[chosen], targets[chosen], points)
         frames.append(gains.assign(fact=gains["fact"] + start))
     frame = pd.concat(frames, ignore_index=True)
@@ -55,8 +59,7 @@ def answer_gain(
 def _gains(model: Model, facts: Sequence[Fact], targets: Targets, points: int) -> pd.DataFrame:
     """The table of `answer_gain` for facts of one pass, stream after stream."""
     deltas: dict[Stream, Tensor] = {s: targets.delta(s) for s in targets.values}
-    asked = [tokens.Prompt(f.prompt, f.subject, f.target_new, f.blank) for f in facts]
-    batch = tokens.encode(model, asked)
+    batch = _asked(model, facts)
     total = {s: torch.zeros(len(facts), dtype=torch.float64) for s in deltas}
     for k in range(points):
         part = (k + 0.5) / points
@@ -80,6 +83,11 @@ def _gains(model: Model, facts: Sequence[Fact], targets: Targets, points: int) -
         }
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
+
+
+def _asked(model: Model, facts: Sequence[Fact]) -> tokens.Batch:
+    asked = [tokens.Prompt(f.prompt, f.subject, f.target_new, f.blank) for f in facts]
+    return tokens.encode(model, asked)
 
 
 @torch.enable_grad()
@@ -106,18 +114,20 @@ def drift(
     model: Model,
     facts: Fact | Sequence[Fact],
     edit: Edit,
-    streams: Sequence[Stream] = ("attn_out", "mlp_out"),
+    streams: Stream | Sequence[Stream] = ("attn_out", "mlp_out"),
 ) -> pd.DataFrame:
     """How far `edit` moved each stream, per layer and position.
 
     Kinds of prompt: "rewrite", "paraphrase" (both at "last_subject" and "last") and "neighbour" (at
     "last" only: the records do not say where a neighbour's subject stands). The distance is
-    ‖after − before‖ / ‖before‖, first averaged over the prompts of a fact.
+    ‖after − before‖ / ‖before‖, first averaged over the prompts of a fact. `streams` are read as
+    they are named: behind a post-norm "attn_added" and "mlp_added" are what reaches the residual
+    stream.
 
     Returns columns kind, stream, position, layer, mean, ci_low, ci_high (95 % bootstrap over
     facts), n. The model is left unchanged.
     """
-    facts, frames = passes.some(facts), []
+    facts, frames, streams = passes.some(facts), [], several(streams)
     layers = range(model.n_layers)
     for kind, prompts in _prompts(facts).items():
         marked = kind != "neighbour"

@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pmet_lens.data.facts import Fact, FactError, listed
+from pmet_lens.data.facts import Fact, FactError, with_answer
 from pmet_lens.interp import passes
 from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.activations import Position, probe
 from pmet_lens.models.bridge import head_together, unembedded
 from pmet_lens.models.model import Model, ModelError, Stream
+from pmet_lens.models.sites import several
 
 Answer = Literal["target_true", "target_new"]
 ROWS_PER_CHUNK = 256
@@ -30,36 +31,41 @@ VALUES_PER_CHUNK = 32_000_000
 def lens(
     model: Model,
     facts: Fact | Sequence[Fact],
-    streams: Sequence[Stream] | None = None,
-    layers: Sequence[int] | None = None,
-    positions: Sequence[Position] = ("last_subject", "last"),
+    streams: Stream | Sequence[Stream] | None = None,
+    layers: int | Sequence[int] | None = None,
+    positions: Position | Sequence[Position] = ("last_subject", "last"),
     *,
     k: int = 5,
     answer: Answer = "target_true",
 ) -> pd.DataFrame:
     """How each stream ranks the answer at each layer and position, and what it says first.
 
-    `streams` None: both component outputs and the residual stream. The answer is the first token
-    of the fact's `answer`. One row per fact, stream, position and layer: columns fact, subject,
+    `streams` None: both component outputs and the residual stream. "attn_out" and "mlp_out" are
+    here what the component adds to the residual stream, after a post-norm where there is one, so
+    that what is read is a part of the stream the model reads. The answer is the first token of the
+    fact's `answer`. One row per fact, stream, position and layer: columns fact, subject,
     relation, stream, position, layer, rank (1: the argmax), probability (0 to 1), top (the `k`
     likeliest tokens, a tuple of strings).
 
-    Raises `FactError` for a fact without that answer, `ModelError` as `probe` does.
+    Facts without that answer are left out, with a warning. Raises `FactError` where none has it,
+    `ModelError` as `probe` does.
     """
-    streams = all_streams(model) if streams is None else streams
-    facts = listed(facts)
-    activations = probe(model, facts, streams, layers, positions)
-    wanted = first_tokens(model, facts, answer)
-    states = torch.stack(list(activations.values.values())).transpose(1, 2)
+    shown: list[Stream] = list(all_streams(model)) if streams is None else several(streams)
+    positions, chosen = several(positions), with_answer(facts, answer, "lens")
+    asked = list(chosen.values())
+    activations = probe(model, asked, [added(s) for s in shown], layers, positions)
+    wanted = first_tokens(model, asked, answer)
+    pairs = [(stream, position) for stream in shown for position in positions]
+    states = torch.stack([activations[added(s), p] for s, p in pairs]).transpose(1, 2)
     every = wanted.expand(*states.shape[:2], len(wanted))
     # One readout for all rows: each goes through the whole vocabulary.
     read = _answers(model, states.flatten(0, 2), every.flatten(), k)
     places = [
         {"fact": i, "subject": fact.subject, "relation": fact.relation}
         | {"stream": stream, "position": position, "layer": layer}
-        for stream, position in activations.values
+        for stream, position in pairs
         for layer in activations.layers
-        for i, fact in enumerate(activations.facts)
+        for i, fact in chosen.items()
     ]
     return pd.DataFrame(places).assign(**read)
 
@@ -67,8 +73,8 @@ def lens(
 def lens_tokens(
     model: Model,
     fact: Fact | Sequence[Fact],
-    streams: Sequence[Stream] | None = None,
-    layers: Sequence[int] | None = None,
+    streams: Stream | Sequence[Stream] | None = None,
+    layers: int | Sequence[int] | None = None,
     *,
     answer: Answer = "target_true",
 ) -> pd.DataFrame:
@@ -83,13 +89,13 @@ def lens_tokens(
         return passes.each(
             fact, lambda one: lens_tokens(model, one, streams, layers, answer=answer)
         )
-    streams = all_streams(model) if streams is None else streams
+    streams = all_streams(model) if streams is None else several(streams)
     layers = passes.layers_of(model, layers, "lens_tokens")
     if not streams:
         raise ModelError("lens_tokens needs at least one stream")
     wanted = first_tokens(model, [fact], answer)
     batch, texts = tokens.shown(model, fact)
-    points = {(stream, n): model.stream_hook(n, stream) for stream in streams for n in layers}
+    points = {(s, n): model.stream_hook(n, added(s)) for s in streams for n in layers}
     values = passes.capture(model, batch, points, lambda v: v[0].to(model.device))
     states = torch.cat(list(values.values()))
     ranked = _answers(model, states, wanted.expand(len(states)), 1)
@@ -99,6 +105,12 @@ def lens_tokens(
         for position, token in enumerate(texts)
     ]
     return pd.DataFrame(places).assign(**{**ranked, "top": [token for (token,) in ranked["top"]]})
+
+
+def added(stream: Stream) -> Stream:
+    """Of a component's output what it adds to the residual stream; any other stream itself."""
+    reaching: dict[Stream, Stream] = {"attn_out": "attn_added", "mlp_out": "mlp_added"}
+    return reaching.get(stream, stream)
 
 
 def all_streams(model: Model) -> tuple[Stream, ...]:

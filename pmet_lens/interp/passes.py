@@ -14,7 +14,7 @@ from torch import Tensor
 from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model
-from pmet_lens.models.sites import ModelError, layer_of
+from pmet_lens.models.sites import ModelError, layer_of, several
 from pmet_lens.models.tokens import Batch
 
 Key = TypeVar("Key")
@@ -71,9 +71,9 @@ def same_pairs(facts: Sequence[Fact]) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return relation, subject, prompt
 
 
-def layers_of(model: Model, layers: Sequence[int] | None, needed_by: str) -> Sequence[int]:
-    """`layers`; None: all. Raises `ModelError` for an empty choice."""
-    layers = range(model.n_layers) if layers is None else layers
+def layers_of(model: Model, layers: int | Sequence[int] | None, needed_by: str) -> Sequence[int]:
+    """`layers` (one or several); None: all. Raises `ModelError` for an empty choice."""
+    layers = range(model.n_layers) if layers is None else several(layers)
     if not layers:
         raise ModelError(f"{needed_by} needs at least one layer")
     return layers

@@ -22,10 +22,11 @@ from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.evaluation import metrics, scoring
 from pmet_lens.interp import passes
 from pmet_lens.interp.lens import first_tokens
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.activations import probe
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, Stream
+from pmet_lens.models.sites import several
 
 KINDS = ("same relation, other subject", "same subject, other relation")
 OUTCOMES = ("own", "donor", "other")
@@ -35,13 +36,16 @@ PAIRS_PER_PASS = 128
 def patch(
     model: Model,
     facts: Fact | Sequence[Fact],
-    streams: Sequence[Stream] = ("attn_out", "mlp_out"),
-    layers: Sequence[int] | None = None,
+    streams: Stream | Sequence[Stream] = ("attn_out", "mlp_out"),
+    layers: int | Sequence[int] | None = None,
     *,
     n_pairs: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
     """How often the answer follows the donor, per stream, kind of pair and layer.
+
+    It makes no difference whether a component's output is replaced before a post-norm ("attn_out",
+    "mlp_out") or after it ("attn_added", "mlp_added"): the donor's norm comes with it.
 
     Only facts answered right take part, and only pairs whose answers begin with different tokens;
     the argmax at the last token is compared with both ("own": the base prompt's answer stays;
@@ -53,8 +57,8 @@ def patch(
     Facts without a relation or a true answer, and a kind of which there is no pair (say, every
     subject has one fact), are left out, with a warning. Raises `FactError` where nothing is left.
     """
-    facts = _usable(passes.some(facts))
-    layers = list(range(model.n_layers) if layers is None else layers)
+    facts, streams = _usable(passes.some(facts)), several(streams)
+    layers = list(range(model.n_layers)) if layers is None else several(layers)
     patched = [[n] for n in layers] + ([layers] if len(layers) > 1 else [])
     wanted = first_tokens(model, facts)
     right = _argmax(model, facts, {}) == wanted
@@ -143,8 +147,9 @@ def _argmax(
 ) -> Int[Tensor, " fact"]:
     """The argmax at the last prompt token, with `values` (by hook name) written there."""
     best = []
-    for start in range(0, len(facts), PAIRS_PER_PASS):
-        chosen = slice(start, start + PAIRS_PER_PASS)
+    size = likelihood.readable(model, PAIRS_PER_PASS)
+    for start in range(0, len(facts), size):
+        chosen = slice(start, start + size)
         batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject) for f in facts[chosen]])
         at = scoring.last_places(batch)
         hooks = [(name, _write(value[chosen], at)) for name, value in values.items()]

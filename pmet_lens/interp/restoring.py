@@ -129,6 +129,12 @@ class Runs:
                 yield (layer, place), per_fact[:, has[:: self.samples]]
 
 
+def asked(model: Model, facts: Sequence[Fact]) -> tokens.Batch:
+    """The prompts of facts with their true answers."""
+    rows = [tokens.Prompt(f.prompt, f.subject, f.target_true, f.blank) for f in facts]
+    return tokens.encode(model, rows)
+
+
 def run_both(
     model: Model,
     facts: Mapping[int, Fact],
@@ -139,8 +145,7 @@ def run_both(
     seed: int,
 ) -> Runs:
     """Both runs of numbered facts. A fact's noise depends on its number and the seed alone."""
-    prompts = [tokens.Prompt(f.prompt, f.subject, f.target_true, f.blank) for f in facts.values()]
-    batch = tokens.encode(model, [prompt for prompt in prompts for _ in range(samples)])
+    batch = asked(model, [fact for fact in facts.values() for _ in range(samples)])
     spread = noise * _entering_scale(model) * float(model.embedding.float().std())
     drawn = torch.zeros(*batch.ids.shape, model.d_model)
     for k, number in enumerate(facts):

@@ -20,12 +20,13 @@ from pmet_lens.evaluation import metrics
 from pmet_lens.interp.lens import top_tokens
 from pmet_lens.models.activations import Position, probe
 from pmet_lens.models.model import Model, ModelError, Stream
+from pmet_lens.models.sites import several
 
 Vocabulary = Literal["embedding", "unembedding"]
 TOP_K = 50
 _COMPONENTS: tuple[tuple[str, Stream, Stream], ...] = (
-    ("MHSA", "attn_in", "attn_out"),
-    ("FFN", "mlp_in", "mlp_out"),
+    ("MHSA", "attn_in", "attn_added"),
+    ("FFN", "mlp_in", "mlp_added"),
 )
 _CHUNK = 256
 
@@ -34,15 +35,16 @@ def component_similarity(
     model: Model,
     facts: Fact | Sequence[Fact],
     *,
-    layers: Sequence[int] | None = None,
-    positions: Sequence[Position] = ("last", "last_subject"),
+    layers: int | Sequence[int] | None = None,
+    positions: Position | Sequence[Position] = ("last", "last_subject"),
     vocabulary: Vocabulary = "embedding",
     k: int = TOP_K,
 ) -> pd.DataFrame:
     """Mean similarity of what enters and what leaves each component, per layer.
 
-    Each component is compared with what *it* reads, after its norm; in parallel blocks the two
-    read the same, and this is what the released notebook measures. `vocabulary`: "embedding"
+    Each component's output, as it is added to the residual stream (after a post-norm, where there
+    is one), is compared with what *it* reads, after its norm; in parallel blocks the two read the
+    same, and this is what the released notebook measures. `vocabulary`: "embedding"
     multiplies the states with the input embedding, without final norm (released); "unembedding"
     takes the model's final norm and unembedding.
 
@@ -51,6 +53,7 @@ def component_similarity(
     """
     if vocabulary not in ("embedding", "unembedding"):
         raise ModelError(f"unknown vocabulary {vocabulary!r}; choose embedding or unembedding")
+    positions = several(positions)
     streams: list[Stream] = [s for _, entering, leaving in _COMPONENTS for s in (entering, leaving)]
     activations = probe(model, facts, streams, layers, positions)
     rows = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from pmet_lens.data.facts import Fact, FactError, listed
+from pmet_lens.data.facts import Fact, with_answer
 from pmet_lens.editing.method import Hparams
 from pmet_lens.interp.causal_trace import causal_trace
 from pmet_lens.models import activations, tokens
@@ -46,11 +46,9 @@ def suggest_hparams(model: Model, facts: Fact | Sequence[Fact], n_edits: int = 1
     writes less than a quarter of the layer output's norm, deltas are bound relative to the latter.
 
     Raises:
-        FactError: for facts without `target_true`.
+        FactError: where no fact has `target_true`.
     """
-    chosen = [fact for fact in listed(facts) if fact.target_true is not None]
-    if not chosen:
-        raise FactError("suggest_hparams needs facts with target_true, which the model knows.")
+    chosen = list(with_answer(facts, "target_true", "suggest_hparams").values())
     trace = causal_trace(model, chosen, places=("last subject token", "last"))
     below_last = trace["layer"] < model.n_layers - 1
     at_subject = trace[(trace["place"] == "last subject token") & below_last]

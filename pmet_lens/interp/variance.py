@@ -30,10 +30,10 @@ FACTORS = ("relation", "relation, other phrasing", "subject")
 def variance_split(
     model: Model,
     facts: Fact | Sequence[Fact],
-    streams: Sequence[Stream] = ("attn_out", "mlp_out"),
+    streams: Stream | Sequence[Stream] = ("attn_out", "mlp_out"),
     position: Position = "last",
     *,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     n_permutations: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -42,6 +42,9 @@ def variance_split(
     Partners of a fact share its relation and not its subject ("relation"), do so in another prompt
     template ("relation, other phrasing": what is asked, not the words), or share its subject and
     not its relation ("subject"). Facts without such a partner do not count for that factor.
+    `streams` are read as they are named: "attn_out" and "mlp_out" are what a component writes,
+    "attn_added" and "mlp_added" what of it is added to the residual stream (another vector where a
+    post-norm stands between).
 
     Returns columns layer, stream, position, factor, share (1: the partners' mean deviation is that
     of the fact; 0: unrelated; can be negative), ci_low, ci_high (95 % bootstrap over facts), null

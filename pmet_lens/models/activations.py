@@ -25,7 +25,7 @@ from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.models import tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model
-from pmet_lens.models.sites import ModelError, Road, Site, Stream, check_name, layer_of
+from pmet_lens.models.sites import ModelError, Road, Site, Stream, check_name, layer_of, several
 from pmet_lens.models.tokens import Position
 
 OnFacts = Callable[[int, int], object]
@@ -103,9 +103,9 @@ class Activations:
 def probe(
     model: Model,
     facts: Fact | Sequence[Fact],
-    streams: Sequence[Stream] = ("attn_out", "mlp_out", "resid_post"),
-    layers: Sequence[int] | None = None,
-    positions: Sequence[Position] = ("last_subject", "last"),
+    streams: Stream | Sequence[Stream] = ("attn_out", "mlp_out", "resid_post"),
+    layers: int | Sequence[int] | None = None,
+    positions: Position | Sequence[Position] = ("last_subject", "last"),
     *,
     batch_tokens: int = 4096,
     on_facts: OnFacts | None = None,
@@ -122,12 +122,12 @@ def probe(
             with it its subject or answer) beyond the model's context.
         ModelError: for an unknown stream, layer or position, naming the valid ones.
     """
-    facts = listed(facts)
+    facts, streams, positions = listed(facts), several(streams), several(positions)
     if not facts:
         raise FactError("There are no facts to probe; pass at least one Fact.")
     for position in positions:
         check_name("position", position, get_args(Position))
-    layers = tuple(range(model.n_layers) if layers is None else layers)
+    layers = tuple(range(model.n_layers) if layers is None else several(layers))
     if not (streams and layers and positions):
         raise ModelError("probe needs at least one stream, one layer and one position")
     for stream in streams:

@@ -26,6 +26,8 @@ Hook = Callable[[Tensor], Tensor | None]
 Hooks = Sequence[tuple[str, Hook]]
 """Hook names, each with its function."""
 _HEAD = "unembed.hook_in"
+_UNREAD = (_HEAD, lambda value: value[:1, :1])
+"""Where nobody reads the logits: those of one token."""
 
 
 def copy_sharing_weights(hf: nn.Module) -> nn.Module:
@@ -169,12 +171,19 @@ class Wrapped:
         if at is not None:
             # Here and not before the final norm: GPT-2 reshapes to [batch, token] in between.
             hooks = [*hooks, (_HEAD, lambda value: picked(value, at)[None])]
+        end: list[Tensor] = []
+        n_blocks = None if self.blocks is None else len(self.blocks.all)
+        if stop_at_layer is not None and stop_at_layer == n_blocks:
+            # Told to stop there, the bridge would go on to the logits of every token.
+            hooks = [*hooks, (f"blocks.{stop_at_layer - 1}.hook_out", end.append), _UNREAD]
+            stop_at_layer = None
         with (
             frozen(self._parameters),
             self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks)),
             self._starting_at(first),
         ):
             out = self.bridge(ids, stop_at_layer=stop_at_layer, **passed)
+        out = end[0] if end else out
         return (out if at is None else out[0]).to(ids.device)
 
     def read_past(
@@ -189,8 +198,7 @@ class Wrapped:
         from transformers import DynamicCache
 
         cache: Any = DynamicCache()
-        # Nobody reads the logits.
-        hooks = [*hooks, (_HEAD, lambda value: value[:1, :1])]
+        hooks = [*hooks, _UNREAD]
         with (
             torch.no_grad(),
             self.bridge.hooks(fwd_hooks=_as_bridge_hooks(hooks)),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pmet_lens.data.facts import FactError
+from pmet_lens.models.likelihood import readable
 from pmet_lens.models.model import Model
 from pmet_lens.models.sites import ModelError
 from pmet_lens.models.tokens import chunks, plain_ids
@@ -30,6 +31,8 @@ def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed:
     end-of-text token. Deterministic in `seed`. Of a chat model: the prompt and the assistant's
     answer; the chat template around them is left out and not counted. Raises as `generate_batch`
     does."""
+    if not isinstance(prompt, str):
+        raise FactError(f"generate takes one prompt, not {prompt!r}; see generate_batch.")
     return generate_batch(model, [prompt], [seed], length, top_k)[0]
 
 
@@ -55,8 +58,8 @@ def generate_batch(
             seeds than of prompts, or `top_k` below 1.
     """
     check_end(model)
-    if isinstance(prompts, str):
-        raise FactError("prompts is one string; put it into a list, or call generate.")
+    if isinstance(prompts, str) or isinstance(seeds, int):
+        raise FactError("prompts and seeds are lists; for one prompt call generate.")
     if len(prompts) != len(seeds) or top_k < 1:
         raise FactError(
             f"{len(prompts)} prompts need as many seeds, not {len(seeds)}, and top_k at least 1, "
@@ -78,7 +81,8 @@ def generate_batch(
         min(length + start - n, model.n_positions) for start, n in zip(starts, plain, strict=True)
     ]
     done = 0
-    for chunk in chunks(limits, batch_tokens, starts):
+    once, most = [1] * len(rows), readable(model)
+    for chunk in chunks(limits, batch_tokens, starts, reads=once, readable=most):
         _extend(model, rows, chunk, limits, None if top_k == 1 else sample)
         done += len(chunk)
         if on_prompts is not None:
@@ -119,7 +123,9 @@ def answers(model: Model, prompts: Sequence[str], n_tokens: int = 6) -> list[str
     rows = _prompt_ids(model, prompts)
     starts = [len(row) for row in rows]
     limits = [min(n + n_tokens, model.n_positions) for n in starts]
-    _extend(model, rows, range(len(rows)), limits)
+    size = readable(model, len(rows))
+    for start in range(0, len(rows), size):
+        _extend(model, rows, range(len(rows))[start : start + size], limits)
     return [re.split(r"[.!?](?:\s|$)|\n", t)[0].strip() for t in _decoded(model, rows, starts)]
 
 

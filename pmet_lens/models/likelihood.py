@@ -8,18 +8,38 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pmet_lens.models import memory
 from pmet_lens.models.bridge import Hooks
 from pmet_lens.models.model import Model
 from pmet_lens.models.tokens import Batch
 
-LOGITS = 64_000_000
-"""Numbers in the logits of one pass: 256 MB in float32. A vocabulary of 262,144 (Gemma) costs as
-much as all blocks together, so tokens whose logits are read are few at a time."""
+LOGITS, LOGITS_ELSEWHERE = 64_000_000, 512_000_000
+"""Numbers in the logits of one pass, on a CPU (256 MB in float32) and on an accelerator. A
+vocabulary of 262,144 (Gemma) costs as much as all blocks together, so tokens whose logits are read
+are few at a time."""
+_PART = 16
+"""Of the free memory of an accelerator one such tensor takes at most a 16th: with log-softmax, its
+gradient and that of the logits a quarter."""
 
 
-def readable(model: Model, tokens: int) -> int:
-    """How many of so many tokens one pass may read the logits of (one at least)."""
-    return max(1, min(tokens, LOGITS // len(model.embedding)))
+def readable(
+    model: Model, tokens: int | None = None, free: int | None = None, *, copies: int = 1
+) -> int:
+    """How many of so many tokens (None: of any number) one pass may read the logits of, one at
+    least. `free`: bytes of the accelerator (None: ask it); where little is, as much as on a CPU.
+    `copies`: how many times as much room as a plain pass each takes (with a gradient: 2)."""
+    most = LOGITS if model.device.type == "cpu" else LOGITS_ELSEWHERE
+    free = memory.free(model.device) if free is None else free
+    if free is not None:
+        most = min(LOGITS_ELSEWHERE, max(LOGITS, free // _PART // 4))
+    fitting = max(1, most // copies // len(model.embedding))
+    return fitting if tokens is None else max(1, min(tokens, fitting))
+
+
+def rows_at_once(model: Model, batch: Batch, most: int, *, copies: int = 1) -> int:
+    """How many rows of `batch` one pass takes: `most`, or what is `readable` of their answers."""
+    longest = max(1, int(batch.scored.sum(1).max()))
+    return max(1, min(most, readable(model, copies=copies) // longest))
 
 
 def at_least_float32(value: Tensor) -> Tensor:

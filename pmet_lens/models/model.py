@@ -224,7 +224,7 @@ class Model:
         those of one name run in the order given. `at`: (row, token) pairs; only there are logits
         computed and returned, which saves most of the time and memory of a large vocabulary.
         With `stop_at_layer=l` blocks from `l` on do not run and the residual entering block `l`
-        is returned instead (the logits where `l` is the number of layers).
+        is returned instead (where `l` is the number of layers that leaving the last one).
 
         Gradients flow to whatever the hooks bring in, never to the model's weights.
         """

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Stream = Literal["attn_in", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
+Stream = Literal[
+    "attn_in", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post",
+    "attn_added", "mlp_added",
+]  # fmt: skip
 """What can be read at a layer, all `[batch, token, d_model]`. `attn_in` and `mlp_in` are what the
-component itself reads, after its norm; `attn_out` and `mlp_out` what its output projection writes
-(before a post-norm, where there is one); `resid_pre`, `resid_mid` and `resid_post` the residual
-stream before, between and after the two. Parallel blocks have no `resid_mid`."""
+component itself reads, after its norm; `attn_out` and `mlp_out` what its output projection writes;
+`attn_added` and `mlp_added` what of it is added to the residual stream: the same, or behind a
+post-norm (Gemma 2 and 3, OLMo 2) or a scale (Granite) what these make of it; `resid_pre`,
+`resid_mid` and `resid_post` the residual stream before, between and after the two. `resid_pre` of
+layer 0 and all that is added make the last `resid_post`. Parallel blocks have no `resid_mid`."""
 Projection = Literal["attn", "mlp"]
 
-# `hook_attn_out` and `hook_mlp_out` are avoided: with post-norms (Gemma-2) they come after them.
 STREAM_HOOKS = {
     "attn_in": "attn.hook_in",
     "attn_out": "attn.o.hook_out",
@@ -26,6 +31,8 @@ STREAM_HOOKS = {
     "resid_pre": "hook_in",
     "resid_mid": "hook_resid_mid",
     "resid_post": "hook_out",
+    "attn_added": "hook_attn_out",
+    "mlp_added": "hook_mlp_out",
 }
 """TransformerLens's hook of each stream, inside a block."""
 _SMALL_GAIN = 0.05
@@ -53,8 +60,8 @@ class Site:
 
     def __post_init__(self) -> None:
         check_name("projection", self.projection, get_args(Projection))
-        if self.layer < 0:
-            raise ModelError(f"layers count from 0, so there is no layer {self.layer}")
+        if not isinstance(self.layer, Integral) or self.layer < 0:
+            raise ModelError(f"layers count from 0, so there is no layer {self.layer!r}")
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.projection}"
@@ -130,6 +137,11 @@ class Road:
         """What is divided by: per fact the root mean square, or 1."""
         one = written.new_ones(len(written), 1, dtype=torch.float64)
         return written.double().square().mean(-1, keepdim=True).sqrt() if self.normed else one
+
+
+def several(given: Any) -> list[Any]:
+    """What is given as a list: a single name, number or site is a list of one."""
+    return [given] if isinstance(given, (str, Integral, Site)) else list(given)
 
 
 def check_name(kind: str, given: str, valid: tuple[str, ...]) -> None:

@@ -110,18 +110,31 @@ def with_context(context: str, template: str) -> str:
 
 
 def chunks(
-    lengths: Sequence[int], budget: int, then: Sequence[int] | None = None
+    lengths: Sequence[int],
+    budget: int,
+    then: Sequence[int] | None = None,
+    *,
+    reads: Sequence[int] | None = None,
+    readable: int = 0,
 ) -> list[list[int]]:
     """The numbers of the rows that share a batch: sorted by length (those of one length by `then`),
-    as many as `budget` tokens allow with the padding to the longest (one at least)."""
+    as many as `budget` tokens allow with the padding to the longest (one at least).
+
+    `reads`: at how many tokens the logits of each row are read; of a batch at most at `readable`
+    (`likelihood.readable`: they are as wide as the vocabulary).
+    """
     batches: list[list[int]] = []
-    second = lengths if then is None else then
+    second, read = lengths if then is None else then, 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], second[i])):
+        more = 0 if reads is None else reads[i]
         # Sorted: the newest is the longest, so all are padded to it.
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
+        fits = batches and (len(batches[-1]) + 1) * lengths[i] <= budget
+        if fits and read + more <= readable:
             batches[-1].append(i)
+            read += more
         else:
             batches.append([i])
+            read = more
     return batches
 
 
@@ -249,6 +262,14 @@ def prompts_of(fact: Fact, contexts: Sequence[str], target: str | None = None) -
     return [Prompt(template, fact.subject, target, fact.blank) for template in templates]
 
 
+def contexts_of(model: Model, given: Sequence[str] | None) -> list[str]:
+    """The context prefixes that were given; None: those the model samples. Raises `FactError` for
+    one string in place of a list."""
+    if isinstance(given, str):
+        raise FactError(f"contexts takes a list of templates, not {given!r}; put it into a list.")
+    return sample_contexts(model) if given is None else list(given)
+
+
 def sample_contexts(model: Model, seed: int = 0, length: int = 10, top_k: int = 5) -> list[str]:
     """Context prefixes in the model's own words: one continuation of `length` tokens in all for
     each of `SEEDS`, top-k sampled, braces removed, then `". {}"`. Deterministic in `seed`.
@@ -260,8 +281,9 @@ def sample_contexts(model: Model, seed: int = 0, length: int = 10, top_k: int = 
     for word in SEEDS:
         ids = torch.tensor([plain_ids(model, word, True)[0]], device=model.device)
         while ids.shape[1] < length:
+            last = torch.tensor([[0, ids.shape[1] - 1]], device=model.device)
             with torch.no_grad():
-                logits = model.forward(ids, torch.ones_like(ids))[0, -1].float().cpu()
+                logits = model.forward(ids, torch.ones_like(ids), at=last)[0].float().cpu()
             best = logits.topk(min(top_k, len(logits)))
             pick = torch.multinomial(best.values.softmax(0), 1, generator=generator)
             ids = torch.cat([ids, best.indices[pick].to(ids)[None]], dim=1)

@@ -35,7 +35,7 @@ def kept_moments(
     path: str | Path,
     model: Model,
     texts: Iterable[str],
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     *,
     every: float = 60.0,
     on_tokens: OnTokens | None = None,
@@ -203,6 +203,11 @@ class StoredMoment:
     def shape(self) -> tuple[int, ...]:
         """Of the moment, without reading it."""
         return file_format.shape(self.path, self.site, _WHAT, MomentError)
+
+    @property
+    def count(self) -> int:
+        """Tokens in the sum."""
+        return file_format.head(self.path, FORMAT, _WHAT, MomentError)["counts"][self.site]
 
     def matrix(self, device: torch.device | None = None) -> Float[Tensor, "d_in d_in"]:
         """E[k kᵀ], read from the file."""

@@ -18,10 +18,12 @@ from pmet_lens.models import tokens
 from pmet_lens.models.loading import of_the_world
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, Projection, Site
+from pmet_lens.models.sites import several
 from pmet_lens.moments.moment import Moment as Moment
 from pmet_lens.moments.moment import MomentError as MomentError
 from pmet_lens.moments.moment import SiteSum
 
+BOTH: tuple[Projection, ...] = get_args(Projection)
 OnTokens = Callable[[int, int], object]
 _SHARD = 2
 """Batches in a shard of text."""
@@ -30,9 +32,9 @@ _SHARD = 2
 def second_moments(
     model: Model,
     texts: Iterable[str],
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     *,
-    projections: Sequence[Projection] = get_args(Projection),
+    projections: Projection | Sequence[Projection] = BOTH,
     n_tokens: int | None = 100_000,
     max_length: int = 128,
     batch_tokens: int = 2048,
@@ -74,8 +76,8 @@ class Summing:
     so that they can be saved on the way and continued (`moment_files.kept_moments`)."""
 
     model: Model
-    layers: Sequence[int] | None = None
-    projections: Sequence[Projection] = get_args(Projection)
+    layers: int | Sequence[int] | None = None
+    projections: Projection | Sequence[Projection] = BOTH
     n_tokens: int | None = 100_000
     max_length: int = 128
     batch_tokens: int = 2048
@@ -90,11 +92,11 @@ class Summing:
         if self.precision is not None and not self.precision > 0:
             raise MomentError(f"precision must be greater than 0, not {self.precision}.")
         layers = known_hparams(model, "PMET").layers if self.layers is None else self.layers
-        layers = [model.check_layer(n) for n in sorted(set(layers))]
+        layers = [model.check_layer(n) for n in sorted(set(several(layers)))]
         self.max_length = min(self.max_length, model.n_positions)
         self.sums = {
             site: SiteSum(site, model.d_in(site), self.dtype, model.weight(site).device)
-            for site in (Site(n, p) for n in layers for p in self.projections)
+            for site in (Site(n, p) for n in layers for p in several(self.projections))
         }
         self.count, self.n_texts = 0, 0
         self.read_texts = ""

@@ -18,7 +18,7 @@ from pmet_lens.editing import keys, objective, solvers
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import resolved, settled
-from pmet_lens.models import tokens
+from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.model import Model, Projection, Site
 
 
@@ -122,15 +122,16 @@ def estimate(
         raise SettingsError(f"n_facts must be at least 1, not {n}.")
     hp = settled(model, method, hparams, n)
     hp.check(model.n_layers)
-    contexts = tokens.sample_contexts(model) if contexts is None else list(contexts)
+    contexts = tokens.contexts_of(model, contexts)
     sizes = sizes_of(model) if sizes is None else sizes
     count, size = _Count(model, method, hp, sizes), method.at_once or len(facts)
     for start in range(0, len(facts), size):
         count.add(facts[start : start + size], contexts)
     scale, together = n / len(facts), min(n, method.at_once or n)
-    # Of a larger edit a batch is as full as the budget allows.
-    budget = objective.budget(model, hp.layers[-1])
-    full = count.values * min(together / len(facts), budget / count.ran)
+    # Of a larger edit a batch is as full as tokens and logits allow.
+    budget, readable = objective.budget(model, hp.layers[-1]), likelihood.readable(model, copies=2)
+    filled = min(budget / count.ran, readable / count.read)
+    full = count.values * min(together / len(facts), filled)
     streams = count.kept * together / len(facts) * sizes.d_model
     d_in = [sizes.d_in[p] for _ in hp.layers for p in method.write]
     wider = sizes.d_model / model.d_model  # what a token keeps grows with the width
@@ -159,14 +160,16 @@ class _Count:
         self.blocks, self.last_mlp, self.embedding = sizes.blocks, sizes.last_mlp, sizes.embedding
         self.above = self.blocks[max(self.first, self.layer) :]  # with a gradient
         self.step = self.whole = self.record = self.keys = 0
-        self.ran = self.values = self.largest = self.kept = 0
+        self.ran = self.read = self.values = self.largest = self.kept = 0
 
     def add(self, facts: Sequence[Fact], contexts: Sequence[str]) -> None:
         """Facts edited together: the batches of `targets.optimise`, then `keys.Reader`."""
         rows, per_fact = objective.prompts(self.model, facts, contexts)
         whole, at = self.tail is None or not self.tail.has_past, self.method.position
         budget = objective.budget(self.model, self.layer)
-        for chunk in objective.batches(rows, per_fact, at, whole=whole, budget=budget):
+        chunks = objective.batches(self.model, rows, per_fact, at, whole=whole, budget=budget)
+        self.read += int(objective.read_by(rows, per_fact).sum())
+        for chunk in chunks:
             numbers = objective.rows_of(chunk, per_fact)
             self._batch(rows[numbers.to(self.model.device)], len(chunk))
         both = sum(self.blocks + self.above) + 2 * self.embedding

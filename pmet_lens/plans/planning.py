@@ -89,7 +89,7 @@ class Plan:
 
 
 def plan(
-    grid: Sequence[Run],
+    grid: Run | Sequence[Run],
     *,
     workers: int | None = None,
     engine: str = "serial",

@@ -56,13 +56,20 @@ PLACE_COLOURS = dict(
 COMPONENT_COLOURS: Mapping[str, str] = {
     "MHSA": "#882255",
     "attn_out": "#882255",
+    "attn_added": "#882255",
     "FFN": "#44AA99",
     "mlp_out": "#44AA99",
+    "mlp_added": "#44AA99",
     "resid_pre": "#999933",
     "resid_mid": "#DDCC77",
     "resid_post": "#332288",
 }
-COMPONENT_NAMES: Mapping[str, str] = {"attn_out": "MHSA", "mlp_out": "FFN"}
+COMPONENT_NAMES: Mapping[str, str] = {
+    "attn_out": "MHSA",
+    "attn_added": "MHSA",
+    "mlp_out": "FFN",
+    "mlp_added": "FFN",
+}
 
 
 def colour_of(name: str) -> str:

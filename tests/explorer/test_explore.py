@@ -10,7 +10,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_hf, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import pmet_lens as pl
 from pmet_lens.explorer import recipes, variants, views, widgets
@@ -126,6 +128,30 @@ def test_a_model_nobody_knows_is_told_what_it_needs():
     explorer = pl.explore(tiny_model("gpt2"))
     assert "hparams=" in explorer.edit._note.value
     assert explorer.edit.layers.disabled
+
+
+def test_a_real_models_examples_are_what_it_knows():
+    """Planted: a model that says French after everything."""
+    facts = pl.real_facts()
+    words = {w for f in facts for w in f"{f.text} {f.target_true} {f.target_new}".split()}
+    names = {word: n for n, word in enumerate(["<end>", "<other>", *sorted(words)])}
+    backend = Tokenizer(models.WordLevel(names, "<other>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<end>", unk_token="<other>"
+    )
+    hf = tiny_hf("gptj", vocab_size=len(names))
+    hf.lm_head.bias.data[names["French"]] = 1e6
+    model = pl.load(hf, tokenizer, name="frenchman")
+    explorer = pl.explore(model)
+    offered = [text for text, _ in explorer.fact.example.options]
+    known = [f for f in facts if f.target_true == "French"]
+    assert 1 < len(known) <= 40
+    assert offered == ["your own", *(f"{f.text} → {f.target_new}" for f in known)]
+    assert explorer.fact.subject.value == known[0].subject
+    assert pl.explore(model, [facts[0]]).fact.subject.value == facts[0].subject
+    copy = pl.load(pl.load("world").hf, pl.load("world").tokenizer, name="a copy")
+    assert pl.explore(copy).fact.subject.value == pl.counterfact(n=1)[0].subject
 
 
 @pytest.mark.slow

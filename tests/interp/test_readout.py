@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, PARALLEL, plain_logits, refused, tiny_config, tiny_model, tiny_tokenizer
+from tiny import (
+    FAMILIES,
+    MORE,
+    PARALLEL,
+    plain_logits,
+    refused,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 import pmet_lens as pl
 from pmet_lens.interp import lens
@@ -12,6 +21,7 @@ from pmet_lens.models.activations import probe
 from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
+POST_NORM = ("gemma2", "gemma3", "olmo2")
 FACTS = [
     pl.Fact("Mira Tolan", "{} plays the sport of", "rugby", "tennis", relation="sport"),
     pl.Fact("Danel Orrin", "The mother tongue of {} is", "Dutch", "French", relation="tongue"),
@@ -60,12 +70,13 @@ def test_soft_caps_are_part_of_the_readout():
 
 def test_rank_probability_and_top_are_those_of_the_logits(model):
     frame = lens.lens(model, FACTS, k=3)
-    found = probe(model, FACTS, lens.all_streams(model))
+    found = probe(model, FACTS, [lens.added(s) for s in lens.all_streams(model)])
     spelt = [model.tokenizer(f" {f.target_true}")["input_ids"][0] for f in FACTS]
     assert len(frame) == len(found.values) * 4 * len(FACTS)
     assert not frame.duplicated(["fact", "stream", "position", "layer"]).any()
     for row in frame.itertuples(index=False):
-        logits = lens.logits(model, found[row.stream, row.position][row.fact, row.layer])
+        state = found[lens.added(row.stream), row.position][row.fact, row.layer]
+        logits = lens.logits(model, state)
         own = logits[spelt[row.fact]]
         assert row.rank == 1 + int((logits > own).sum())
         assert row.probability == pytest.approx(float(logits.softmax(0)[spelt[row.fact]]), abs=1e-6)
@@ -74,6 +85,39 @@ def test_rank_probability_and_top_are_those_of_the_logits(model):
         assert (row.rank == 1) == (spelt[row.fact] == int(best[0]))
         assert (row.subject, row.relation) == (FACTS[row.fact].subject, FACTS[row.fact].relation)
     assert frame["rank"].nunique() > 5
+
+
+@pytest.mark.few("gpt2", "gptj", "gemma3", "olmo2")
+@pytest.mark.parametrize("family", (*FAMILIES, *MORE))
+def test_the_embedding_and_all_that_is_added_make_the_stream(family):
+    model = tiny_model(family, torch.float64)
+    streams = ("attn_out", "mlp_out", "attn_added", "mlp_added", "resid_pre", "resid_post")
+    found = probe(model, FACTS, streams)
+    for place in ("last_subject", "last"):
+        attn, mlp, attn_added, mlp_added, pre, post = (found[s, place] for s in streams)
+        summed = pre[:, 0] + attn_added.sum(1) + mlp_added.sum(1)
+        torch.testing.assert_close(summed, post[:, -1], rtol=1e-9, atol=1e-9)
+        same = [torch.equal(attn, attn_added), torch.equal(mlp, mlp_added)]
+        assert same == [family not in POST_NORM] * 2
+
+
+def test_what_a_component_says_is_what_it_adds():
+    """Planted: behind a norm of gain g at one channel alone, a component says what that does."""
+    model = tiny_model("olmo2")
+    fact = FACTS[0]
+    for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+        gain = model.hf.get_submodule(f"model.layers.1.{name}").weight.data
+        gain.copy_(torch.eye(len(gain))[3])
+    said = lens.lens(model, [fact], ("attn_out", "mlp_out"), (1,), ("last",), k=1)
+    signs = [
+        lens.top_tokens(model, sign * torch.eye(model.d_model)[3], 1).tolist() for sign in (1, -1)
+    ]
+    texts = [(model.tokenizer.decode(ids),) for ids in signs]
+    assert set(said["top"]) <= set(texts)
+    tokens = lens.lens_tokens(model, fact, ("attn_out", "mlp_out"), (1,))
+    assert {(text,) for text in tokens["top"]} <= set(texts)
+    last = tokens[tokens["position"] == tokens["position"].max()]
+    assert last["rank"].tolist() == said["rank"].tolist()
 
 
 def test_there_is_a_middle_only_where_attention_comes_first(model):
@@ -99,7 +143,7 @@ def test_the_asked_answer_is_looked_up():
     assert (true["rank"] != new["rank"]).any()
     known = [pl.Fact("Ilmar", "{} is", target_true="Kel")]
     assert len(lens.lens(model, known, ("mlp_out",), (0,), ("last",))) == 1
-    with pytest.raises(pl.FactError, match="'Ilmar is' has no target_new"):
+    with pytest.raises(pl.FactError, match="lens needs facts with target_new; there are none"):
         lens.lens(model, known, answer="target_new")
 
 

@@ -100,7 +100,7 @@ def test_unrelated_vectors_have_nothing_in_common(monkeypatch):
 
 @pytest.mark.parametrize("component, place", [("MHSA", "last"), ("FFN", "last_subject")])
 def test_each_component_is_compared_with_its_own_input(monkeypatch, component, place):
-    streams = {"MHSA": ("attn_in", "attn_out"), "FFN": ("mlp_in", "mlp_out")}[component]
+    streams = {"MHSA": ("attn_in", "attn_added"), "FFN": ("mlp_in", "mlp_added")}[component]
     planted(monkeypatch, 3, tuple((s, place) for s in streams))
     means = component_similarity(tiny_model("gpt2"), FACTS).set_index(CELL)["mean"]
     alike = means[means > 0.999].index.to_list()

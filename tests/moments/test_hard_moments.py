@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -43,19 +45,62 @@ def test_a_file_says_whether_first_tokens_count(tmp_path) -> None:
         pl.kept_moments(other, model, TEXTS, [1])
 
 
-def test_dead_neurons_are_named_with_what_to_do() -> None:
+METHODS = ("PMET", "MEMIT", "ROME", "EMMET")
+
+
+def edited(method: str, moment: object, weight: float = 1e-9, facts: int = 1) -> pl.Edit:
     model = tiny_model("opt", torch.float64)
-    size = model.d_in(SITE)
+    hparams = pl.Hparams((1,), n_steps=1, second_moment_weight=weight)
+    many = [pl.Fact(name, "The tongue of {} is", "Kel") for name in _names(facts)]
+    return pl.edit(model, many, {SITE: moment}, method, hparams, contexts=["{}"], check=False)
+
+
+def _names(n: int) -> list[str]:
+    return ["Danel Orrin", *(f"{a}{b}" for a in "ABCDEFGHIJ" for b in "abcdefghij")][:n]
+
+
+@pytest.mark.parametrize("facts", [1, 60], ids=["dual", "primal"])
+@pytest.mark.parametrize("method", METHODS)
+def test_dead_neurons_are_named_with_what_to_do(method: str, facts: int) -> None:
+    """Whatever the solver and however few memories count (λ small)."""
+    size = tiny_model("opt").d_in(SITE)
     moment = torch.eye(size, dtype=torch.float64)
     moment[3, 3] = moment[5, 5] = 0
-    hparams = pl.Hparams((1,), n_steps=1)
-    how = {"contexts": ["{}"], "check": False}
+    n = 1 if method in ("ROME", "EMMET") else facts
     with pytest.raises(pl.SolveError, match=rf"At 1\.mlp: .*2 of its {size} inputs .*a floor"):
-        pl.edit(model, FACT, {SITE: moment}, "EMMET", hparams, **how)
+        edited(method, moment, facts=n)
     floor = 1e-4 * moment.diagonal().mean()
-    edit = pl.edit(model, FACT, {SITE: moment + floor * torch.eye(size)}, "EMMET", hparams, **how)
+    edit = edited(method, moment + floor * torch.eye(size), facts=n)
     assert torch.isfinite(edit.deltas[SITE]).all()
-    low = torch.ones(size, size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("facts", [1, 60], ids=["dual", "primal"])
+@pytest.mark.parametrize("method", METHODS)
+def test_too_few_tokens_are_named_with_what_to_do(method: str, facts: int) -> None:
+    """The second moment of fewer keys than they have entries."""
+    size = tiny_model("opt").d_in(SITE)
+    rows = torch.randn(size - 4, size, generator=torch.Generator().manual_seed(0)).double()
+    n = 1 if method in ("ROME", "EMMET") else facts
     with pytest.raises(pl.SolveError, match=r"At 1\.mlp: .*more tokens than its size") as error:
-        pl.edit(model, FACT, {SITE: low}, "EMMET", hparams, **how)
+        edited(method, pl.Moment(rows.T @ rows, len(rows)), facts=n)
     assert "dead" not in str(error.value)
+
+
+def test_a_null_space_of_too_few_tokens_is_named(tmp_path) -> None:
+    """AlphaEdit can always be solved; directions that no text reached are not free."""
+    size = tiny_model("opt").d_in(SITE)
+    generator = torch.Generator().manual_seed(0)
+    few, many = (torch.randn(n, size, generator=generator).double() for n in (size - 4, 10 * size))
+    few[:, 3] = many[:, 3] = 0  # a dead neuron is: its moment says so of any number of tokens
+    told = rf"fewer tokens than inputs: 1\.mlp \({size - 4} for {size}\).*ten times as many"
+    moment = pl.Moment(few.T @ few, len(few))
+    with pytest.warns(UserWarning, match=told) as caught:
+        edited("AlphaEdit", moment)
+    assert caught[0].filename.endswith(("test_hard_moments.py", "_decorator.py"))
+    pl.save_moments({SITE: moment}, tmp_path / "m.safetensors")
+    with pytest.warns(UserWarning, match=told):
+        edited("AlphaEdit", pl.open_moments(tmp_path / "m.safetensors")[SITE])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit = edited("AlphaEdit", pl.Moment(many.T @ many, len(many)))
+    assert torch.isfinite(edit.deltas[SITE]).all()

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from tiny import refused, tiny_hf, tiny_model, tiny_tokenizer
+from tiny import refused, tiny_hf, tiny_model, tiny_tokenizer, unchecked
 
 import pmet_lens as pl
 from pmet_lens.editing.edits import Edit
@@ -44,7 +44,7 @@ def made(model, moments, facts, *args, **more) -> Edit:
     return pl.edit(model, facts, moments, *args, contexts=["{}"], check=False, **more)
 
 
-# -- one fact or several --------------------------------------------------------------------------
+# -- one fact or several -------------------------------------------------------------------------
 
 LOOKS: dict[str, Any] = {
     "causal_trace": lambda m, f: pl.causal_trace(m, f, samples=1),
@@ -105,7 +105,7 @@ def test_what_is_no_fact_is_refused_in_words(model, wrong: Any) -> None:
         listed(wrong)
 
 
-# -- a method or its name -------------------------------------------------------------------------
+# -- a method or its name ------------------------------------------------------------------------
 
 
 def test_a_name_stands_for_its_method(model, moments) -> None:
@@ -137,7 +137,7 @@ def test_a_gradient_method_where_none_can_be_used_is_refused_in_words(model, mom
         pl.hparams_for(model, "FT-W")
 
 
-# -- used, or refused in words --------------------------------------------------------------------
+# -- used, or refused in words -------------------------------------------------------------------
 
 
 def test_one_fact_at_a_time_uses_or_refuses_what_is_given(model, moments) -> None:
@@ -179,7 +179,200 @@ def test_protecting_edits_keeps_no_factors(model, moments) -> None:
         pl.edit_sequentially(model, FACTS, moments, "MEMIT", HP, ["{}"], **more)
 
 
-# -- inference mode -------------------------------------------------------------------------------
+# -- one name or number where a list is taken ------------------------------------------------------
+
+ONE_NAME: dict[str, tuple[Any, Any]] = {
+    "probe": (
+        lambda m: pl.probe(m, FACTS, "mlp_out", 1, "last").to_frame(),
+        lambda m: pl.probe(m, FACTS, ("mlp_out",), (1,), ("last",)).to_frame(),
+    ),
+    "lens": (
+        lambda m: pl.lens(m, FACTS, "mlp_out", 1, "last"),
+        lambda m: pl.lens(m, FACTS, ("mlp_out",), (1,), ("last",)),
+    ),
+    "lens_tokens": (
+        lambda m: pl.lens_tokens(m, FACTS[0], "mlp_out", 1),
+        lambda m: pl.lens_tokens(m, FACTS[0], ("mlp_out",), (1,)),
+    ),
+    "causal_trace": (
+        lambda m: pl.causal_trace(m, FACTS, layers=1, places="last", samples=1),
+        lambda m: pl.causal_trace(m, FACTS, layers=(1,), places=("last",), samples=1),
+    ),
+    "trace_tokens": (
+        lambda m: pl.trace_tokens(m, FACTS[0], layers=1, samples=1),
+        lambda m: pl.trace_tokens(m, FACTS[0], layers=(1,), samples=1),
+    ),
+    "attention_patterns": (
+        lambda m: pl.attention_patterns(m, FACTS, 1),
+        lambda m: pl.attention_patterns(m, FACTS, (1,)),
+    ),
+    "subject_attention": (
+        lambda m: pl.subject_attention(m, FACTS[0], 1),
+        lambda m: pl.subject_attention(m, FACTS[0], (1,)),
+    ),
+    "component_similarity": (
+        lambda m: pl.component_similarity(m, FACTS, layers=1, positions="last"),
+        lambda m: pl.component_similarity(m, FACTS, layers=(1,), positions=("last",)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_NAME)
+def test_one_name_stands_for_a_list_of_one(model, name: str) -> None:
+    one, several = ONE_NAME[name]
+    pd.testing.assert_frame_equal(one(model), several(model))
+
+
+def test_one_layer_or_site_stands_for_a_list_of_one(model, moments) -> None:
+    found = pl.second_moments(model, ["The tower of Ilmar."], 1, projections="mlp")
+    assert set(found) == {pl.Site(1, "mlp")}
+    with unchecked():
+        assert replace(HP, layers=2) == replace(HP, layers=(2,))  # type: ignore[arg-type]
+    edit = made(model, moments, FACTS, "PMET", HP)
+    named = {str(site): moment for site, moment in moments.items()}
+    assert same(made(model, named, FACTS, "PMET", HP), edit)
+    assert same(pl.merged(edit), edit)
+    drift = [pl.drift(model, FACTS, edit, s) for s in ("mlp_out", ("mlp_out",))]
+    pd.testing.assert_frame_equal(*drift)
+    assert edit.targets is not None
+    assert torch.equal(edit.targets[1].values["mlp_out"], edit.targets[1:2].values["mlp_out"])
+
+
+def test_one_run_stands_for_a_grid(tmp_path) -> None:
+    one = pl.Run(model="some/model", facts=FACTS, method="PMET", hparams=HP)
+    pl.save_grid(one, tmp_path / "g.json")
+    assert [run.digest for run in pl.load_grid(tmp_path / "g.json")] == [one.digest]
+
+
+def test_one_fact_is_examples_and_others_too(model) -> None:
+    assert pl.explore(model, FACTS[0]).fact.subject.value == FACTS[0].subject
+    assert pl.recalled(model, FACTS[0]) == pl.recalled(model, FACTS[:1])
+    of = [
+        pl.general_ability(model, texts=["Mira Tolan."], prompts=[], others=o)
+        for o in (FACTS[0], FACTS[:1])
+    ]
+    pd.testing.assert_frame_equal(*of)
+
+
+def test_a_session_takes_a_method_or_its_name(model, moments) -> None:
+    session = pl.Session(model, moments, HP)
+    for method, name in ((pl.MEMIT, "MEMIT"), (pl.ABLATIONS["w/o δ^a"], "w/o δ^a")):
+        step = session.edit(FACTS[0], method)
+        assert step.method == name
+        session.undo(step)
+        again = session.edit(FACTS[0], name)
+        assert same(step.edit, again.edit)
+        session.undo(again)
+    with pytest.raises(pl.SettingsError, match=r"with Method.* use pl\.edit"):
+        session.edit(FACTS[0], replace(pl.MEMIT, spread="sqrt", position="last"))
+
+
+# -- refused in words ------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "contexts": (
+        lambda m, c: pl.edit(m, FACTS, c, "PMET", HP, "I am. {}"),
+        pl.FactError,
+        "contexts takes a list of templates, not 'I am. {}'",
+    ),
+    "contexts of targets": (
+        lambda m, c: pl.optimise(m, FACTS, "PMET", HP, "I am. {}"),
+        pl.FactError,
+        "contexts takes a list",
+    ),
+    "contexts, one after the other": (
+        lambda m, c: pl.edit_sequentially(m, FACTS, c, "PMET", HP, "I am. {}"),
+        pl.FactError,
+        "contexts takes a list",
+    ),
+    "a batch of 2.0": (
+        lambda m, c: pl.edit_sequentially(m, FACTS, c, "PMET", HP, ["{}"], 2.0),
+        pl.SettingsError,
+        "batch_size must be a whole number ≥ 1, not 2.0",
+    ),
+    "fine-tuning with other settings": (
+        lambda m, c: pl.edit(m, FACTS, None, "FT-W", HP),
+        pl.SettingsError,
+        "takes FineTuneHparams.* not Hparams",
+    ),
+    "MEND with other settings": (
+        lambda m, c: pl.edit(m, FACTS, None, "MEND", HP),
+        pl.SettingsError,
+        "takes MendHparams.* not Hparams",
+    ),
+    "layers in letters": (lambda m, c: pl.Hparams("12"), pl.SettingsError, "whole numbers"),
+    "half a layer": (lambda m, c: pl.Hparams((1.5,)), pl.SettingsError, "not 1.5"),
+    "half a step": (lambda m, c: pl.Hparams(1, n_steps=2.5), pl.SettingsError, "not 2.5"),
+    "a site in letters": (lambda m, c: pl.Site("1", "mlp"), pl.ModelError, "no layer '1'"),
+    "many prompts for one": (
+        lambda m, c: pl.generate(m, ["Kel", "Vell"]),
+        pl.FactError,
+        "generate takes one prompt, not .*generate_batch",
+    ),
+    "one seed for many": (
+        lambda m, c: pl.generate_batch(m, ["Kel", "Vell"], 0),
+        pl.FactError,
+        "prompts and seeds are lists",
+    ),
+    "targets of others": (
+        lambda m, c: pl.answer_gain(m, FACTS, pl.optimise(m, FACTS[:2], "PMET", HP, ["{}"])),
+        pl.FactError,
+        "3 facts do not fit the targets of 2",
+    ),
+    "an answer nobody knows": (
+        lambda m, c: pl.lens(m, FACTS, answer="true"),
+        pl.FactError,
+        "target_true or target_new, not 'true'",
+    ),
+    "references for nothing": (
+        lambda m, c: pl.evaluate(m, FACTS, references={("P1", "Kel"): ["Kel is a city"]}),
+        pl.FactError,
+        "pass generate=True",
+    ),
+    "records in letters": (lambda m, c: pl.counterfact(n="3"), pl.DataError, "not '3'"),
+    "fewer records than none": (lambda m, c: pl.counterfact(n=-1), pl.DataError, "not -1"),
+    "fewer facts than none": (lambda m, c: pl.real_facts(-1), pl.FactError, "not -1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_meant_is_refused_in_words(model, moments, name: str) -> None:
+    call, error, words = REFUSED[name]
+    with refused(words, error):
+        call(model, moments)
+
+
+def test_more_tokens_than_there_are_is_all_of_them(model) -> None:
+    assert len(pl.ask(model, "Kel is", 10_000)) == len(model.embedding)
+    assert pl.ask(model, []).empty
+
+
+# -- a part that can be answered is answered -------------------------------------------------------
+
+
+def test_facts_without_the_answer_are_left_out_and_it_is_said(model) -> None:
+    mixed = [pl.Fact("Vell", "{} is", "Kel"), *FACTS]
+    steps: dict[str, Any] = {
+        "recall": pl.recall,
+        "lens": lambda m, f: pl.lens(m, f, "mlp_out", 1, "last"),
+        "causal_trace": lambda m, f: pl.causal_trace(m, f, layers=1, samples=1),
+        "suggest_hparams": lambda m, f: pl.suggest_hparams(m, f).trace,
+    }
+    for name, run in steps.items():
+        with pytest.warns(UserWarning, match=f"1 of 4 facts have no target_true .* of {name}"):
+            found = run(model, mixed)
+        wanted = run(model, FACTS)
+        if "fact" in found:
+            assert set(found["fact"]) == {1, 2, 3}  # their places in the list
+            wanted["fact"] += 1
+        pd.testing.assert_frame_equal(found, wanted)
+        with pytest.raises(pl.FactError, match=f"{name} needs facts with target_true"):
+            run(model, mixed[:1])
+    with pytest.warns(UserWarning, match="1 of 4 facts"):
+        assert pl.recalled(model, mixed) == pl.recalled(model, FACTS)
+
+
+# -- inference mode ------------------------------------------------------------------------------
 
 
 def test_editing_works_inside_inference_mode(model, moments) -> None:
