@@ -98,11 +98,13 @@ class Edit:
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """The model with the edit inside the block, and bit for bit as before after it."""
-        self.apply_(model)
+        on = self in model.live_edits  # then `apply_` refuses
         try:
+            self.apply_(model)
             yield model
         finally:
-            self.revert_(model)
+            if not on and self in model.live_edits:
+                self.revert_(model)
 
     def apply_(self, model: Model) -> None:
         """Change the model's weights in place, until `revert_`."""

@@ -70,11 +70,11 @@ class LiveEdits:
                     f"{list(self._weight(site).shape)}: it belongs to another model."
                 )
         self._check_untouched(deltas)
-        for site in deltas:
-            if site not in self._original:
-                self._original[site] = self._weight(site).clone()
-        self._applied.append((edit, deltas))
-        self._write(deltas)
+        try:
+            self._put(edit, deltas, len(self))
+        except BaseException:  # Ctrl-C, too
+            to_its_end(lambda: self._take(edit, deltas))
+            raise
 
     def remove(self, edit: object) -> None:
         """Take one edit back.
@@ -85,11 +85,7 @@ class LiveEdits:
             raise EditError("This edit is not applied to this model, so it cannot be reverted.")
         deltas = self._applied[self._place(edit)][1]
         self._check_untouched(deltas)
-        del self._applied[self._place(edit)]
-        self._write(deltas)
-        for site in deltas:
-            if not any(site in d for _, d in self._applied):
-                del self._original[site]
+        to_its_end(lambda: self._take(edit, deltas))
 
     @contextmanager
     def without(self, edit: object) -> Iterator[None]:
@@ -100,13 +96,12 @@ class LiveEdits:
             return
         place = self._place(edit)
         deltas = self._applied[place][1]
-        self.remove(edit)
         try:
+            self.remove(edit)
             yield
         finally:
-            self.add(edit, deltas)
-            self._applied.insert(place, self._applied.pop())
-            self._write(deltas)
+            self._check_untouched(deltas)
+            to_its_end(lambda: self._put(edit, deltas, place))
 
     @contextmanager
     def bare(self) -> Iterator[None]:
@@ -118,6 +113,24 @@ class LiveEdits:
 
     def _place(self, edit: object) -> int:
         return next(i for i, applied in enumerate(self) if applied is edit)
+
+    def _put(self, edit: object, deltas: Mapping[Any, Tensor], place: int) -> None:
+        """Put an edit at its place among the others. May be begun again where it was cut."""
+        if edit not in self:
+            for site in deltas:
+                if site not in self._original:
+                    self._original[site] = self._weight(site).clone()
+            self._applied.insert(place, (edit, deltas))
+        self._write(deltas)
+
+    def _take(self, edit: object, deltas: Mapping[Any, Tensor]) -> None:
+        """Take an edit off, wherever its way onto the model was cut. May be begun again, too."""
+        self._applied = [pair for pair in self._applied if pair[0] is not edit]
+        held = {site: delta for site, delta in deltas.items() if site in self._original}
+        self._write(held)
+        for site in held:
+            if not any(site in others for _, others in self._applied):
+                self._original.pop(site, None)
 
     def _value(self, site: Any) -> Tensor:
         value = self._original[site].clone()
@@ -142,12 +155,25 @@ class LiveEdits:
 @contextmanager
 def restored(weights: Sequence[Tensor]) -> Iterator[None]:
     """Let the block write into `weights`; afterwards they are the old bits, also on errors."""
-    before = [weight.clone() for weight in weights]
+    before = [(weight, weight.clone()) for weight in weights]
     try:
         yield
     finally:
-        for weight, old in zip(weights, before, strict=True):
-            weight.copy_(old)
+        to_its_end(lambda: [weight.copy_(old) for weight, old in before])
+
+
+def to_its_end(action: Callable[[], object]) -> None:
+    """Do what has to be whole (and may be begun again) in spite of Ctrl-C, which is raised
+    afterwards."""
+    late: KeyboardInterrupt | None = None
+    while True:
+        try:
+            action()
+            break
+        except KeyboardInterrupt as interrupt:
+            late = interrupt
+    if late is not None:
+        raise late
 
 
 def check_floats(hf: nn.Module, name: str) -> None:

@@ -155,3 +155,79 @@ def test_a_block_that_writes_leaves_the_old_bits_behind(weights, fails):
     else:
         write()
     assert same(weights, kept)
+
+
+class CtrlC:
+    """Interrupts the n-th write or copy of a weight in the middle of it; counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.at = 0, 0
+        copy_, clone = torch.Tensor.copy_, torch.Tensor.clone
+
+        def half_copied(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            if self._now():
+                copy_(weight[:1], value[:1])
+                raise KeyboardInterrupt
+            return copy_(weight, value)
+
+        def cloned(weight: torch.Tensor) -> torch.Tensor:
+            if self._now():
+                raise KeyboardInterrupt
+            return clone(weight)
+
+        monkeypatch.setattr(torch.Tensor, "copy_", half_copied)
+        monkeypatch.setattr(torch.Tensor, "clone", cloned)
+
+    def _now(self) -> bool:
+        self.calls += 1
+        return self.calls == self.at
+
+
+def written(kept, live):
+    """What the weights must be with the edits that are on them."""
+    want = {site: w + 0 for site, w in kept.items()}
+    for edit, own in EDITS:
+        for site in own if edit in live else ():
+            want[site] = want[site] + own[site]
+    return want
+
+
+def test_ctrl_c_leaves_an_edit_on_or_off(weights, monkeypatch):
+    """At whatever weight it comes, while edits go on, off, and off for a while."""
+    kept = {site: w.clone() for site, w in weights.items()}
+    interrupt, cut, n = CtrlC(monkeypatch), 0, 0
+    while cut == n:  # until there is no n-th write
+        n += 1
+        interrupt.calls, interrupt.at = 0, n
+        live = LiveEdits(weights.__getitem__)
+        try:
+            for edit, own in EDITS:
+                live.add(edit, own)
+            with live.without(EDITS[0][0]), live.bare():
+                assert same(weights, kept)
+            live.remove(EDITS[1][0])
+        except KeyboardInterrupt:
+            cut += 1
+        interrupt.at = 0
+        assert same(weights, written(kept, live)), n
+        for edit in list(live):  # and what is on can be taken off
+            live.remove(edit)
+        assert same(weights, kept), n
+    assert cut > 30
+
+
+def test_ctrl_c_while_weights_are_put_back_waits(weights, monkeypatch):
+    kept = {site: w.clone() for site, w in weights.items()}
+    interrupt = CtrlC(monkeypatch)
+
+    def double() -> None:
+        with restored(list(weights.values())):
+            for weight in weights.values():
+                weight.mul_(2.0)
+
+    for n in (4, 5, 6):  # three copies before, then the way back
+        interrupt.calls, interrupt.at = 0, n
+        with pytest.raises(KeyboardInterrupt):
+            double()
+        assert interrupt.calls > n
+        assert same(weights, kept)
