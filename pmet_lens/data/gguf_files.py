@@ -7,13 +7,20 @@ that were dequantised are floats like others, only coarser ones.
 
 from __future__ import annotations
 
+import copy
+import importlib
 import importlib.util
 import json
 import shutil
 import struct
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from pmet_lens.data import file_format
 from pmet_lens.data.datasets import DataError
@@ -23,6 +30,7 @@ _OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _NUMBERS = (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)
 _SCALARS: dict[int, str] = dict(zip(_NUMBERS, "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def inside(path: Path) -> Path | None:
@@ -121,6 +129,56 @@ def as_floats(file: str | None) -> dict[str, Any]:
 
     packed = getattr(transformers, "GgufConfig", None)  # versions before it always unpack
     return {"quantization_config": packed(dequantize=True)} if file and packed else {}
+
+
+@contextmanager
+def read_once(file: str | None) -> Iterator[None]:
+    """A block in which a GGUF file (None: no such file) is read once: transformers parses its
+    header, with every word of the vocabulary, for the configuration, the weights and the tokenizer
+    again, and builds the table of tensor names anew for every module. Nothing but time changes."""
+    names = ("gguf.GGUFReader", "gguf.get_tensor_name_map")
+    names = (*names, "transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint")
+    with ExitStack() as stack:
+        if file:
+            stack.enter_context(_ONE_AT_A_TIME)
+        for name in names if file else ():
+            where, _, what = name.rpartition(".")
+            module = importlib.import_module(where)
+            plain = getattr(module, what, None)  # other versions may have no such name
+            if plain is not None:
+                setattr(module, what, _remembering(_unmapped(plain)))
+                stack.callback(setattr, module, what, plain)
+        yield
+
+
+def _unmapped(reader: Any) -> Any:
+    """A reader of the header that cuts it out of a plain array: numpy takes three times as long
+    for each of the hundred thousand pieces of a memory map. What is no reader stays as it is."""
+    if not hasattr(reader, "_build_fields"):
+        return reader
+
+    class Unmapped(reader):
+        def _build_fields(self, *args: Any) -> Any:
+            self.data = np.asarray(self.data)
+            return super()._build_fields(*args)
+
+    return Unmapped
+
+
+def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which computes each answer once, for as long as it lives. Tensors are read anew
+    (of a model), and who gets a dictionary may change it."""
+    known: dict[str, Any] = {}
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("model_to_load") is not None:
+            return function(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items())))
+        if key not in known:
+            known[key] = function(*args, **kwargs)
+        return copy.deepcopy(known[key]) if isinstance(known[key], dict) else known[key]
+
+    return ask
 
 
 def kind_read(hf: Any) -> str:

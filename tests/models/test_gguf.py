@@ -41,6 +41,23 @@ def test_a_file_is_read_as_floats(file, way):
     )
 
 
+def test_a_file_is_read_once(file, monkeypatch):
+    """transformers alone parses it for the configuration, the weights and the tokenizer."""
+    import gguf
+
+    read, plain = [], gguf.GGUFReader
+    counting = lambda *args: read.append(args) or plain(*args)  # noqa: E731
+    monkeypatch.setattr(gguf, "GGUFReader", counting)
+    pl.load(file)
+    assert len(read) == 1
+    assert gguf.GGUFReader is counting  # and what was put there for it is gone
+    file.with_name("cut.gguf").write_bytes(file.read_bytes()[:-1000])
+    with refused("cannot be read as a model"):
+        pl.load(file.with_name("cut.gguf"))
+    file.with_name("cut.gguf").unlink()
+    assert gguf.GGUFReader is counting
+
+
 def test_a_model_that_transformers_read_is_taken_as_it_is(file):
     hf = as_transformers_reads(file)
     assert hf.is_quantized
