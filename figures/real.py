@@ -1,15 +1,14 @@
 """PMET and MEMIT on a real model: `python figures/real.py` (SmolLM2-135M-Instruct, fetched once).
 
 Twenty of `pl.real_facts()` that the model recalls, edited at once. Second moments come from a text
-file (`--texts`, one text a line), else from text that the model samples itself. Writes the table
-and the picture to `figures/out/real_model`.
+file (`--texts`, one text a line), else from text that the model samples itself, once
+(`pl.own_moments`). Writes the table and the picture to `figures/out/real_model`.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,9 @@ N_TOKENS = 16_000
 SHOWN = ["ES", "PS", "NS", "EA", "PA", "NA"]
 
 
-def texts(model: pl.Model, path: str | None) -> list[str]:
-    """A file's, or enough of the model's own."""
-    if path is not None:
-        return list(islice(pl.texts(path), 2000))
-    length = 100
-    return list(islice(pl.sampled_texts(model, length=length), N_TOKENS // length + 15))
-
-
 def study(path: str | None) -> pd.DataFrame:
     """One row per method and metric: method, metric, mean, ci_low, ci_high, n."""
-    bar = Progress(6)
+    bar = Progress(5)
 
     def stage(text: str, run: Any) -> Any:
         bar.stage(text)
@@ -65,10 +56,14 @@ def study(path: str | None) -> pd.DataFrame:
     model = stage("model", lambda: pl.load(MODEL))
     facts = stage("facts it knows", lambda: pl.recalled(model, n=FACTS))
     contexts = pl.sample_contexts(model)
-    read = stage("text", lambda: texts(model, path))
+    how: dict[str, Any] = {"projections": ("mlp",), "n_tokens": N_TOKENS}
     moments = stage(
         "second moments",
-        lambda: pl.second_moments(model, read, LAYERS, projections=("mlp",), n_tokens=N_TOKENS),
+        lambda: (
+            pl.own_moments(model, LAYERS, **how)
+            if path is None
+            else pl.second_moments(model, pl.texts(path), LAYERS, **how)
+        ),
     )
     tables = {"unedited": pl.summarise(pl.evaluate(model, facts))}
     for method, hparams in HPARAMS.items():

@@ -84,6 +84,7 @@ from .models.activations import Activations as Activations
 from .models.activations import probe as probe
 from .models.generation import generate as generate
 from .models.generation import generate_batch as generate_batch
+from .models.generation import sample_contexts as sample_contexts
 from .models.generation import sampled_texts as sampled_texts
 from .models.loading import available_models as available_models
 from .models.loading import load as load
@@ -92,12 +93,12 @@ from .models.model import Projection as Projection
 from .models.model import Site as Site
 from .models.model import Stream as Stream
 from .models.sites import ModelError as ModelError
-from .models.tokens import sample_contexts as sample_contexts
 from .models.weights import EditError as EditError
 from .moments.moment_files import kept_moments as kept_moments
 from .moments.moment_files import load_moments as load_moments
 from .moments.moment_files import open_moments as open_moments
 from .moments.moment_files import save_moments as save_moments
+from .moments.own_moments import own_moments as own_moments
 from .moments.published import export_moments as export_moments
 from .moments.published import import_moments as import_moments
 from .moments.second_moments import Moment as Moment

@@ -178,20 +178,11 @@ def _ask(args: argparse.Namespace) -> None:
 def _moments(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from tqdm import tqdm
-
     import pmet_lens as pl
 
     model = _load(args)
-    with tqdm(total=args.tokens, unit="token") as bar:
-        moments = pl.kept_moments(
-            args.out,
-            model,
-            _texts(args.texts, model),
-            args.layers,
-            n_tokens=args.tokens,
-            on_tokens=lambda done, _: bar.update(done - bar.n),
-        )
+    texts = _texts(args.texts, model)
+    moments = pl.kept_moments(args.out, model, texts, args.layers, n_tokens=args.tokens)
     if not Path(args.out).exists():  # a full disk: one more try, which says so
         pl.save_moments(moments, args.out, model.name)
     count = next(iter(moments.values())).count
@@ -199,8 +190,6 @@ def _moments(args: argparse.Namespace) -> None:
 
 
 def _edit(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     import pmet_lens as pl
     from pmet_lens.moments.inputs import EditInputs
 
@@ -214,18 +203,17 @@ def _edit(args: argparse.Namespace) -> None:
             suggested = pl.suggest_hparams(model, _facts(args.suggest, 30, model), len(facts))
             _say(repr(suggested), sys.stderr)
             known = suggested.hparams
-        inputs = EditInputs(model, None, known, _texts(args.texts, model), n_tokens=100_000)
+        texts = _texts(args.texts, model) if args.texts else None  # then what fits the model
+        inputs = EditInputs(model, None, known, texts, n_tokens=100_000)
+        if inputs.own_text:  # which takes longer to write than to read
+            inputs.n_tokens = None
         hparams, contexts = inputs.settings(method, len(facts)), inputs.contexts()
         if args.moments:
             moments = pl.open_moments(args.moments)
         else:
-            with tqdm(desc="second moments", unit="token") as bar:
-                moments, _ = inputs.needed(method, hparams, lambda n, *_: bar.update(n - bar.n))
+            moments, _ = inputs.needed(method, hparams)
         _say(str(pl.estimate(model, facts, method, hparams, contexts)), sys.stderr)
-    with tqdm(unit="step") as bar:
-        edit = pl.edit(
-            model, facts, moments, method, hparams, contexts, on_step=lambda *_: bar.update()
-        )
+    edit = pl.edit(model, facts, moments, method, hparams, contexts)
     edit.save(args.out)
     _say(f"{args.method}: {edit.hparams}", sys.stderr)
     _say(f"the model gives the new answer for {edit.answered} of {len(facts)} facts", sys.stderr)
@@ -235,15 +223,13 @@ def _edit(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from contextlib import nullcontext
 
-    from tqdm import tqdm
-
     import pmet_lens as pl
 
     model = _load(args)
     facts = _facts(args.facts, args.n, model)
     edit = pl.Edit.load(args.edit, model) if args.edit else None
-    with edit.applied(model) if edit else nullcontext(), tqdm(unit="prompt") as bar:
-        rows = pl.evaluate(model, facts, on_prompts=lambda done, _: bar.update(done - bar.n))
+    with edit.applied(model) if edit else nullcontext():
+        rows = pl.evaluate(model, facts)
     if args.out:
         rows.to_csv(args.out, index=False)
     _say(pl.summarise(rows).round(1).to_string())

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pmet_lens.data import downloads, world
-from pmet_lens.data.facts import Fact, FactError
-from pmet_lens.data.scripts import ends_word
+from pmet_lens.data import downloads, progress, world
+from pmet_lens.data.facts import Fact, FactError, ends_word
 
 Record = dict[str, Any]
 LARGEST = 1 << 30
@@ -79,16 +78,8 @@ def _chosen(path: str | Path | None, download: bool, name: str) -> str | Path | 
         return path
     if path is not None:
         raise DataError(f"download fetches the published file; leave out the path {str(path)!r}.")
-    from tqdm import tqdm
-
-    # disable=None: where somebody watches.
-    with tqdm(desc=name, unit="B", unit_scale=True, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total or None
-            bar.update(done - bar.n)
-
-        return downloads.fetch(downloads.HOMES[name], on_bytes=show)
+    with progress.line(f"download of {name}", "B") as tell:
+        return downloads.fetch(downloads.HOMES[name], on_bytes=tell)
 
 
 class WorldTexts(Iterator[str]):

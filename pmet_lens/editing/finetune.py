@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pmet_lens.data import progress
 from pmet_lens.data.facts import Fact, check_editable, listed
 from pmet_lens.editing.edits import Edit, origin
 from pmet_lens.editing.method import SettingsError
@@ -110,8 +111,8 @@ class FineTune:
         check_editable(facts)
         hp = self.settings(model, hparams)
         site = Site(model.check_layer(hp.layer), "mlp")
-        with torch.enable_grad():
-            delta = self._descend(model, facts, site, hp, on_step)
+        with progress.steps("fine-tuning", len(facts), hp.n_steps, on_step) as told:
+            delta = self._descend(model, facts, site, hp, told)
         factors = {site: (delta.double(), torch.eye(model.d_model).to(delta.device).double())}
         made_on = origin(model, [site])
         return Edit(factors, model.dtype, tuple(facts), self, hp, (), **made_on)
@@ -141,13 +142,14 @@ class FineTune:
             )
         return hp
 
+    @torch.enable_grad()
     def _descend(
         self,
         model: Model,
         facts: Sequence[Fact],
         site: Site,
         hp: FineTuneHparams,
-        on_step: OnStep | None,
+        on_step: OnStep,
     ) -> Float[Tensor, "d_in d_model"]:
         weight = model.weight(site)
         dtype = torch.promote_types(model.dtype, torch.float32)
@@ -168,8 +170,7 @@ class FineTune:
                 if bound is not None:
                     delta.data.clamp_(-bound, bound)
             losses = torch.cat(per_fact)
-            if on_step is not None:
-                on_step(step, {"loss": losses})
+            on_step(step, {"loss": losses})
             if float(losses.mean()) < hp.stop_loss:
                 break
         return delta.detach()

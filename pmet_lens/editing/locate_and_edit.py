@@ -16,16 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pmet_lens.data import progress
 from pmet_lens.data.facts import Fact, check_editable, listed
 from pmet_lens.editing import keys
 from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.edits import Edit, Editor, merged, origin
-from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.method import Hparams, Method, SettingsError, refuse
 from pmet_lens.editing.methods import PMET, resolved, settled
 from pmet_lens.editing.solvers import Dense, Factor, NullSpace, On, SecondMoment, SolveError
 from pmet_lens.editing.targets import OnStep, Targets
 from pmet_lens.evaluation import scoring
-from pmet_lens.models import tokens
+from pmet_lens.models import generation
 from pmet_lens.models.model import Model, Site
 
 Moments = Mapping[Site, object] | Mapping[str, object]
@@ -109,12 +110,12 @@ def _made(
     stepwise = isinstance(method, Method) and (method.at_once or len(facts)) < len(facts)
     given = {"targets": targets, "factorised": factorised, "earlier": earlier}
     if not isinstance(method, Method):
-        _refuse(given, f"{type(method).__name__} has another algorithm, which does not read it")
+        refuse(given, f"{type(method).__name__} has another algorithm, which does not read it")
         return method.edit(model, facts, moments, hparams, contexts, targets, on_step)
     moments = {} if moments is None else moments
     if stepwise and method.at_once is not None:
         why = f"of {len(facts)} facts {method.at_once} are edited at once, the next ones on a model"
-        _refuse({"targets": targets}, f"{why} that is edited by then, for which they are not")
+        refuse({"targets": targets}, f"{why} that is edited by then, for which they are not")
         size, more = method.at_once, {"factorised": factorised, "earlier": earlier}
         steps = edit_sequentially(
             model, facts, moments, method, hparams, contexts, size, on_step=on_step, **more
@@ -124,13 +125,14 @@ def _made(
     hp.check(model.n_layers)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
     moments = _by_site(moments)
-    contexts = None if contexts is None else tokens.contexts_of(model, contexts)
+    contexts = None if contexts is None else generation.contexts_of(model, contexts)
     _check_given(model, moments, sites, contexts or ())
     if isinstance(method.solver, NullSpace):
         _warn_few_tokens(moments, sites)
-    contexts = tokens.contexts_of(model, contexts)
+    contexts = generation.contexts_of(model, contexts)
     if targets is None:
-        targets = targeting.optimise(model, facts, method, hp, contexts, on_step)
+        with progress.steps("targets", len(facts), hp.n_steps, on_step) as told:
+            targets = targeting.optimise(model, facts, method, hp, contexts, told)
     targeting.check(model, targets, facts, method, hp)
     targeting.warn_already_true(targets, facts)
 
@@ -198,15 +200,15 @@ def edit_sequentially(
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise SettingsError(f"batch_size must be a whole number ≥ 1, not {batch_size!r}.")
     if protect and factorised is not None:
-        _refuse({"factorised": factorised}, "with protect every batch has its own system to solve")
+        refuse({"factorised": factorised}, "with protect every batch has its own system to solve")
     check_editable(facts)
     hp = settled(model, method, hparams, min(batch_size, len(facts)))
-    contexts = tokens.contexts_of(model, contexts)
+    contexts = generation.contexts_of(model, contexts)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
     past: dict[Site, Tensor] = dict(earlier or {})
     kept: dict[Site, Factor] = {} if factorised is None else factorised
     edits: list[Edit] = []
-    with model.restored(sites):
+    with model.restored(sites), progress.line("edits", "fact") as tell:
         for start in range(0, len(facts), batch_size):
             chosen = facts[start : start + batch_size]
             known, kept = past or None, {} if protect else kept
@@ -219,14 +221,8 @@ def edit_sequentially(
                 past[site] = torch.cat([past[site], new]) if site in past else new
             if on_batch is not None:
                 on_batch(start + len(chosen), step)
+            tell(start + len(chosen), len(facts))
     return edits
-
-
-def _refuse(given: Mapping[str, object], why: str) -> None:
-    """Raises `SettingsError` for an argument that would not be used."""
-    for name, value in given.items():
-        if value is not None:
-            raise SettingsError(f"{name}= cannot be used here: {why}. Leave it out.")
 
 
 def _by_site(moments: Moments) -> Mapping[Site, object]:

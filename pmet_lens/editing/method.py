@@ -252,3 +252,10 @@ def kind_of(method: Method) -> str:
     if isinstance(method.solver, Exact):
         return "ROME"
     return "MEMIT" if method.delta_at == ("resid_post",) else "PMET"
+
+
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises `SettingsError` for an argument that would not be used."""
+    for name, value in given.items():
+        if value is not None:
+            raise SettingsError(f"{name}= cannot be used here: {why}. Leave it out.")

@@ -14,7 +14,7 @@ from pmet_lens.editing.mend import Mend
 from pmet_lens.editing.method import Hparams, Method, SettingsError, kind_of
 from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
 from pmet_lens.editing.targets import OnStep, Targets
-from pmet_lens.models import tokens
+from pmet_lens.models import generation
 from pmet_lens.models.model import Model
 
 PMET = Method(delta_at=("attn_out", "mlp_out"), write=("mlp",), spread="sqrt", solver=Ridge())
@@ -293,7 +293,7 @@ def optimise(
     if not isinstance(way, Method):
         raise SettingsError(f"{type(way).__name__} has another algorithm, without targets.")
     hp = settled(model, way, hparams, len(facts))
-    prefixes = tokens.contexts_of(model, contexts)
+    prefixes = generation.contexts_of(model, contexts)
     return targets.optimise(
         model, facts, way, hp, prefixes, on_step, batch_tokens=batch_tokens, fast=fast
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pmet_lens.data import datasets, world
 from pmet_lens.data.facts import Fact, FactError, listed
+from pmet_lens.data.progress import line
 from pmet_lens.data.real_facts import real_facts
 from pmet_lens.evaluation import metrics, scoring
 from pmet_lens.models import activations, likelihood, tokens
@@ -136,12 +137,15 @@ def _next_token(model: Model, prompts: Sequence[str], batch_tokens: int) -> Iter
     float64 on the CPU."""
     asked = [tokens.Prompt(prompt) for prompt in prompts]
     # In float64, before and after the softmax: four times the logits.
-    most = likelihood.readable(model, copies=4)
-    for chosen, batch in activations.batches(model, asked, batch_tokens):
-        for part in torch.arange(len(batch)).split(most):
-            rows = batch[part.to(batch.ids.device)]
-            logits = model.logits_at(rows.ids, rows.mask, scoring.last_places(rows))
-            yield chosen[part], logits.cpu().double().log_softmax(-1)
+    most, done = likelihood.readable(model, copies=4), 0
+    with line("next tokens", "prompt") as tell:
+        for chosen, batch in activations.batches(model, asked, batch_tokens):
+            for part in torch.arange(len(batch)).split(most):
+                rows = batch[part.to(batch.ids.device)]
+                logits = model.logits_at(rows.ids, rows.mask, scoring.last_places(rows))
+                yield chosen[part], logits.cpu().double().log_softmax(-1)
+                done += len(part)
+                tell(done, len(asked))
 
 
 def _divergence(before: Iterable[_Next], after: Iterable[_Next]) -> metrics.Numbers:
@@ -166,16 +170,19 @@ def _nll(
     total: list[float] = []
     count: list[float] = []
     budget = likelihood.readable(model, batch_tokens)
-    for chunk in tokens.chunks([len(ids) for ids in read], budget):
-        ids, mask = tokens.pad(model, [read[i] for i in chunk])
-        at = mask[:, 1:].nonzero()  # the tokens but the last, each of which predicts the next
-        parts = []
-        for some in at.split(budget):  # a longer text runs several times
-            log_p = likelihood.log_probs(model.logits_at(ids, mask, some))
-            parts.append(-likelihood.of_labels(log_p, ids[some[:, 0], some[:, 1] + 1]).double())
-        nll = torch.cat(parts)
-        total += likelihood.row_sums(nll, at[:, 0], len(chunk)).tolist()
-        count += [len(read[i]) - 1.0 for i in chunk]
+    with line("perplexity", "text") as tell:
+        for chunk in tokens.chunks([len(ids) for ids in read], budget):
+            ids, mask = tokens.pad(model, [read[i] for i in chunk])
+            at = mask[:, 1:].nonzero()  # the tokens but the last, each of which predicts the next
+            parts = []
+            for some in at.split(budget):  # a longer text runs several times
+                log_p = likelihood.log_probs(model.logits_at(ids, mask, some))
+                wanted = ids[some[:, 0], some[:, 1] + 1]
+                parts.append(-likelihood.of_labels(log_p, wanted).double())
+            nll = torch.cat(parts)
+            total += likelihood.row_sums(nll, at[:, 0], len(chunk)).tolist()
+            count += [len(read[i]) - 1.0 for i in chunk]
+            tell(len(total), len(read))
     return np.array(total), np.array(count)
 
 

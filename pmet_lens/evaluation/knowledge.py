@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pmet_lens.data import datasets
 from pmet_lens.data.facts import Fact, with_answer
+from pmet_lens.data.progress import Tell
 from pmet_lens.data.real_facts import real_facts
 from pmet_lens.evaluation import scoring
 from pmet_lens.models.loading import of_the_world
@@ -20,7 +21,7 @@ def recalled(
     facts: Fact | Sequence[Fact] | None = None,
     n: int | None = None,
     *,
-    on_prompts: scoring.OnPrompts | None = None,
+    on_prompts: Tell | None = None,
 ) -> list[Fact]:
     """The first `n` (None: all) of the facts whose true answer the model says: `recall` is 1.
 

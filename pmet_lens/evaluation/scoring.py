@@ -11,7 +11,7 @@ prompt do, share one row of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pmet_lens.data import world
 from pmet_lens.data.facts import Fact, FactError, listed, with_answer
+from pmet_lens.data.progress import Tell, shown
 from pmet_lens.evaluation import metrics
 from pmet_lens.evaluation.metrics import summarise as summarise
 from pmet_lens.models import likelihood, tokens
@@ -32,7 +33,6 @@ from pmet_lens.models.generation import generate as generate
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model
 
-OnPrompts = Callable[[int, int], object]
 References = Mapping[tuple[str | None, str], Sequence[str]]
 """(relation, answer) -> texts about subjects that have that answer, for consistency."""
 KINDS = ("rewrite", "paraphrase", "neighbour")
@@ -51,12 +51,13 @@ class Score:
     """Share of the target tokens that are the argmax, 0 to 1."""
 
 
+@shown("scoring answers", "answer", "on_prompts")
 def score(
     model: Model,
     prompts: Sequence[tokens.Prompt],
     *,
     batch_tokens: int | None = None,
-    on_prompts: OnPrompts | None = None,
+    on_prompts: Tell | None = None,
 ) -> list[Score]:
     """Score every prompt's target, each distinct (text, target) once, in passes of `batch_tokens`
     padded tokens (None: 2,048 on a CPU, 32,768 elsewhere; fewer of a large vocabulary).
@@ -131,13 +132,14 @@ def last_places(batch: tokens.Batch) -> Int[Tensor, "row 2"]:
     return torch.stack([torch.arange(len(batch), device=batch.last.device), batch.last], dim=1)
 
 
+@shown("evaluation", "prompt", "on_prompts")
 def evaluate(
     model: Model,
     facts: Fact | Sequence[Fact],
     generate: bool = False,
     *,
     references: References | None = None,
-    on_prompts: OnPrompts | None = None,
+    on_prompts: Tell | None = None,
 ) -> pd.DataFrame:
     """One row per fact, kind of prompt and prompt.
 
@@ -226,7 +228,7 @@ def _generations(
     model: Model,
     facts: Sequence[Fact],
     references: References | None,
-    on_prompts: OnPrompts | None,
+    on_prompts: Tell | None,
 ) -> pd.DataFrame:
     """The rows of the generation prompts; a prompt's seed is its place among those of its fact."""
     asked = [(i, n, prompt) for i, f in enumerate(facts) for n, prompt in enumerate(f.generation)]
@@ -283,7 +285,7 @@ def ask(model: Model, prompts: str | Sequence[str], k: int = 5) -> pd.DataFrame:
 
 
 def recall(
-    model: Model, facts: Fact | Sequence[Fact], *, on_prompts: OnPrompts | None = None
+    model: Model, facts: Fact | Sequence[Fact], *, on_prompts: Tell | None = None
 ) -> pd.DataFrame:
     """Whether each fact's true answer is the argmax on its prompt: columns fact, subject,
     relation, correct (0 or 1). On the facts of a known world that were *not* edited its mean is
@@ -291,10 +293,6 @@ def recall(
     asked = with_answer(facts, "target_true", "recall")
     prompts = [tokens.Prompt(f.text, None, f.target_true, f.blank) for f in asked.values()]
     scores = score(model, prompts, on_prompts=on_prompts)
-    columns = {
-        "fact": list(asked),
-        "subject": [f.subject for f in asked.values()],
-        "relation": [f.relation for f in asked.values()],
-        "correct": [float(s.right == 1) for s in scores],
-    }
-    return pd.DataFrame(columns)
+    named = [(fact, f.subject, f.relation) for fact, f in asked.items()]
+    frame = pd.DataFrame(named, columns=["fact", "subject", "relation"])
+    return frame.assign(correct=[float(s.right == 1) for s in scores])

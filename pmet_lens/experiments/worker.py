@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from pmet_lens.data import datasets, file_format
+from pmet_lens.data import datasets, file_format, progress
 from pmet_lens.data.facts import Fact
 from pmet_lens.data.file_format import hash_of
 from pmet_lens.editing import targets
@@ -24,7 +24,7 @@ from pmet_lens.experiments import store, target_files, tasks
 from pmet_lens.experiments.grid import Run
 from pmet_lens.experiments.store import Folder, FolderError
 from pmet_lens.experiments.tasks import Task
-from pmet_lens.models import tokens
+from pmet_lens.models import generation
 from pmet_lens.models.loading import load
 from pmet_lens.models.model import Model, Site
 from pmet_lens.moments import moment_files
@@ -89,7 +89,7 @@ class Worker:
         start = time.perf_counter()
         run = self.runs[task.run]
         try:
-            with self.folder.claimed(task.file) as mine:
+            with self.folder.claimed(task.file) as mine, progress.silent():
                 if not mine:
                     return Outcome("busy")
                 if self.folder.present(task.file):
@@ -119,7 +119,7 @@ class Worker:
 
     def _contexts(self, run: Run, _: Task, path: Path) -> None:
         self.leave()
-        contexts = tokens.sample_contexts(self.model, run.seed)
+        contexts = generation.sample_contexts(self.model, run.seed)
         text = json.dumps({"contexts": contexts, "sha256": hash_of(contexts)}, ensure_ascii=False)
         with self.folder.writing(path), file_format.whole(path) as part:
             part.write_text(text, encoding="utf-8")

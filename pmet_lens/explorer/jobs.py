@@ -17,6 +17,8 @@ from typing import Any
 
 from torch.nn.modules import module
 
+from pmet_lens.data.progress import silent
+
 Tick = Callable[[int, int, str], None]
 """`tick(done, all, what)`: reports progress (all 0: not known), and raises `Stopped` when asked."""
 
@@ -92,7 +94,7 @@ class Runner:
             self._check()
             self.post(lambda: self._on_progress(done, total, what))
 
-        with _forwards_check(self._check):
+        with _forwards_check(self._check), silent():
             return work(tick)
 
     def _check(self) -> None:

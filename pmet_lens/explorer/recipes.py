@@ -118,9 +118,12 @@ def _shared(session: Session, sites: Sequence[Site]) -> list[str]:
         return [*lines, "moments = ...  # those that explore was given"]
     layers = sorted({site.layer for site in sites})
     projections = tuple(sorted({site.projection for site in sites}))
+    options: dict[str, Any] = {"layers": layers, "projections": projections}
+    if session.own_text:
+        options |= {} if session.n_tokens is None else {"n_tokens": session.n_tokens}
+        return [*lines, f"moments = {_call('pl.own_moments', 'model', **options)}"]
     texts, note = ("pl.texts()", "") if session.texts is None else ("texts", "  # texts: your own")
-    options = {"layers": layers, "projections": projections, "n_tokens": session.tokens_read()}
-    call = _call("pl.second_moments", "model", texts, **options)
+    call = _call("pl.second_moments", "model", texts, **options, n_tokens=session.tokens_read())
     return [*lines, f"moments = {call}{note}"]
 
 

@@ -8,7 +8,7 @@ arXiv 2202.05262, section 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError, with_answer
+from pmet_lens.data.progress import Tell, shown
 from pmet_lens.evaluation import metrics
 from pmet_lens.interp import passes
 from pmet_lens.interp.restoring import PLACES, asked, run_both
@@ -23,9 +24,8 @@ from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.model import Model, Stream
 from pmet_lens.models.sites import several
 
-OnCell = Callable[[int, int], object]
 
-
+@shown("causal trace", "fact", "on_cell")
 def causal_trace(
     model: Model,
     facts: Fact | Sequence[Fact],
@@ -38,7 +38,7 @@ def causal_trace(
     noise: float = 3.0,
     seed: int = 0,
     batch_size: int = 50,
-    on_cell: OnCell | None = None,
+    on_cell: Tell | None = None,
 ) -> pd.DataFrame:
     """Share of the lost answer probability that comes back when `stream` is restored.
 
@@ -88,6 +88,7 @@ def causal_trace(
     return pd.DataFrame(table)
 
 
+@shown("causal trace", "cell", "on_cell")
 def trace_tokens(
     model: Model,
     fact: Fact | Sequence[Fact],
@@ -98,7 +99,7 @@ def trace_tokens(
     samples: int = 3,
     noise: float = 3.0,
     seed: int = 0,
-    on_cell: OnCell | None = None,
+    on_cell: Tell | None = None,
 ) -> pd.DataFrame:
     """The causal trace of one fact, token by token (ROME, figure 1); arguments, errors and noise
     as `causal_trace`, `on_cell(done, all)` counts cells.

@@ -14,7 +14,7 @@ from torch import Tensor
 from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model
-from pmet_lens.models.sites import ModelError, layer_of, several
+from pmet_lens.models.sites import ModelError, ending, several
 from pmet_lens.models.tokens import Batch
 
 Key = TypeVar("Key")
@@ -38,9 +38,9 @@ def capture(
     highest layer. A point that the model never reaches is left out."""
     values: dict[Key, Tensor] = {}
     hooks = [(name, keep(values, key, pick)) for key, name in points.items()]
-    stop = 1 + max(layer_of(name) or 0 for name in points.values())
+    end = ending(list(points.values()), model.n_layers)
     with torch.no_grad():
-        model.forward(batch.ids, batch.mask, hooks=hooks, stop_at_layer=stop)
+        model.forward(batch.ids, batch.mask, hooks=hooks, **end)
     return values
 
 

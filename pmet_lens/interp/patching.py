@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -19,13 +19,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.progress import line
 from pmet_lens.evaluation import metrics, scoring
 from pmet_lens.interp import passes
 from pmet_lens.interp.lens import first_tokens
 from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.activations import probe
-from pmet_lens.models.bridge import Hook
-from pmet_lens.models.model import Model, Stream
+from pmet_lens.models.bridge import Hook, Past, picked
+from pmet_lens.models.model import Model, ModelError, Stream
 from pmet_lens.models.sites import several
 
 KINDS = ("same relation, other subject", "same subject, other relation")
@@ -61,7 +62,7 @@ def patch(
     layers = list(range(model.n_layers)) if layers is None else several(layers)
     patched = [[n] for n in layers] + ([layers] if len(layers) > 1 else [])
     wanted = first_tokens(model, facts)
-    right = _argmax(model, facts, {}) == wanted
+    right = _argmax(model, facts) == wanted
     known = [i for i in range(len(facts)) if bool(right[i])]
     source = probe(model, facts, streams, layers, ("last",))
     rows, missing = [], []
@@ -71,18 +72,21 @@ def patch(
             missing.append(kind)
             continue
         base, donors = [i for i, _ in pairs], torch.tensor([j for _, j in pairs])
-        for stream in streams:
-            values = source[stream, "last"][donors]
-            for chosen in patched:
-                where = {model.stream_hook(n, stream): values[:, layers.index(n)] for n in chosen}
-                answer = _argmax(model, [facts[i] for i in base], where)
+        prompts = _Bases(model, [facts[i] for i in base], min(layers))
+        cells: list[tuple[Stream, list[int]]] = [
+            (stream, chosen) for stream in streams for chosen in patched
+        ]
+        with line(f"patching, {kind}", "pass") as tell:
+            for done, (stream, chosen) in enumerate(cells, start=1):
+                values = source[stream, "last"][donors]
+                answer = prompts.argmax(stream, {n: values[:, layers.index(n)] for n in chosen})
                 stays, follows = answer == wanted[base], answer == wanted[donors]
                 layer = chosen[0] if len(chosen) == 1 else pd.NA
-                for outcome, hits in zip(
-                    OUTCOMES, (stays, follows, ~(stays | follows)), strict=True
-                ):
-                    share = metrics.interval(hits.double().cpu().numpy())
+                hits = (stays, follows, ~(stays | follows))
+                for outcome, hit in zip(OUTCOMES, hits, strict=True):
+                    share = metrics.interval(hit.double().cpu().numpy())
                     rows.append((kind, stream, layer, outcome, *share))
+                tell(done, len(cells))
     if not rows:
         raise FactError(
             "There are no two facts of the same relation or the same subject that the model "
@@ -142,20 +146,84 @@ def _usable(facts: Sequence[Fact]) -> list[Fact]:
     return usable
 
 
-def _argmax(
-    model: Model, facts: Sequence[Fact], values: dict[str, Float[Tensor, "fact d_model"]]
-) -> Int[Tensor, " fact"]:
-    """The argmax at the last prompt token, with `values` (by hook name) written there."""
+def _argmax(model: Model, facts: Sequence[Fact]) -> Int[Tensor, " fact"]:
+    """The argmax at the last prompt token."""
     best = []
-    size = likelihood.readable(model, PAIRS_PER_PASS)
-    for start in range(0, len(facts), size):
-        chosen = slice(start, start + size)
-        batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject) for f in facts[chosen]])
-        at = scoring.last_places(batch)
-        hooks = [(name, _write(value[chosen], at)) for name, value in values.items()]
-        with torch.no_grad():
-            best.append(model.forward(batch.ids, batch.mask, hooks=hooks, at=at).argmax(-1))
+    for chosen in _passes(model, facts):
+        batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject) for f in chosen])
+        best.append(model.logits_at(batch.ids, batch.mask, scoring.last_places(batch)).argmax(-1))
     return torch.cat(best)
+
+
+def _passes(model: Model, facts: Sequence[Fact]) -> list[Sequence[Fact]]:
+    size = likelihood.readable(model, PAIRS_PER_PASS)
+    return [facts[n : n + size] for n in range(0, len(facts), size)]
+
+
+class _Bases:
+    """Base prompts, run once up to their last token. Nothing before it can change, and nothing
+    below a layer that is patched, so a pass runs this token alone and from there on."""
+
+    def __init__(self, model: Model, facts: Sequence[Fact], lowest: int) -> None:
+        self.model, self._lowest = model, lowest
+        self._parts = [self._part(chosen) for chosen in _passes(model, facts)]
+
+    def _part(self, facts: Sequence[Fact]) -> tuple[tokens.Batch, dict[int, Tensor], Past | None]:
+        """The prompts, what enters each layer at the last token (the lowest: at every token), and
+        the keys and values before it; None: whole prompts have to run."""
+        model = self.model
+        batch = tokens.encode(model, [tokens.Prompt(f.prompt, f.subject) for f in facts])
+        try:
+            tail = model.from_layer(self._lowest)
+        except ModelError:  # a family whose blocks cannot run alone
+            return batch, {}, None
+        if not tail.resumes(batch.last, batch.mask):
+            return batch, {}, None
+        at, entering, whole = scoring.last_places(batch), dict[int, Tensor](), list[Tensor]()
+
+        def at_last(value: Tensor) -> Tensor:
+            return picked(value, at)[:, None].to(model.device)
+
+        layers = range(self._lowest, model.n_layers)
+        hooks: list[tuple[str, Hook]] = [
+            (model.stream_hook(n, "resid_pre"), passes.keep(entering, n, at_last)) for n in layers
+        ]
+        hooks.append((hooks[0][0], lambda value: whole.append(value.to(model.device))))
+        with torch.no_grad():
+            model.forward(batch.ids, batch.mask, hooks=hooks, at=at[:1])
+        return batch, entering, tail.past(whole[0], batch.last)
+
+    def argmax(
+        self, stream: Stream, values: Mapping[int, Float[Tensor, "fact d_model"]]
+    ) -> Int[Tensor, " fact"]:
+        """The argmax at the last token, with `values` (by layer) written into the stream there."""
+        best, start = [], 0
+        for batch, entering, past in self._parts:
+            chosen = {n: value[start : start + len(batch)] for n, value in values.items()}
+            with torch.no_grad():
+                best.append(self._logits(batch, entering, past, stream, chosen).argmax(-1))
+            start += len(batch)
+        return torch.cat(best)
+
+    def _logits(
+        self,
+        batch: tokens.Batch,
+        entering: Mapping[int, Tensor],
+        past: Past | None,
+        stream: Stream,
+        values: Mapping[int, Tensor],
+    ) -> Float[Tensor, "fact vocab"]:
+        at = scoring.last_places(batch)
+        if past is not None:  # the last token is the only one
+            at = torch.stack([at[:, 0], torch.zeros_like(at[:, 1])], dim=1)
+        hooks = [(self.model.stream_hook(n, stream), _write(v, at)) for n, v in values.items()]
+        if past is None:
+            return self.model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
+        first = min(values)
+        tail = self.model.from_layer(self._lowest).later(first)
+        before = past.of(first - self._lowest)
+        mask = torch.ones_like(at[:, :1])
+        return tail.forward(entering[first], mask, hooks=hooks, at=at, past=before)
 
 
 def _write(values: Float[Tensor, "row d_model"], at: Int[Tensor, "row 2"]) -> Hook:

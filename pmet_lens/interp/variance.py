@@ -24,6 +24,8 @@ from pmet_lens.interp.passes import check_relations, same_pairs
 from pmet_lens.models.activations import Activations, Position, probe
 from pmet_lens.models.model import Model, Stream
 
+_ORDERS = 32
+"""Shuffles at a time."""
 FACTORS = ("relation", "relation, other phrasing", "subject")
 
 
@@ -78,7 +80,7 @@ def split(activations: Activations, n_permutations: int = 200, seed: int = 0) ->
             continue
         # One order serves all layers and streams: what is slow is to reorder the weights.
         orders = [rng.permutation(len(has)) for _ in range(n_permutations)]
-        null = np.array([_shares(grams, weights[o[:, None], o], has[o]) for o in orders])
+        null = _shares(grams, weights, has, orders)
         for cell, (layer, stream, position, gram) in enumerate(cells):
             top, bottom = (weights * gram).sum(1)[has], np.diag(gram)[has]
             share, interval = top.mean() / bottom.mean(), metrics.bootstrap_ratio(top, bottom)
@@ -96,10 +98,19 @@ def _gram(x: metrics.Numbers) -> metrics.Numbers:
     return centred @ centred.T
 
 
-def _shares(grams: metrics.Numbers, weights: metrics.Numbers, has: np.ndarray) -> metrics.Numbers:
-    """The share of each gram matrix `[cell, fact, fact]` for these partners."""
-    top = grams.reshape(len(grams), -1) @ weights.ravel()
-    return top / np.diagonal(grams, axis1=1, axis2=2)[:, has].sum(1)
+def _shares(
+    grams: metrics.Numbers, weights: metrics.Numbers, has: np.ndarray, orders: Sequence[np.ndarray]
+) -> metrics.Numbers:
+    """`[order, cell]`: the share of each gram matrix `[cell, fact, fact]` when the facts swap their
+    partners in this order. Many orders are one matrix product, which reads the grams once."""
+    flat, diagonal = grams.reshape(len(grams), -1), np.diagonal(grams, axis1=1, axis2=2)
+    found = [np.empty((0, len(grams)))]
+    for start in range(0, len(orders), _ORDERS):
+        some = orders[start : start + _ORDERS]
+        swapped = np.stack([weights[o[:, None], o].ravel() for o in some])
+        bottom = np.stack([has[o] for o in some]).astype(float) @ diagonal.T
+        found.append(swapped @ flat.T / bottom)
+    return np.concatenate(found)
 
 
 def _usable(facts: Sequence[Fact]) -> list[Fact]:

@@ -8,7 +8,7 @@ left; a position on padding is an error, because its value means nothing and loo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, FactError, listed
+from pmet_lens.data.progress import Tell, shown
 from pmet_lens.models import tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model
-from pmet_lens.models.sites import ModelError, Road, Site, Stream, check_name, layer_of, several
+from pmet_lens.models.sites import ModelError, Road, Site, Stream, check_name, ending, several
 from pmet_lens.models.tokens import Position
 
-OnFacts = Callable[[int, int], object]
 Place = TypeVar("Place", bound=tuple[int, Stream] | Site)
 FORMAT = "pmet_lens activations 1"
 
@@ -100,6 +100,7 @@ class Activations:
         return cls(values, facts, tuple(head["layers"]), head["model"])  # type: ignore[arg-type]
 
 
+@shown("reading activations", "fact", "on_facts")
 def probe(
     model: Model,
     facts: Fact | Sequence[Fact],
@@ -108,7 +109,7 @@ def probe(
     positions: Position | Sequence[Position] = ("last_subject", "last"),
     *,
     batch_tokens: int = 4096,
-    on_facts: OnFacts | None = None,
+    on_facts: Tell | None = None,
 ) -> Activations:
     """Read `streams` at `layers` (None: all) and `positions` while the model reads every fact's
     prompt.
@@ -145,7 +146,7 @@ def read(
     layers: Sequence[int],
     positions: Sequence[Position],
     batch_tokens: int = 4096,
-    on_facts: OnFacts | None = None,
+    on_facts: Tell | None = None,
 ) -> dict[tuple[Stream, Position], Float[Tensor, "prompt layer d_model"]]:
     """The values of the streams for prompts of any kind, as `probe` keeps them.
 
@@ -163,8 +164,7 @@ def read(
         for k, position in enumerate(positions):
             for i, layer in enumerate(layers):
                 for stream in streams:
-                    value = streams_read[layer, stream][:, k]
-                    values[stream, position][chosen, i] = value.cpu()
+                    values[stream, position][chosen, i] = streams_read[layer, stream][:, k].cpu()
         done += len(chosen)
         if on_facts is not None:
             on_facts(done, len(prompts))
@@ -206,9 +206,8 @@ def read_streams(
         return model.stream_hook(*place), hook
 
     hooks = [keep(place, positions) for place, positions in wanted.items()]
-    stop = 1 + max((layer_of(name) or 0 for name, _ in hooks), default=0)
     with torch.no_grad():
-        model.forward(ids, mask, hooks=hooks, stop_at_layer=stop)
+        model.forward(ids, mask, hooks=hooks, **ending([n for n, _ in hooks], model.n_layers))
     return {place: values[place] for place in wanted}
 
 

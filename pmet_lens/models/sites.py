@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -154,3 +155,11 @@ def layer_of(hook_name: str) -> int | None:
     """The layer number in a hook name; None for one outside the blocks."""
     match = re.match(r"blocks\.(\d+)\.", hook_name)
     return None if match is None else int(match[1])
+
+
+def ending(hooks: Sequence[str], n_layers: int) -> dict[str, Any]:
+    """What ends a pass of `Model.forward` for these hooks alone: after the highest layer of theirs,
+    or with the logits of one token, because nobody reads them."""
+    stop = 1 + max((layer_of(name) or 0 for name in hooks), default=0)
+    one = torch.zeros(1, 2, dtype=torch.long)
+    return {"stop_at_layer": stop} if stop < n_layers else {"at": one}

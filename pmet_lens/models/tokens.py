@@ -6,7 +6,6 @@ by tokenising pieces, so that accents, repeated subjects and merges at the seams
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,8 +22,6 @@ Position = Literal["last_subject", "first_subject", "last"]
 """A token of a prompt: the last and the first of the subject, the last before the answer."""
 
 PLAIN = "{}"
-SEEDS = ("The", "Therefore", "Because", "I", "You")
-"""First words of the context prefixes (released code: `util/generate.py` callers, PMET main)."""
 KL_PROMPT = "{} is a"
 """The prompt on which the edit should change nothing (released code: `compute_z.py`)."""
 
@@ -260,33 +257,3 @@ def prompts_of(fact: Fact, contexts: Sequence[str], target: str | None = None) -
     prefixed = [c for c in contexts if c != PLAIN]
     templates = [with_context(c, fact.prompt) for c in (PLAIN, *prefixed)]
     return [Prompt(template, fact.subject, target, fact.blank) for template in templates]
-
-
-def contexts_of(model: Model, given: Sequence[str] | None) -> list[str]:
-    """The context prefixes that were given; None: those the model samples. Raises `FactError` for
-    one string in place of a list."""
-    if isinstance(given, str):
-        raise FactError(f"contexts takes a list of templates, not {given!r}; put it into a list.")
-    return sample_contexts(model) if given is None else list(given)
-
-
-def sample_contexts(model: Model, seed: int = 0, length: int = 10, top_k: int = 5) -> list[str]:
-    """Context prefixes in the model's own words: one continuation of `length` tokens in all for
-    each of `SEEDS`, top-k sampled, braces removed, then `". {}"`. Deterministic in `seed`.
-
-    Source: 1–2 of the released `get_context_templates` (n_gen 1, length 10).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    contexts = [PLAIN]
-    for word in SEEDS:
-        ids = torch.tensor([plain_ids(model, word, True)[0]], device=model.device)
-        while ids.shape[1] < length:
-            last = torch.tensor([[0, ids.shape[1] - 1]], device=model.device)
-            with torch.no_grad():
-                logits = model.forward(ids, torch.ones_like(ids), at=last)[0].float().cpu()
-            best = logits.topk(min(top_k, len(logits)))
-            pick = torch.multinomial(best.values.softmax(0), 1, generator=generator)
-            ids = torch.cat([ids, best.indices[pick].to(ids)[None]], dim=1)
-        text = model.tokenizer.decode(ids[0], skip_special_tokens=True)
-        contexts.append(" ".join(re.sub("[{}]", " ", text).split()) + ". {}")
-    return contexts

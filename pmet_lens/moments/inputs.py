@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 from pmet_lens.data import datasets
-from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.method import Hparams, Method
 from pmet_lens.editing.methods import named, settled
-from pmet_lens.models import loading, tokens
+from pmet_lens.models import generation, loading
 from pmet_lens.models.model import Model, Projection, Site
+from pmet_lens.moments.own_moments import own_moments
 from pmet_lens.moments.second_moments import second_moments
 
 OnProgress = Callable[[int, int, str], object]
@@ -26,8 +27,9 @@ class EditInputs:
         moments: second moments as `pl.edit` takes them; sites that are missing are computed from
             `texts` when an edit needs them.
         hparams: for every method of the closed form; None: those known for the model.
-        texts: for second moments; None: about the bundled world, for a bundled model only.
-        n_tokens: of these; None: 20 per dimension of the widest key.
+        texts: for second moments; None: about the bundled world for a bundled model, else what the
+            model writes itself (`own_moments`).
+        n_tokens: of these; None: 20 per dimension of the widest key (of its own text 5).
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class EditInputs:
         """The context prefixes, sampled once from the unedited model."""
         if self._contexts is None:
             with self.model.live_edits.bare():
-                self._contexts = tokens.sample_contexts(self.model)
+                self._contexts = generation.sample_contexts(self.model)
         return self._contexts
 
     def moments(
@@ -69,7 +71,8 @@ class EditInputs:
         """The second moments of the sites; those not known yet are computed on the unedited model.
 
         Raises:
-            SettingsError: where they would have to be computed and there is no text.
+            ModelError: where they would have to be computed, there is no text, and the model can
+                write none (`own_moments`).
         """
         missing = [site for site in sites if site not in self._moments]
         for projection in PROJECTIONS:
@@ -77,15 +80,15 @@ class EditInputs:
             if not layers:
                 continue
             what = f"second moments of {len(layers)} layers, once per model (tokens)"
-            with self.model.live_edits.bare():
-                more = second_moments(
-                    self.model,
-                    self._texts(),
-                    layers,
-                    projections=(projection,),
-                    n_tokens=self.tokens_read(),
-                    on_tokens=_counter(on_progress, what),
-                )
+            how: dict[str, Any] = {"projections": (projection,)}
+            how["on_tokens"] = _counter(on_progress, what)
+            if self.own_text:
+                more = own_moments(self.model, layers, n_tokens=self.n_tokens, **how)
+            else:
+                texts = datasets.texts() if self.texts is None else self.texts
+                with self.model.live_edits.bare():
+                    n_tokens = self.tokens_read()
+                    more = second_moments(self.model, texts, layers, n_tokens=n_tokens, **how)
             self._moments.update(more)
         return self._moments
 
@@ -94,14 +97,10 @@ class EditInputs:
         width = max(self.model.d_in(Site(0, projection)) for projection in PROJECTIONS)
         return self.n_tokens or TOKENS_PER_DIMENSION * width
 
-    def _texts(self) -> Iterable[str]:
-        if self.texts is None and not loading.of_the_world(self.model):
-            raise SettingsError(
-                f"An edit of {self.model.name!r} needs second moments, and there is no text to "
-                "compute them from: give texts= (a list of strings, such as "
-                "list(pl.texts(path)), or pl.sampled_texts(model)) or moments=."
-            )
-        return datasets.texts() if self.texts is None else self.texts
+    @property
+    def own_text(self) -> bool:
+        """Whether text is the model's own, for want of any other that fits."""
+        return self.texts is None and not loading.of_the_world(self.model)
 
     def needed(
         self, method: Any, hp: Any, on_progress: OnProgress | None = None

@@ -20,10 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pmet_lens.data import file_format
+from pmet_lens.data.progress import Tell, shown
 from pmet_lens.editing import solvers
 from pmet_lens.models.model import Model, Site
 from pmet_lens.moments.moment import Moment, MomentError
-from pmet_lens.moments.second_moments import OnTokens, Summing, chained, text_iterator
+from pmet_lens.moments.second_moments import Summing, chained, text_iterator
 
 FORMAT = "pmet_lens moments 1"
 FACTOR = "pmet_lens factor 1"
@@ -31,6 +32,7 @@ PART = "pmet_lens moments, begun 1"
 _WHAT = "second moments"
 
 
+@shown("second moments", "token", "on_tokens")
 def kept_moments(
     path: str | Path,
     model: Model,
@@ -38,7 +40,7 @@ def kept_moments(
     layers: int | Sequence[int] | None = None,
     *,
     every: float = 60.0,
-    on_tokens: OnTokens | None = None,
+    on_tokens: Tell | None = None,
     **options: Any,
 ) -> dict[Site, Moment]:
     """`second_moments` of the same arguments, kept at `path` (`.safetensors`): computed once.

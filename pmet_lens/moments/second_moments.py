@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import get_args
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pmet_lens.data.datasets import WorldTexts
+from pmet_lens.data.progress import Tell, shown
 from pmet_lens.editing.methods import known_hparams
 from pmet_lens.models import tokens
 from pmet_lens.models.loading import of_the_world
@@ -24,11 +25,11 @@ from pmet_lens.moments.moment import MomentError as MomentError
 from pmet_lens.moments.moment import SiteSum
 
 BOTH: tuple[Projection, ...] = get_args(Projection)
-OnTokens = Callable[[int, int], object]
 _SHARD = 2
 """Batches in a shard of text."""
 
 
+@shown("second moments", "token", "on_tokens")
 def second_moments(
     model: Model,
     texts: Iterable[str],
@@ -41,7 +42,7 @@ def second_moments(
     dtype: torch.dtype = torch.float64,
     precision: float | None = None,
     first_tokens: bool = True,
-    on_tokens: OnTokens | None = None,
+    on_tokens: Tell | None = None,
 ) -> dict[Site, Moment]:
     """Second moments of all sites of `layers` in one pass that stops after the highest one.
 
@@ -102,7 +103,7 @@ class Summing:
         self.read_texts = ""
         """`chained` hash of the texts read so far."""
 
-    def read(self, texts: Iterable[str], on_tokens: OnTokens | None = None) -> Iterator[int]:
+    def read(self, texts: Iterable[str], on_tokens: Tell | None = None) -> Iterator[int]:
         """Continue with `texts`; yields the number of tokens read so far after every shard."""
         check_fit(self.model, texts)
         shards = self._shards(text_iterator(texts))

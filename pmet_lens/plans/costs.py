@@ -18,7 +18,7 @@ from pmet_lens.editing import keys, objective, solvers
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import resolved, settled
-from pmet_lens.models import likelihood, tokens
+from pmet_lens.models import generation, likelihood, tokens
 from pmet_lens.models.model import Model, Projection, Site
 
 
@@ -122,7 +122,7 @@ def estimate(
         raise SettingsError(f"n_facts must be at least 1, not {n}.")
     hp = settled(model, method, hparams, n)
     hp.check(model.n_layers)
-    contexts = tokens.contexts_of(model, contexts)
+    contexts = generation.contexts_of(model, contexts)
     sizes = sizes_of(model) if sizes is None else sizes
     count, size = _Count(model, method, hp, sizes), method.at_once or len(facts)
     for start in range(0, len(facts), size):

@@ -75,7 +75,7 @@ def main() -> None:
     hp = pl.Hparams(
         layers=(3, 4, 5, 6, 7, 8), n_steps=3 if args.tiny else 30, stop_loss=0.0, kl_stop=0.0
     )
-    contexts = pl.tokens.sample_contexts(pl.load("world"))
+    contexts = pl.sample_contexts(pl.load("world"))
     facts = (pl.counterfact() * (1 + n // 750))[:n]
     rows: list[dict[str, str]] = []
 

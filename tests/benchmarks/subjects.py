@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import pmet_lens as pl
-from pmet_lens.models import tokens
 
 LAYERS = (3, 4, 5, 6, 7, 8)
 """Six critical layers at the medium shape: the third to two thirds of the depth, as in GPT-J."""
@@ -47,7 +46,7 @@ def settings(model: pl.Model) -> pl.Hparams:
 
 def contexts(model: pl.Model) -> list[str]:
     """Prefixes: the bundled models' own; for random weights those of `world`."""
-    return tokens.sample_contexts(pl.load("world") if model.name == "medium" else model)
+    return pl.sample_contexts(pl.load("world") if model.name == "medium" else model)
 
 
 def module(model: pl.Model, site: pl.Site) -> nn.Module:

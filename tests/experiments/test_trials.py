@@ -25,8 +25,9 @@ from pmet_lens.editing.targets import Targets, joined, optimise
 from pmet_lens.evaluation import metrics, scoring
 from pmet_lens.experiments import target_files
 from pmet_lens.experiments.trials import KEPT, Bench, Trial, ablations, compare
+from pmet_lens.models.generation import sample_contexts
 from pmet_lens.models.model import Model, Site
-from pmet_lens.models.tokens import PLAIN, sample_contexts
+from pmet_lens.models.tokens import PLAIN
 from pmet_lens.models.weights import EditError
 from pmet_lens.moments import second_moments
 

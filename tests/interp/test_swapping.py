@@ -7,12 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import refused
+from cases import FACTS
+from tiny import refused, tiny_model
 
 import pmet_lens as pl
-from pmet_lens.evaluation import metrics
+from pmet_lens.evaluation import metrics, scoring
 from pmet_lens.interp import patching
 from pmet_lens.interp.patching import KINDS, OUTCOMES, transfer
+from pmet_lens.models import tokens
 from pmet_lens.models.model import Model
 
 torch.set_num_threads(1)
@@ -147,3 +149,29 @@ def test_what_the_model_does_not_know_takes_no_part(world, facts):
 
 def test_the_old_name_is_the_same_function():
     assert pl.patch is pl.transfer
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma3"])
+def test_the_last_token_alone_gives_what_whole_prompts_give(family):
+    model = tiny_model(family, window=64)  # a past must not be longer
+    values = torch.randn(3, 3, 32, generator=torch.Generator().manual_seed(0))
+    prompts = [tokens.Prompt(f.prompt, f.subject) for f in FACTS]
+    batch = tokens.encode(model, prompts)
+    at = scoring.last_places(batch)
+    for lowest, stream, layers in (
+        (0, "attn_out", [0]),
+        (0, "mlp_out", [1, 3]),
+        (0, "resid_pre", [2]),
+        (1, "resid_post", [1, 2, 3]),
+        (2, "mlp_in", [2]),
+    ):
+        chosen = {n: values[k] for k, n in enumerate(layers)}
+        hooks = [(model.stream_hook(n, stream), patching._write(v, at)) for n, v in chosen.items()]
+        with torch.no_grad():
+            whole = model.forward(batch.ids, batch.mask, hooks=hooks, at=at)
+            bases = patching._Bases(model, FACTS, lowest)
+            ((_, entering, past),) = bases._parts
+            assert past is not None
+            last = bases._logits(batch, entering, past, stream, chosen)
+        assert torch.allclose(last, whole, rtol=1e-4, atol=1e-4), (stream, layers)
+        assert bases.argmax(stream, chosen).equal(whole.argmax(-1))

@@ -7,15 +7,16 @@ import torch
 from spellings import PROMPTS, TOKENIZERS, decoded
 from tiny import tiny_model, tiny_tokenizer
 
+import pmet_lens as pl
 from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.models.generation import SEEDS, sample_contexts
 from pmet_lens.models.model import Model
 from pmet_lens.models.tokens import (
     PLAIN,
-    SEEDS,
     Prompt,
     encode,
+    plain_ids,
     prompts_of,
-    sample_contexts,
     with_context,
 )
 
@@ -199,14 +200,31 @@ def test_contexts_follow_from_seed_and_model(gpt2):
     assert sample_contexts(tiny_model("gpt2", seed=1), seed=3) != once
 
 
-def test_braces_are_taken_out_of_contexts(gpt2, monkeypatch):
+def test_braces_are_taken_out_of_contexts():
     """Planted: a model that says nothing but braces."""
-    braces = gpt2.tokenizer.convert_tokens_to_ids(["{", "}"])
+    model = tiny_model("gpt2")
+    braces = model.tokenizer.convert_tokens_to_ids(["{", "}"])
 
-    def forward(self, input_ids, attention_mask):
-        logits = torch.zeros(*input_ids.shape, 320)
-        logits[..., braces[input_ids.shape[1] % 2]] = 100.0
-        return logits
+    def says(_, __, asked, out):
+        out.logits[:] = 0.0
+        out.logits[..., braces[asked["input_ids"].shape[1] % 2]] = 100.0
+        return out
 
-    monkeypatch.setattr(Model, "forward", forward)
-    assert sample_contexts(gpt2) == [PLAIN, *(f"{word}. {{}}" for word in SEEDS)]
+    model.speaker.register_forward_hook(says, with_kwargs=True)
+    assert sample_contexts(model) == [PLAIN, *(f"{word}. {{}}" for word in SEEDS)]
+
+
+@pytest.mark.parametrize("name", ["world", "world-sequential"])
+def test_contexts_are_drawn_one_word_after_the_other(name):
+    """Against the whole model, word by word and token by token, with one generator."""
+    model, generator, found = pl.load(name), torch.Generator().manual_seed(7), [PLAIN]
+    for word in SEEDS:
+        ids = torch.tensor([plain_ids(model, word, True)[0]])
+        while ids.shape[1] < 10:
+            with torch.no_grad():
+                logits = model.forward(ids, torch.ones_like(ids))[0, -1]
+            best = logits.topk(5)
+            pick = torch.multinomial(best.values.softmax(0), 1, generator=generator)
+            ids = torch.cat([ids, best.indices[pick][None]], dim=1)
+        found.append(model.tokenizer.decode(ids[0], skip_special_tokens=True) + ". {}")
+    assert sample_contexts(model, seed=7) == found

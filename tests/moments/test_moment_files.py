@@ -22,6 +22,7 @@ from pmet_lens.data import file_format
 from pmet_lens.editing import keys
 from pmet_lens.models.model import Site
 from pmet_lens.moments import moment, moment_files, second_moments
+from pmet_lens.moments.own_moments import TOKENS_PER_DIMENSION
 from pmet_lens.moments.second_moments import MomentError
 
 torch.set_num_threads(1)
@@ -289,3 +290,66 @@ def test_the_time_between_two_keepings_is_kept(model, texts, tmp_path, monkeypat
     assert kept == []
     pl.kept_moments(tmp_path / "b", model, texts, every=0.0, **SETTINGS)
     assert len(kept) >= 4
+
+
+# -- the model's own words ------------------------------------------------------------------------
+
+
+def test_own_moments_are_those_of_sampled_text_and_kept(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path))
+    found = pl.own_moments(model, [1, 2])
+    tokens = TOKENS_PER_DIMENSION * model.d_in(Site(1, "mlp"))
+    texts = list(pl.sampled_texts(model, n_tokens=tokens))
+    assert sum(map(len, model.tokenizer(texts)["input_ids"])) >= tokens
+    how = {"projections": ("mlp",), "n_tokens": tokens}
+    assert same(found, pl.second_moments(model, texts, [1, 2], **how))
+
+    def again(*_, **__):
+        raise AssertionError("it is there already")
+
+    monkeypatch.setattr("pmet_lens.models.generation.sampled_texts", again)
+    other = pl.own_moments(model, [2])  # its text is there
+    assert list(other) == [Site(2, "mlp")]
+    monkeypatch.setattr(second_moments.Summing, "read", again)
+    assert same(pl.own_moments(model, [2, 1]), found)
+    session = pl.Session(model)  # for want of text
+    assert same({s: session.moments(found)[s] for s in found}, found)
+
+
+def test_own_moments_are_those_of_the_unedited_model(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path))
+    found = pl.own_moments(model, [1], n_tokens=200)
+    fact = pl.Fact("Kel", "{} is the capital of", "Ostria")
+    hparams = pl.Hparams((1,), n_steps=2)
+    with pl.edit(model, fact, pl.own_moments(model, [1]), "MEMIT", hparams, ["{}"]).applied(model):
+        assert same(pl.own_moments(model, [1], n_tokens=200), found)
+    other = pl.own_moments(tiny_model("llama", seed=1, positions=128), [1], n_tokens=200)
+    assert not same(other, found)
+
+
+@pytest.mark.parametrize("at", ["text", "moments", "file"])
+def test_ctrl_c_leaves_the_cache_whole(model, tmp_path, monkeypatch, at):
+    """What is there afterwards is whole, and the next call gives what an uncut one gives."""
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path / "other"))
+    wanted = pl.own_moments(model, [1], n_tokens=200)
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path / "cut"))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    told = interrupt if at == "moments" else lambda *_: None
+    with monkeypatch.context() as patch:
+        if at == "text":
+            patch.setattr(Path, "write_text", interrupt)
+        if at == "file":  # half of it is written
+            patch.setattr(file_format, "save_file", lambda _, path, **__: half(path))
+        with pytest.raises(KeyboardInterrupt):
+            pl.own_moments(model, [1], n_tokens=200, on_tokens=told)
+    left = [p.suffix for p in (tmp_path / "cut").rglob("*") if p.is_file()]
+    assert sorted(left) == ([] if at == "text" else [".json", ".lock"])
+    assert same(pl.own_moments(model, [1], n_tokens=200), wanted)
+
+
+def half(path: str) -> None:
+    Path(path).write_bytes(b"half")
+    raise KeyboardInterrupt

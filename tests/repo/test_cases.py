@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_hf, tiny_model, tiny_tokenizer
 
 import pmet_lens as pl
-from pmet_lens.data import scripts
+from pmet_lens.data.facts import ends_word, writes_blanks
 from pmet_lens.models import tokens
 from pmet_lens.models.tokens import Prompt
 
@@ -65,10 +65,10 @@ def test_scripts_without_blanks_end_words_anywhere():
     assert pl.Fact("한국", "{}의 수도는", "뉴욕").text == "한국의 수도는"
     row = {"subject": "東京", "prompt": "東京の国は", "target_new": "仏国"}
     assert pl.read_facts(pd.DataFrame([row]))[0].prompt == "{}の国は"
-    assert scripts.ends_word("abc", 0)
-    assert scripts.ends_word("abc", 3)
-    assert not scripts.ends_word("abc", 1)
-    assert not scripts.ends_word("страна", 2)
+    assert ends_word("abc", 0)
+    assert ends_word("abc", 3)
+    assert not ends_word("abc", 1)
+    assert not ends_word("страна", 2)
 
 
 # -- what a field takes ---------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_blanks_at_the_seams_make_no_other_fact(fields):
     ],
 )
 def test_a_blank_is_written_where_the_script_writes_one(text, blank):
-    assert scripts.writes_blanks(text) == blank
+    assert writes_blanks(text) == blank
     assert tiny_model().frame.answered(text, "x") == text + " " * blank + "x"
 
 
