@@ -1,0 +1,161 @@
+"""The page of the models, from the tables of `model_tables.py`: `docs/models.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from common import of, read
+
+import pmet_lens as pl
+from pmet_lens import plotting
+
+SCORES = ("S", "ES", "PS", "NS", "EA", "PA", "NA")
+HEAD = """# Every model, step by step
+
+What this package does with two real models and with its own, from loading to an adapter. The
+command `make model-tables` makes this page; a model that was not fetched is left out
+(`pmet-lens models` lists them). The numbers as CSV: `figures/results/models/`.
+
+Real models are asked the 455 facts of {where}`pmet_lens.real_facts`, bundled ones those of the
+invented world. Intervals are 95 % bootstrap intervals over facts. *Logits*: the largest difference
+of a logit from those of transformers alone, on eight prompts, and the largest logit."""
+TRACE = """## Where they recall
+
+The causal trace ({where}`pmet_lens.causal_trace`): the subject's tokens are corrupted with noise (3
+standard deviations of what enters layer 0), the clean value is put back at one place, and the share
+of the lost probability of the answer that comes back is told; per component and place at the layer
+where it is highest, which makes the numbers a little too high. Attention and MLP are restored in
+several layers around it together, the output of a layer alone."""
+EDITS = """## Edits by every method
+
+Per cent, higher is better. ES, PS, NS: the share of rewrite, paraphrase and neighbour prompts on
+which the wanted answer is likelier; S their harmonic mean; EA, PA, NA: the same with every token of
+the answer the arg-max. Not all neighbours of a real fact are known to the model: compare NS and NA
+with the row *unedited*. "+ W_O" is PMET that writes into the attention's output projection, too.
+The settings are below; none was tuned here."""
+CHECKS = """## What becomes of an edit
+
+*Undone*: weights and logits are the same bits again after the edit was taken back. Then the largest
+difference of a logit, on eight prompts, from those of the edited model: *loaded*, of the edit
+saved, read again and applied; *merged*, of the edited model saved with `save_pretrained` and read
+by transformers alone; *adapter*, of the edit as a LoRA adapter on the unedited model, in peft. 0:
+the same bits. *Moved*: the largest change of a logit by the edit itself."""
+SETTINGS = """## Settings
+
+Bundled models have settings of their own ({where}`pmet_lens.HPARAMS`). Of the real ones the layers
+are given, and all else is as released for the method, λ by the number of facts."""
+
+
+def page(tables: Path) -> str:
+    """The page as Markdown, from the tables in a folder."""
+    models, trace, scores, checks = (
+        read(tables, name) for name in ("models", "trace", "scores", "checks")
+    )
+    parts = [HEAD, table_of_models(models), TRACE, table_of_traces(trace), EDITS]
+    for name in models["model"]:
+        own = of(scores, model=name)
+        parts += [f"**{name}**, {int(own['n'].max())} facts at once", table_of_scores(own)]
+        parts += refused(of(checks, model=name))
+    parts += [CHECKS, table_of_checks(checks), SETTINGS, settings(checks), made(models)]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def spread(row: Any, digits: int = 1) -> str:
+    """A mean and its interval."""
+    return f"{row.mean_:.{digits}f} [{row.ci_low:.{digits}f}, {row.ci_high:.{digits}f}]"
+
+
+def table_of_models(models: pd.DataFrame) -> str:
+    head = ["model", "architecture", "parameters", "layers", "vocabulary", "weights"]
+    head += ["logits", "knows (per cent)", "relations"]
+    rows = [
+        [
+            m.model,
+            m.architecture,
+            f"{m.parameters / 1e6:.1f} M",
+            m.layers,
+            f"{m.vocabulary:,}",
+            m.weights,
+            f"{m.logits:.0e} (of {m.largest:.0f})",
+            f"{spread(m)}, n = {m.n}",
+            m.relations,
+        ]
+        for m in models.rename(columns={"known": "mean_"}).itertuples()
+    ]
+    return markdown(head, rows)
+
+
+def table_of_traces(trace: pd.DataFrame) -> str:
+    places = list(dict.fromkeys(trace["place"]))
+    rows = []
+    for (model, stream, window), own in trace.groupby(["model", "stream", "window"], sort=False):
+        at = own.rename(columns={"recovered": "mean_"}).set_index("place")
+        cells = [
+            f"{spread(at.loc[p], 2)}, layer {at.loc[p].layer}" for p in places if p in at.index
+        ]
+        rows.append([model, f"{plotting.COMPONENT_NAMES[stream]} ({window})", *cells])
+    n, low = (
+        trace["n"].max(),
+        trace.groupby("model", sort=False)[["p_clean", "p_corrupted"]].first(),
+    )
+    odds = ", ".join(f"{m} {a:.2f} and {b:.2f}" for m, a, b in low.itertuples())
+    said = f"{int(n)} facts. Mean probability of the answer without and with the noise: {odds}."
+    return f"{markdown(['model', 'component (layers restored)', *places], rows)}\n\n{said}"
+
+
+def table_of_scores(scores: pd.DataFrame) -> str:
+    cells = scores.rename(columns={"mean": "mean_"})
+    cells = cells.assign(text=[spread(row) for row in cells.itertuples()])
+    wide = cells.pivot(index="method", columns="metric", values="text")
+    wide = wide.loc[list(dict.fromkeys(scores["method"])), list(SCORES)]
+    return markdown(["method", *SCORES], [list(row) for row in wide.itertuples()])
+
+
+def refused(checks: pd.DataFrame) -> Iterator[str]:
+    for row in checks.dropna(subset="refused").itertuples():
+        yield f"{row.method}: {row.refused}"
+
+
+def table_of_checks(checks: pd.DataFrame) -> str:
+    head = ["model", "method", "rank", "undone", "loaded", "merged", "adapter", "moved"]
+    rows = []
+    for row in checks[checks["refused"].isna()].itertuples():
+        gaps = [f"{gap:.0e}" if gap else "0" for gap in (row.loaded, row.merged, row.adapter)]
+        undone = "yes" if row.undone else "no"
+        rows.append([row.model, row.method, int(row.rank), undone, *gaps, f"{row.moved:.1f}"])
+    return markdown(head, rows)
+
+
+def settings(checks: pd.DataFrame) -> str:
+    own = checks[checks["refused"].isna()]
+    same = own.groupby(["model", "settings"], sort=False)["method"].agg(", ".join).reset_index()
+    return markdown(["model", "methods", "settings"], same[["model", "method", "settings"]].values)
+
+
+def made(models: pd.DataFrame) -> str:
+    lines = [f"- {m.model}: second moments of {m.text}; {m.made}" for m in models.itertuples()]
+    return "\n".join(["## How and when", "", *lines])
+
+
+def told(hparams: Any) -> str:
+    """Strengths in words; of those of the null space only AlphaEdit reads."""
+    if isinstance(hparams, pl.MendHparams):
+        return f"strength {hparams.strength:g}"
+    if isinstance(hparams, pl.FineTuneHparams):
+        bound = hparams.norm_constraint
+        end = "" if bound is None else f", bound {bound:g}"
+        return f"layer {hparams.layer}, {hparams.n_steps} steps, lr {hparams.lr:g}{end}"
+    layers = ", ".join(map(str, hparams.layers))
+    return (
+        f"layers {layers}; {hparams.n_steps} steps, lr {hparams.lr:g}, clamp {hparams.clamp:g} "
+        f"({hparams.reference_norm}), decay {hparams.weight_decay:g}, KL {hparams.kl_weight:g}, "
+        f"easing {hparams.easing:g}, λ {hparams.second_moment_weight:g}"
+    )
