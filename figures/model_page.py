@@ -94,20 +94,15 @@ def table_of_models(models: pd.DataFrame) -> str:
 
 
 def table_of_traces(trace: pd.DataFrame) -> str:
-    places = list(dict.fromkeys(trace["place"]))
-    rows = []
+    places, rows = list(dict.fromkeys(trace["place"])), []
     for (model, stream, window), own in trace.groupby(["model", "stream", "window"], sort=False):
         at = own.rename(columns={"recovered": "mean_"}).set_index("place")
-        cells = [
-            f"{spread(at.loc[p], 2)}, layer {at.loc[p].layer}" for p in places if p in at.index
-        ]
+        found = [at.loc[place] if place in at.index else None for place in places]
+        cells = ["" if c is None else f"{spread(c, 2)}, layer {int(c.layer)}" for c in found]
         rows.append([model, f"{plotting.COMPONENT_NAMES[stream]} ({window})", *cells])
-    n, low = (
-        trace["n"].max(),
-        trace.groupby("model", sort=False)[["p_clean", "p_corrupted"]].first(),
-    )
-    odds = ", ".join(f"{m} {a:.2f} and {b:.2f}" for m, a, b in low.itertuples())
-    said = f"{int(n)} facts. Mean probability of the answer without and with the noise: {odds}."
+    n, first = int(trace["n"].max()), trace.groupby("model", sort=False).first().itertuples()
+    odds = ", ".join(f"{m.Index} {m.p_clean:.2f} and {m.p_corrupted:.2f}" for m in first)
+    said = f"{n} facts. Mean probability of the answer without and with the noise: {odds}."
     return f"{markdown(['model', 'component (layers restored)', *places], rows)}\n\n{said}"
 
 

@@ -28,6 +28,7 @@ import real
 import torch
 from common import HERE, OUT, Progress, provenance, read
 from paper import kept, spent
+from transformers.utils.logging import disable_progress_bar
 
 import pmet_lens as pl
 from pmet_lens import data, evaluation, experiments
@@ -63,6 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     if wrong := set(args.models) - set(LAYERS):
         parser.error(f"there are no settings for {', '.join(sorted(wrong))}")
+    disable_progress_bar()
     here, done = set(pl.available_models().query("here")["name"]), []
     for name in args.models or LAYERS:
         if name in here:
@@ -181,6 +183,17 @@ class Study:
             return pl.MendHparams()
         return pl.Hparams((last,) if isinstance(method.solver, pl.Exact) else self.layers)
 
+    def strengths(self, name: str) -> Any:
+        """All that an edit by the method of this name was made with."""
+        method = pl.named(name)
+        given = None if self.layers is None else self.settings(method)
+        if isinstance(method, pl.FineTune):
+            return method.settings(self.model, given)
+        if isinstance(method, pl.Method):
+            known = given or pl.hparams_for(self.model, method)
+            return known.settled(method, method.at_once or FACTS)
+        return pl.MendHparams()
+
     def stock(self) -> list[pl.Fact]:
         """The facts that the model may know."""
         return pl.knowns() if self.layers is None else pl.real_facts()
@@ -243,7 +256,7 @@ class Study:
         except (pl.EditError, pl.SettingsError, pl.SolveError) as error:
             return pd.DataFrame([{**found, "refused": str(error)}])
         found["rank"] = max(left.shape[1] for left, _ in edit.factors.values())
-        found["settings"] = model_page.told(edit.hparams)
+        found["settings"] = model_page.told(self.strengths(method))
         with tempfile.TemporaryDirectory() as folder:
             found |= again(self.model, self.facts, edit, Path(folder))
         return pd.DataFrame([found])
