@@ -28,7 +28,8 @@ The causal trace ({where}`pmet_lens.causal_trace`): the subject's tokens are cor
 standard deviations of what enters layer 0), the clean value is put back at one place, and the share
 of the lost probability of the answer that comes back is told; per component and place at the layer
 where it is highest, which makes the numbers a little too high. Attention and MLP are restored in
-several layers around it together, the output of a layer alone."""
+several layers around it together, the output of a layer alone (that of the last layer at the last
+token is all there is, so it gives 1)."""
 EDITS = """## Edits by every method
 
 Per cent, higher is better. ES, PS, NS: the share of rewrite, paraphrase and neighbour prompts on
@@ -140,17 +141,23 @@ def made(models: pd.DataFrame) -> str:
     return "\n".join(["## How and when", "", *lines])
 
 
-def told(hparams: Any) -> str:
-    """Strengths in words; of those of the null space only AlphaEdit reads."""
+def told(hparams: Any, solver: Any = None) -> str:
+    """Strengths in words, without those that the solver does not read."""
     if isinstance(hparams, pl.MendHparams):
         return f"strength {hparams.strength:g}"
     if isinstance(hparams, pl.FineTuneHparams):
         bound = hparams.norm_constraint
         end = "" if bound is None else f", bound {bound:g}"
-        return f"layer {hparams.layer}, {hparams.n_steps} steps, lr {hparams.lr:g}{end}"
-    layers = ", ".join(map(str, hparams.layers))
+        return f"layer {hparams.layer}; {hparams.n_steps} steps, lr {hparams.lr:g}{end}"
+    if isinstance(solver, pl.NullSpace):
+        protects = f", null space below {hparams.null_space_threshold:g}"
+        protects += f", weight there {hparams.null_space_l2:g}"
+    else:
+        exact = isinstance(solver, pl.Exact)
+        protects = "" if exact else f", λ {hparams.second_moment_weight:g}"
     return (
-        f"layers {layers}; {hparams.n_steps} steps, lr {hparams.lr:g}, clamp {hparams.clamp:g} "
-        f"({hparams.reference_norm}), decay {hparams.weight_decay:g}, KL {hparams.kl_weight:g}, "
-        f"easing {hparams.easing:g}, λ {hparams.second_moment_weight:g}"
+        f"layers {', '.join(map(str, hparams.layers))}; {hparams.n_steps} steps, "
+        f"lr {hparams.lr:g}, clamp {hparams.clamp:g} ({hparams.reference_norm}), "
+        f"decay {hparams.weight_decay:g}, KL {hparams.kl_weight:g}, easing {hparams.easing:g}"
+        f"{protects}"
     )

@@ -121,7 +121,7 @@ class Study:
         found["scores"].append(self.row("scores unedited", self.scores))
         for method in METHODS:
             checks = self.row(f"checks {method}", partial(self.checks, method))
-            found["checks"].append(checks)
+            found["checks"].append(checks.assign(settings=self.strengths(method)))
             if checks["refused"].isna().all():
                 scores = self.row(f"scores {method}", partial(self.scores, method))
                 found["scores"].append(scores)
@@ -183,16 +183,16 @@ class Study:
             return pl.MendHparams()
         return pl.Hparams((last,) if isinstance(method.solver, pl.Exact) else self.layers)
 
-    def strengths(self, name: str) -> Any:
-        """All that an edit by the method of this name was made with."""
+    def strengths(self, name: str) -> str:
+        """All that an edit by the method of this name is made with."""
         method = pl.named(name)
         given = None if self.layers is None else self.settings(method)
         if isinstance(method, pl.FineTune):
-            return method.settings(self.model, given)
+            return model_page.told(method.settings(self.model, given))
         if isinstance(method, pl.Method):
             known = given or pl.hparams_for(self.model, method)
-            return known.settled(method, method.at_once or FACTS)
-        return pl.MendHparams()
+            return model_page.told(known.settled(method, method.at_once or FACTS), method.solver)
+        return model_page.told(pl.MendHparams())
 
     def stock(self) -> list[pl.Fact]:
         """The facts that the model may know."""
@@ -256,7 +256,6 @@ class Study:
         except (pl.EditError, pl.SettingsError, pl.SolveError) as error:
             return pd.DataFrame([{**found, "refused": str(error)}])
         found["rank"] = max(left.shape[1] for left, _ in edit.factors.values())
-        found["settings"] = model_page.told(self.strengths(method))
         with tempfile.TemporaryDirectory() as folder:
             found |= again(self.model, self.facts, edit, Path(folder))
         return pd.DataFrame([found])
