@@ -10,8 +10,10 @@ import pandas as pd
 from common import of, read
 
 import pmet_lens as pl
-from pmet_lens import plotting
 
+METHODS = ("unedited", "PMET", "+ W_O", "MEMIT", "AlphaEdit", "ROME", "EMMET")
+METHODS += ("FT-W", "FT+L", "MEND")
+COMPONENTS = {"resid_post": "output", "attn_out": "attention", "mlp_out": "MLP"}
 SCORES = ("S", "ES", "PS", "NS", "EA", "PA", "NA")
 HEAD = """# Every model, step by step
 
@@ -47,21 +49,30 @@ the same bits. *Moved*: the largest change of a logit by the edit itself."""
 SETTINGS = """## Settings
 
 Bundled models have settings of their own ({where}`pmet_lens.HPARAMS`). Of the real ones the layers
-are given, and all else is as released for the method, λ by the number of facts."""
+are given, and all else is as released for the method, λ by the number of facts. The clamp is in
+units of the norm named behind it."""
 
 
 def page(tables: Path) -> str:
     """The page as Markdown, from the tables in a folder."""
-    models, trace, scores, checks = (
-        read(tables, name) for name in ("models", "trace", "scores", "checks")
-    )
+    models, trace = read(tables, "models"), read(tables, "trace")
+    scores, checks = in_order(read(tables, "scores")), in_order(read(tables, "checks"))
     parts = [HEAD, table_of_models(models), TRACE, table_of_traces(trace), EDITS]
     for name in models["model"]:
         own = of(scores, model=name)
         parts += [f"**{name}**, {int(own['n'].max())} facts at once", table_of_scores(own)]
         parts += refused(of(checks, model=name))
+        if missing := set(METHODS[1:]) - set(of(checks, model=name)["method"]):
+            parts.append(f"Not measured yet: {', '.join(sorted(missing, key=METHODS.index))}.")
     parts += [CHECKS, table_of_checks(checks), SETTINGS, settings(checks), made(models)]
     return "\n\n".join(parts) + "\n"
+
+
+def in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of every model by `METHODS`."""
+    parts = [of(table, model=name) for name in dict.fromkeys(table["model"])]
+    key = {"by": "method", "key": lambda m: m.map(METHODS.index), "kind": "stable"}
+    return pd.concat([part.sort_values(**key) for part in parts])
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -71,7 +82,9 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def spread(row: Any, digits: int = 1) -> str:
     """A mean and its interval."""
-    return f"{row.mean_:.{digits}f} [{row.ci_low:.{digits}f}, {row.ci_high:.{digits}f}]"
+    values = (round(v, digits) + 0.0 for v in (row.mean_, row.ci_low, row.ci_high))  # no -0.0
+    mean, low, high = (f"{v:.{digits}f}" for v in values)
+    return f"{mean} [{low}, {high}]"
 
 
 def table_of_models(models: pd.DataFrame) -> str:
@@ -100,7 +113,7 @@ def table_of_traces(trace: pd.DataFrame) -> str:
         at = own.rename(columns={"recovered": "mean_"}).set_index("place")
         found = [at.loc[place] if place in at.index else None for place in places]
         cells = ["" if c is None else f"{spread(c, 2)}, layer {int(c.layer)}" for c in found]
-        rows.append([model, f"{plotting.COMPONENT_NAMES[stream]} ({window})", *cells])
+        rows.append([model, f"{COMPONENTS[stream]} ({window})", *cells])
     n, first = int(trace["n"].max()), trace.groupby("model", sort=False).first().itertuples()
     odds = ", ".join(f"{m.Index} {m.p_clean:.2f} and {m.p_corrupted:.2f}" for m in first)
     said = f"{n} facts. Mean probability of the answer without and with the noise: {odds}."
@@ -137,7 +150,10 @@ def settings(checks: pd.DataFrame) -> str:
 
 
 def made(models: pd.DataFrame) -> str:
-    lines = [f"- {m.model}: second moments of {m.text}; {m.made}" for m in models.itertuples()]
+    lines = [
+        f"- {m.model}: second moments of {m.tokens:,} tokens of {m.text}; {m.made}"
+        for m in models.itertuples()
+    ]
     return "\n".join(["## How and when", "", *lines])
 
 
@@ -156,7 +172,8 @@ def told(hparams: Any, solver: Any = None) -> str:
         exact = isinstance(solver, pl.Exact)
         protects = "" if exact else f", λ {hparams.second_moment_weight:g}"
     return (
-        f"layers {', '.join(map(str, hparams.layers))}; {hparams.n_steps} steps, "
+        f"layer{'s' * (len(hparams.layers) > 1)} {', '.join(map(str, hparams.layers))}; "
+        f"{hparams.n_steps} steps, "
         f"lr {hparams.lr:g}, clamp {hparams.clamp:g} ({hparams.reference_norm}), "
         f"decay {hparams.weight_decay:g}, KL {hparams.kl_weight:g}, easing {hparams.easing:g}"
         f"{protects}"

@@ -42,8 +42,11 @@ LAYERS: dict[str, tuple[int, ...] | None] = {
 """Model -> its critical layers; None: all settings are those known for it (`pl.HPARAMS`). Gemma's
 are what `pl.suggest_hparams` gave with 24 facts."""
 FACTS, TRACED, SAMPLES = 20, 10, 2
-METHODS = ("PMET", "MEMIT", "AlphaEdit", "+ W_O", "FT-W", "FT+L", "EMMET", "ROME", "MEND")
-"""Those of `pl.METHODS` and one ablation, the most useful first."""
+METHODS = ("MEMIT", "AlphaEdit", "FT-W", "FT+L", "MEND", "PMET", "+ W_O", "EMMET", "ROME")
+"""Those of `pl.METHODS` and one ablation, in the order in which they are made: what takes long and
+tells least comes last, and methods that share targets stand beside each other."""
+SHARD = 10
+"""Facts of which a run that is cut may have to optimise the targets again."""
 STREAMS: tuple[pl.Stream, ...] = ("resid_post", "attn_out", "mlp_out")
 BOUND = 5e-4
 """Of FT+L: the one released for GPT2-XL."""
@@ -61,16 +64,19 @@ def main() -> None:
     parser.add_argument("--source", default="a file", help="what the page calls that text")
     parser.add_argument("--record", action="store_true", help="replace the committed rows and page")
     parser.add_argument("--fresh", action="store_true", help="forget what was made before")
+    parser.add_argument("--so-far", action="store_true", help="make nothing, show what there is")
     args = parser.parse_args()
     if wrong := set(args.models) - set(LAYERS):
         parser.error(f"there are no settings for {', '.join(sorted(wrong))}")
     disable_progress_bar()
     here, done = set(pl.available_models().query("here")["name"]), []
     for name in args.models or LAYERS:
-        if name in here:
-            done.append(Study(name, args.texts, args.source, args.fresh).tables())
-        else:
+        if name not in here:
             sys.stderr.write(f"{name} is left out; pmet-lens models --fetch {name} brings it.\n")
+            continue
+        study = Study(name, args.texts, args.source, args.fresh, args.so_far)
+        if study.begun or not args.so_far:
+            done.append(study.tables())
     out = OUT / "models"
     for table in TABLES:
         rows = pd.concat([tables[table] for tables in done], ignore_index=True)
@@ -98,8 +104,10 @@ def record(out: Path) -> None:
 class Study:
     """One model; what is made for it is kept in a folder that is named by its settings."""
 
-    def __init__(self, name: str, texts: Path | None, source: str, fresh: bool) -> None:
-        self.name, self.layers = name, LAYERS[name]
+    def __init__(
+        self, name: str, texts: Path | None, source: str, fresh: bool = False, so_far: bool = False
+    ) -> None:
+        self.name, self.layers, self.so_far = name, LAYERS[name], so_far
         self.texts = None if self.layers is None else texts
         self.source = source if self.texts else "sampled from the model"
         if self.layers is None:
@@ -113,24 +121,29 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.progress = Progress(2 + 2 * len(METHODS) + 1 + len(STREAMS))
 
+    @property
+    def begun(self) -> bool:
+        return (self.folder / "scores unedited.csv").exists()
+
     def tables(self) -> dict[str, pd.DataFrame]:
         """`TABLES`, each row made or read."""
         about, known = self.row("about", self.about), self.row("recall", self.recall)
         self.facts = self.chosen(known["correct"])
         found: dict[str, list[pd.DataFrame]] = {table: [] for table in TABLES}
         found["scores"].append(self.row("scores unedited", self.scores))
+        for stream in STREAMS:
+            found["trace"].append(self.row(f"trace {stream}", partial(self.trace, stream)))
         for method in METHODS:
             checks = self.row(f"checks {method}", partial(self.checks, method))
             found["checks"].append(checks.assign(settings=self.strengths(method)))
-            if checks["refused"].isna().all():
+            if len(checks) and checks["refused"].isna().all():
                 scores = self.row(f"scores {method}", partial(self.scores, method))
                 found["scores"].append(scores)
-        for stream in STREAMS:
-            found["trace"].append(self.row(f"trace {stream}", partial(self.trace, stream)))
         right = evaluation.interval(100 * known["correct"].to_numpy(dtype=float))
         knows = dict(zip(("known", "ci_low", "ci_high", "n"), right, strict=True))
         knows["relations"] = known.loc[known["correct"] == 1, "relation"].nunique()
-        text = {"text": self.source, "made": provenance(spent(self.folder))}
+        made = (self.folder / "made.txt").read_text(encoding="utf-8")
+        text = {"text": self.source, "tokens": self.n_tokens, "made": made}
         found["models"] = [about.assign(**knows, **text)]
         self.progress.bar.close()
         return {table: pd.concat(rows).assign(model=self.name) for table, rows in found.items()}
@@ -139,11 +152,14 @@ class Study:
         """What is kept under this name, made first where it is not; minutes are counted."""
         start, path = time.monotonic(), self.folder / f"{key}.csv"
         new = not path.exists()
+        if new and self.so_far:
+            return pd.DataFrame()
         self.progress.stage(f"{self.name}: {key}")
         table = kept(path, make)
         if new:
             minutes = spent(self.folder) + (time.monotonic() - start) / 60
             (self.folder / "minutes.txt").write_text(str(minutes), encoding="utf-8")
+            (self.folder / "made.txt").write_text(provenance(minutes), encoding="utf-8")
         self.progress.done()
         return table
 
@@ -151,18 +167,24 @@ class Study:
     def model(self) -> pl.Model:
         return pl.load(self.name)
 
+    @property
+    def n_tokens(self) -> int:
+        """Of the text of second moments."""
+        known = self.layers is None
+        return WORLD_TOKENS if known else PER_DIMENSION * self.model.d_in(pl.Site(0, "mlp"))
+
     @cached_property
     def bench(self) -> pl.Bench:
         """Second moments, context prefixes and targets, of the layers that are written."""
         if self.layers is None:
-            return pl.Bench(self.model, self.folder, n_tokens=WORLD_TOKENS)
-        n_tokens = PER_DIMENSION * self.model.d_in(pl.Site(0, "mlp"))
+            return pl.Bench(self.model, self.folder, n_tokens=self.n_tokens)
         words = self.folder / "text.json"
         if not words.exists():
             with data.whole(words) as part:
-                part.write_text(json.dumps(self.words(n_tokens)), encoding="utf-8")
+                part.write_text(json.dumps(self.words(self.n_tokens)), encoding="utf-8")
         texts = json.loads(words.read_text(encoding="utf-8"))
-        return pl.Bench(self.model, self.folder, texts, n_tokens, self.settings, self.layers)
+        given = texts, self.n_tokens, self.settings, self.layers, SHARD
+        return pl.Bench(self.model, self.folder, *given)
 
     def words(self, n_tokens: int) -> list[str]:
         """Texts that hold this many tokens."""

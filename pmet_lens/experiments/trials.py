@@ -77,6 +77,7 @@ class Bench:
         n_tokens: of these.
         hparams: method → its settings, for a model that `pl.HPARAMS` does not know.
         layers: whose second moments are computed; None: all below the last.
+        shard: facts per file of targets, which is what a run that is cut loses at most.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Bench:
         n_tokens: int = 100_000,
         hparams: Callable[[Any], Any] | None = None,
         layers: Sequence[int] | None = None,
+        shard: int = 125,
     ) -> None:
-        self.model, self.folder = model, Path(folder)
+        self.model, self.folder, self.shard = model, Path(folder), shard
         self.inputs = EditInputs(model, self._read_moments(texts, n_tokens, layers))
         self.settings = hparams or self.inputs.settings
         self.contexts, self.moments = self.inputs.contexts(), self.inputs.moments(())
@@ -132,6 +134,7 @@ class Bench:
             self.hparams(trial),
             self._contexts(trial),
             self.folder / "targets",
+            self.shard,
             on_facts=on_facts,
             drawn=(self._drawn_from, 0) if trial.prefixes else None,
         )
