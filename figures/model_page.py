@@ -58,6 +58,8 @@ def page(tables: Path) -> str:
     models, trace = read(tables, "models"), read(tables, "trace")
     scores, checks = in_order(read(tables, "scores")), in_order(read(tables, "checks"))
     parts = [HEAD, table_of_models(models), TRACE, table_of_traces(trace), EDITS]
+    if missing := [name for name in models["model"] if name not in set(trace["model"])]:
+        parts.insert(-1, f"Not traced yet: {', '.join(missing)}.")
     for name in models["model"]:
         own = of(scores, model=name)
         parts += [f"**{name}**, {int(own['n'].max())} facts at once", table_of_scores(own)]
@@ -108,15 +110,18 @@ def table_of_models(models: pd.DataFrame) -> str:
 
 
 def table_of_traces(trace: pd.DataFrame) -> str:
-    places, rows = list(dict.fromkeys(trace["place"])), []
+    places, rows, n = list(dict.fromkeys(trace["place"])), [], int(trace["n"].max())
     for (model, stream, window), own in trace.groupby(["model", "stream", "window"], sort=False):
         at = own.rename(columns={"recovered": "mean_"}).set_index("place")
         found = [at.loc[place] if place in at.index else None for place in places]
         cells = ["" if c is None else f"{spread(c, 2)}, layer {int(c.layer)}" for c in found]
+        of_fewer = ["" if c is None or c.n == n else f", {int(c.n)} facts" for c in found]
+        cells = [cell + fewer for cell, fewer in zip(cells, of_fewer, strict=True)]
         rows.append([model, f"{COMPONENTS[stream]} ({window})", *cells])
-    n, first = int(trace["n"].max()), trace.groupby("model", sort=False).first().itertuples()
-    odds = ", ".join(f"{m.Index} {m.p_clean:.2f} and {m.p_corrupted:.2f}" for m in first)
-    said = f"{n} facts. Mean probability of the answer without and with the noise: {odds}."
+    whole = trace[trace["n"] == n].groupby("model", sort=False).first().itertuples()
+    odds = ", ".join(f"{m.Index} {m.p_clean:.2f} and {m.p_corrupted:.2f}" for m in whole)
+    said = f"{n} facts, or as many as have such a token. Mean probability of the answer without and"
+    said += f" with the noise: {odds}."
     return f"{markdown(['model', 'component (layers restored)', *places], rows)}\n\n{said}"
 
 
