@@ -135,18 +135,21 @@ class Study:
             found["trace"].append(self.row(f"trace {stream}", partial(self.trace, stream)))
         for method in METHODS:
             checks = self.row(f"checks {method}", partial(self.checks, method))
+            if checks.empty:
+                continue
             found["checks"].append(checks.assign(settings=self.strengths(method)))
-            if len(checks) and checks["refused"].isna().all():
+            if checks["refused"].isna().all():
                 scores = self.row(f"scores {method}", partial(self.scores, method))
                 found["scores"].append(scores)
         right = evaluation.interval(100 * known["correct"].to_numpy(dtype=float))
         knows = dict(zip(("known", "ci_low", "ci_high", "n"), right, strict=True))
         knows["relations"] = known.loc[known["correct"] == 1, "relation"].nunique()
         made = (self.folder / "made.txt").read_text(encoding="utf-8")
-        text = {"text": self.source, "tokens": self.n_tokens, "made": made}
+        text = {"text": self.source, "made": made}
         found["models"] = [about.assign(**knows, **text)]
         self.progress.bar.close()
-        return {table: pd.concat(rows).assign(model=self.name) for table, rows in found.items()}
+        whole = {table: pd.concat([pd.DataFrame(), *rows]) for table, rows in found.items()}
+        return {table: rows.assign(model=self.name) for table, rows in whole.items()}
 
     def row(self, key: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """What is kept under this name, made first where it is not; minutes are counted."""
@@ -239,6 +242,7 @@ class Study:
             "d_model": model.d_model,
             "vocabulary": len(model.embedding),
             "weights": repr(model)[:-1].split(", ", 3)[-1],
+            "tokens": self.n_tokens,
             "logits": float((own - plain).abs().max()),
             "largest": float(plain.abs().max()),
         }
