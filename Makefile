@@ -30,7 +30,7 @@ real: $(READY) ## a real model (SmolLM2, fetched once): PMET and MEMIT on 20 rea
 	$(PIP) -e '.[gguf]'
 	$(PY) figures/real.py
 
-model-tables: $(READY) ## every method on each model that is here, step by step (TIME; goes on where it stopped)
+model-tables: $(READY) ## every method on each model that is here, step by step (bundled 5 minutes each, real ones over half an hour; goes on)
 	$(PY) figures/model_tables.py
 
 test: lint ## lint, tests and notebooks on few facts, without a network
