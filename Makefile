@@ -15,7 +15,7 @@ BROWSER := $(VENV)/.browser
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper real test test-all coverage test-browser docs bench bench-gpu lint lab notebooks review models clean
+.PHONY: help figures paper real model-tables test test-all coverage test-browser docs bench bench-gpu lint lab notebooks review models clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it s
 real: $(READY) ## a real model (SmolLM2, fetched once): PMET and MEMIT on 20 real facts
 	$(PIP) -e '.[gguf]'
 	$(PY) figures/real.py
+
+model-tables: $(READY) ## every method on each model that is here, step by step (bundled 5 minutes each, real ones over half an hour; goes on)
+	$(PY) figures/model_tables.py
 
 test: lint ## lint, tests and notebooks on few facts, without a network
 	$(OFFLINE) $(ONE) $(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(COVER)

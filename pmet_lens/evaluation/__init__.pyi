@@ -1,4 +1,5 @@
 """What notebooks and figures use of this room beside the names of `pmet_lens` itself."""
 
+from .metrics import interval as interval
 from .metrics import means as means
 from .scoring import score as score

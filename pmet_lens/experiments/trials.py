@@ -73,9 +73,11 @@ class Bench:
     what is there is read, not computed again.
 
     Args:
-        texts: for the second moments of all layers below the last; None: about the bundled world.
+        texts: for the second moments; None: about the bundled world.
         n_tokens: of these.
         hparams: method → its settings, for a model that `pl.HPARAMS` does not know.
+        layers: whose second moments are computed; None: all below the last.
+        shard: facts per file of targets, which is what a run that is cut loses at most.
     """
 
     def __init__(
@@ -85,22 +87,27 @@ class Bench:
         texts: Sequence[str] | None = None,
         n_tokens: int = 100_000,
         hparams: Callable[[Any], Any] | None = None,
+        layers: Sequence[int] | None = None,
+        shard: int = 125,
     ) -> None:
-        self.model, self.folder = model, Path(folder)
-        self.inputs = EditInputs(model, self._read_moments(texts, n_tokens))
+        self.model, self.folder, self.shard = model, Path(folder), shard
+        self.inputs = EditInputs(model, self._read_moments(texts, n_tokens, layers))
         self.settings = hparams or self.inputs.settings
         self.contexts, self.moments = self.inputs.contexts(), self.inputs.moments(())
         self._drawn_from = target_files.identity(model)
         self._kept: dict[tuple[Any, ...], dict[Site, Factor]] = {}
 
-    def _read_moments(self, texts: Sequence[str] | None, n_tokens: int) -> dict[Site, Moment]:
+    def _read_moments(
+        self, texts: Sequence[str] | None, n_tokens: int, layers: Sequence[int] | None
+    ) -> dict[Site, Moment]:
         read = "world" if texts is None else chained("", texts)[:8]
         name = f"{target_files.weights(self.model)[:16]}-{read}-{n_tokens}"
+        name += "" if layers is None else f"-{'-'.join(map(str, layers))}"
         return moment_files.kept_moments(
             self.folder / f"moments-{name}.safetensors",
             self.model,
             datasets.texts() if texts is None else texts,
-            range(self.model.n_layers - 1),
+            range(self.model.n_layers - 1) if layers is None else layers,
             n_tokens=n_tokens,
         )
 
@@ -127,6 +134,7 @@ class Bench:
             self.hparams(trial),
             self._contexts(trial),
             self.folder / "targets",
+            self.shard,
             on_facts=on_facts,
             drawn=(self._drawn_from, 0) if trial.prefixes else None,
         )

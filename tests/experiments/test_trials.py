@@ -507,6 +507,13 @@ def test_a_bench_has_the_moments_of_all_layers_below_the_last(gpt2, bench):
         assert torch.equal(bench.moments[site].total, want[site].total)
 
 
+def test_a_bench_may_have_the_moments_of_some_layers(gpt2, bench):
+    found = Bench(gpt2, bench.folder, some_texts(), hparams=settings, layers=[1]).moments
+    assert set(found) == {Site(1, "attn"), Site(1, "mlp")}
+    for site, moment in found.items():
+        torch.testing.assert_close(moment.total, bench.moments[site].total)
+
+
 def test_the_bundled_texts_are_taken_where_none_are_given(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "texts", lambda: iter(["Mira Tolan plays.", "The tower of Kel."]))
     found = Bench(gpt2, tmp_path, n_tokens=7).moments

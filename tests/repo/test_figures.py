@@ -13,6 +13,8 @@ from pathlib import Path
 import common
 import make
 import manifest
+import model_page
+import model_tables
 import numpy as np
 import pandas as pd
 import paper
@@ -100,6 +102,41 @@ def test_the_committed_texts_are_those_of_the_tables():
         # A table is rounded to two digits, and a text to one, from more.
         pairs = zip(number.findall(now), number.findall(kept), strict=True)
         assert max(abs(float(a) - float(b)) for a, b in pairs) < 0.11, name
+
+
+def test_the_page_of_the_models_is_that_of_its_tables():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert page == model_page.page(RESULTS / "models")
+    models = common.read(RESULTS / "models", "models")
+    assert list(models["model"]) == list(model_tables.LAYERS)
+
+
+@pytest.mark.slow
+def test_a_table_of_a_model_that_was_cut_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_tables, "OUT", tmp_path)
+    small = {"METHODS": ("FT-W", "MEND"), "STREAMS": ("mlp_out",), "FACTS": 2, "TRACED": 2}
+    for name, value in {**small, "WORLD_TOKENS": 3000}.items():
+        monkeypatch.setattr(model_tables, name, value)
+
+    def study() -> model_tables.Study:
+        return model_tables.Study("world", None, "", False)
+
+    tables = study().tables()
+    assert {*tables["scores"]["method"]} == {"unedited", "FT-W", "MEND"}
+    checks = tables["checks"]
+    assert checks["undone"].all()
+    assert (checks[["loaded", "merged"]] == 0).all(axis=None)
+    assert (checks["adapter"] < 1e-3).all()
+    assert (checks["moved"] > 0.1).all()
+    assert len(tables["trace"]) == tables["trace"]["place"].nunique()
+    (file,) = tmp_path.rglob("checks MEND.csv")
+    file.unlink()
+    cut = study()
+    monkeypatch.setattr(pl, "causal_trace", None)
+    again = cut.tables()
+    assert file.exists()
+    for name in ("trace", "scores", "checks"):
+        pd.testing.assert_frame_equal(again[name], tables[name])
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@ by a test."""
 
 from __future__ import annotations
 
+import model_tables
 import pytest
 import torch
 
 import pmet_lens as pl
 from pmet_lens.data import fetched, gguf_files
+from pmet_lens.editing import keys
 from pmet_lens.models import tokens
 from pmet_lens.models.tokens import Prompt
 
@@ -92,3 +94,48 @@ def test_an_answer_without_a_blank_is_what_the_model_says_next(model):
 def test_the_worlds_text_is_refused(model):
     with pytest.raises(pl.MomentError, match="knows nothing of"):
         pl.second_moments(model, pl.texts(), [1], n_tokens=10)
+
+
+FACTS, LAYERS = pl.real_facts(3), (2, 3)
+
+
+def moments(model: pl.Model) -> dict[pl.Site, torch.Tensor]:
+    """No text is read for these few facts."""
+    sites = [pl.Site(n, p) for n in LAYERS for p in ("attn", "mlp")]
+    return {s: torch.eye(model.d_in(s), dtype=torch.float64) for s in sites}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ("PMET", "MEMIT", "FT-W"))
+def test_an_edit_is_undone_saved_merged_and_served(model, method, tmp_path):
+    hparams = pl.Hparams(LAYERS, n_steps=4)
+    strong = pl.FineTuneHparams(layer=3, n_steps=4) if method == "FT-W" else hparams
+    edit = pl.edit(model, FACTS, moments(model), method, strong, ["{}"], check=False)
+    found = model_tables.again(model, FACTS, edit, tmp_path)
+    assert found["undone"]
+    assert found["loaded"] == found["merged"] == 0
+    assert found["adapter"] < 1e-3 < 0.1 < found["moved"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ("PMET", "MEMIT", "AlphaEdit", "EMMET", "+ W_O"))
+def test_the_written_model_has_what_the_targets_asked_for(model, method):
+    """As on the tiny models (`editing/test_post_norms.py`), next to no weight on what was known."""
+    way = pl.named(method)
+    hparams = pl.Hparams(
+        (3,) if method == "EMMET" else LAYERS,
+        n_steps=8,
+        second_moment_weight=1e-9,
+        null_space_threshold=1e9,
+        null_space_l2=1e-9,
+    )
+    targets = pl.optimise(model, FACTS, way, hparams, ["{}"])
+    reader = keys.Reader(model, FACTS)
+    wanted = keys.wanted(reader, targets, way)
+    before = {s: reader.values(3, s) for s in wanted}
+    edit = pl.edit(model, FACTS, moments(model), way, hparams, ["{}"], targets)
+    with edit.applied(model):
+        after = {s: keys.Reader(model, FACTS).values(3, s) for s in wanted}
+    for stream, value in wanted.items():
+        left = (value - after[stream]).norm() / (value - before[stream]).norm()
+        assert left <= 0.05, stream
