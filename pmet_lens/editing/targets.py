@@ -8,6 +8,7 @@ hardware, and a fact's result does not depend on it. The loss is `objective.loss
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,21 +154,35 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
     weight = batch.norms[batch.streams[0]].new_full((batch.n,), hp.nll_weight)
     final: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in batch.clean.items()}
     steps: list[dict[str, Any]] = []
+    n_prompts = batch.per_fact - 1
+    newest = weight.new_full((batch.n, n_prompts), math.nan)
+    said = torch.zeros_like(newest, dtype=torch.bool)
     for step in range(hp.n_steps):
+        asked = _asked(step, n_prompts, hp.prefixes_per_step)
+        if some := len(asked) < n_prompts:
+            batch.choose(active, asked)
         read = batch.losses(deltas)
+        at = active.nonzero(), torch.tensor(asked, device=active.device)
+        newest[at], said[at] = read.each.to(newest), read.said
         chosen: dict[Stream, Tensor] = {s: d[active] for s, d in deltas.items()}
         norms: dict[Stream, Tensor] = {s: v[active] for s, v in batch.norms.items()}
         losses = objective.loss_terms(read.nll, read.kl, chosen, norms, weight[active], hp)
-        done = losses["loss"].detach() < hp.stop_loss
+        columns: dict[str, Any] = {k: v.detach() for k, v in losses.items()}
+        if some:  # whether a fact is done is for all of its prompts to tell
+            columns["nll"] = newest[active].nanmean(1)
+            columns["loss"] = columns["loss"] + weight[active] * (
+                columns["nll"] - read.nll.detach()
+            )
+        all_said = said[active].all(1)
+        done = (columns["loss"] < hp.stop_loss) & ~newest[active].isnan().any(1)
         if hp.easing < 1:
-            eased = read.all_argmax & ~done
+            eased = all_said & ~done
             full = weight.new_full((), hp.nll_weight)
             weight[active] = torch.where(eased, full * hp.easing, full)
-            done = done | (eased & (hp.kl_weight * losses["kl"].detach() <= hp.kl_stop))
+            done = done | (eased & (hp.kl_weight * columns["kl"] <= hp.kl_stop))
         last = step == hp.n_steps - 1
         stopping = torch.zeros_like(active)
         stopping[active] = done | last
-        columns: dict[str, Any] = {k: v.detach() for k, v in losses.items()}
         if on_step is not None:
             on_step(step, dict(columns))
         for stream, delta in deltas.items():
@@ -177,20 +192,32 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         gradients: tuple[Tensor, ...] = ()
         if not over:
             gradients = torch.autograd.grad(losses["loss"].sum(), list(deltas.values()))
-        columns.update(fact=active.nonzero()[:, 0], step=step, said=read.all_argmax)
+        columns.update(fact=active.nonzero()[:, 0], step=step, said=all_said)
         columns.update(done=done, last=last, **_geometry(deltas, gradients, batch.norms, active))
         steps.append(columns)
         if over:
             break
         if stopped:
             active = left
-            batch.choose(active)
+            if not some:
+                batch.choose(active)
         for delta, gradient in zip(deltas.values(), gradients, strict=True):
             delta.grad = gradient
+        for group in optimiser.param_groups:
+            group["lr"] = hp.lr * (1 - (1 - hp.lr_end) * step / (hp.n_steps - 1))
         optimiser.step()
         _project(deltas, batch.norms, hp.clamp)
     values: dict[Stream, Tensor] = {s: batch.clean[s] + final[s] for s in final}
     return Targets(values, batch.clean, batch.layer, _history(steps), batch.position)
+
+
+def _asked(step: int, n_prompts: int, prefixes: int | None) -> list[int]:
+    """The numbers of the prompts that a step runs: the plain one, and so many of the others in
+    turn (None: all)."""
+    others = n_prompts - 1
+    if prefixes is None or prefixes >= others:
+        return list(range(n_prompts))
+    return [0, *sorted(1 + (step * prefixes + i) % others for i in range(prefixes))]
 
 
 def _project(deltas: Mapping[Stream, Tensor], norms: Mapping[Stream, Tensor], clamp: float) -> None:

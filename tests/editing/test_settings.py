@@ -175,6 +175,8 @@ def test_zero_is_a_strength_only_where_it_means_something(name):
     [
         ({"n_steps": 0}, "n_steps must be at least 1, not 0"),
         ({"easing": 1.5}, "easing must be at most 1"),
+        ({"lr_end": 1.5}, "lr_end must be at most 1"),
+        ({"prefixes_per_step": 0}, "at least 1, or None for all"),
         ({"reference_norm": "resid_pre"}, "reference_norm must be one of own stream, resid_post"),
     ],
 )

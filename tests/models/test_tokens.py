@@ -13,6 +13,7 @@ from pmet_lens.models.tokens import (
     PLAIN,
     SEEDS,
     Prompt,
+    chunks,
     encode,
     prompts_of,
     sample_contexts,
@@ -210,3 +211,11 @@ def test_braces_are_taken_out_of_contexts(gpt2, monkeypatch):
 
     monkeypatch.setattr(Model, "forward", forward)
     assert sample_contexts(gpt2) == [PLAIN, *(f"{word}. {{}}" for word in SEEDS)]
+
+
+def test_a_batch_takes_no_more_padding_than_it_may():
+    lengths, budget = [3, 9, 4, 4, 3, 10], 100
+    assert chunks(lengths, budget) == [[0, 4, 2, 3, 1, 5]]
+    assert chunks(lengths, budget, padding=0) == [[0, 4], [2, 3], [1], [5]]
+    assert chunks(lengths, budget, padding=2) == [[0, 4, 2, 3], [1, 5]]
+    assert chunks(lengths, 8, padding=2) == [[0, 4], [2, 3], [1], [5]]
