@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from pmet_lens.data import markup
 from pmet_lens.editing.solvers import Exact, NullSpace, Solver
-from pmet_lens.models.model import Projection, Stream
+from pmet_lens.models.model import Model, Projection, Stream
 from pmet_lens.models.sites import several
 from pmet_lens.models.tokens import Position
 
@@ -221,6 +221,10 @@ class Hparams:
         targets are others than by the published procedure; edits are about as good."""
         return replace(self, **FAST)
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0, that is not the last."""
+        return self.lr * (1 - (1 - self.lr_end) * step / (self.n_steps - 1))
+
     def strengthen(self, solver: Solver) -> Solver:
         """The solver; what it leaves open (None, as AlphaEdit may) is taken from here."""
         if not isinstance(solver, NullSpace):
@@ -272,3 +276,16 @@ def kind_of(method: Method) -> str:
     if isinstance(method.solver, Exact):
         return "ROME"
     return "MEMIT" if method.delta_at == ("resid_post",) else "PMET"
+
+
+def optimised(model: Model, stream: Stream) -> Stream:
+    """Where the delta of `stream` lies. Behind a post-norm not every layer output can be written,
+    so there the delta lies on what the MLP writes, before the norm."""
+    if stream == "resid_post" and not model.enters_output("mlp_out"):
+        return "mlp_out"
+    return stream
+
+
+def streams_of(model: Model, method: Method) -> tuple[Stream, ...]:
+    """The streams that get a delta when this method edits this model."""
+    return tuple(dict.fromkeys(optimised(model, stream) for stream in method.delta_at))

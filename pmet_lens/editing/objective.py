@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing.method import STREAM_OF, Hparams, Method
+from pmet_lens.editing.method import STREAM_OF, Hparams, Method, streams_of
 from pmet_lens.models import activations, likelihood, memory, tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, ModelError, Site, Stream
@@ -32,8 +32,7 @@ PADDING_ON_CPU = 64
 FEW_TOKENS = 256
 """Up to so many, running layer L for the edited token alone costs more than it saves."""
 FEW_PARAMETERS = 10_000_000
-"""In a smaller model rows and padding cost next to nothing: all of it runs, as when its recorded
-results were made."""
+"""In a smaller model rows and padding cost next to nothing, and all of them run."""
 
 
 def loss_terms(
@@ -97,11 +96,9 @@ def batches(
     longest = run.view(-1, per_fact).amax(1).tolist()
     total = lengths.view(-1, per_fact).amax(1).tolist()
     reads, most = read_by(rows, per_fact).tolist(), likelihood.readable(model, copies=2)
-    bound = large(model) and model.device.type == "cpu"
-    padding = PADDING_ON_CPU // per_fact if bound else None
-    return tokens.chunks(
-        longest, budget // per_fact, total, reads=reads, readable=most, padding=padding
-    )
+    pad = PADDING_ON_CPU // per_fact if _large(model) and model.device.type == "cpu" else None
+    limits = {"reads": reads, "readable": most, "padding": pad}
+    return tokens.chunks(longest, budget // per_fact, total, **limits)
 
 
 def read_by(rows: tokens.Batch, per_fact: int) -> Int[Tensor, " fact"]:
@@ -114,16 +111,14 @@ def told_by_plain(
     model: Model, rows: tokens.Batch, per_fact: int, position: Position
 ) -> Bool[Tensor, " fact"]:
     """Whether the KL prompt has the tokens of the plain one up to `position`, which nothing later
-    changes: the row of the plain prompt then tells the divergence, too, and the other need not run.
-    """
+    changes: then the row of the plain prompt tells the divergence, too, and the other one rests."""
     ids, place = (v.view(len(v) // per_fact, per_fact, -1) for v in (rows.ids, rows.at(position)))
     later = torch.arange(ids.shape[2], device=ids.device) > place[:, 0]
     same = ((ids[:, 0] == ids[:, -1]) | later).all(1) & (place[:, 0] == place[:, -1])[:, 0]
-    return same & large(model)
+    return same & _large(model)
 
 
-def large(model: Model) -> bool:
-    """Whether rows and padding cost more than what it takes to leave them out."""
+def _large(model: Model) -> bool:
     return sum(p.numel() for p in model.hf.parameters()) >= FEW_PARAMETERS
 
 
@@ -141,19 +136,6 @@ def values_per_token(model: Model, layer: int) -> int:
     """Numbers kept per token of a step for the backward pass from `layer` on; a generous guess."""
     d_in = model.d_in(Site(layer, "mlp"))
     return (10 * model.d_model + 4 * d_in) * (model.n_layers - layer)
-
-
-def optimised(model: Model, stream: Stream) -> Stream:
-    """Where the delta of `stream` lies. Behind a post-norm not every layer output can be written,
-    so there the delta lies on what the MLP writes, before the norm."""
-    if stream == "resid_post" and not model.enters_output("mlp_out"):
-        return "mlp_out"
-    return stream
-
-
-def streams_of(model: Model, method: Method) -> tuple[Stream, ...]:
-    """The streams that get a delta when this method edits this model."""
-    return tuple(dict.fromkeys(optimised(model, stream) for stream in method.delta_at))
 
 
 def tail_of(model: Model, method: Method, layer: int) -> Tail | None:
@@ -227,8 +209,8 @@ class Objective:
         # Mean over the target tokens of a prompt, then over the fact's prompts.
         self._per_prompt = torch.bincount(self._prompt_of_label)
         self._share = 1.0 / (self._per_prompt[self._prompt_of_label].double() * self._asked)
-        first = active.nonzero()[:, 0] * self.per_fact
-        row = torch.searchsorted(chosen, first + (self.per_fact - 1) * run[active, -1])
+        of_kl = active.nonzero()[:, 0] * self.per_fact + (self.per_fact - 1) * run[active, -1]
+        row = torch.searchsorted(chosen, of_kl)
         self._place = self._rows.at(self.position)
         self._at = torch.cat([scored, torch.stack([row, self._place[row]], dim=1)])
 

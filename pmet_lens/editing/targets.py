@@ -23,7 +23,7 @@ from torch import Tensor
 from pmet_lens.data import markup
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing import objective
-from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.method import Hparams, Method, SettingsError, optimised
 from pmet_lens.models import tokens
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, Stream
@@ -169,10 +169,9 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         losses = objective.loss_terms(read.nll, read.kl, chosen, norms, weight[active], hp)
         columns: dict[str, Any] = {k: v.detach() for k, v in losses.items()}
         if some:  # whether a fact is done is for all of its prompts to tell
-            columns["nll"] = newest[active].nanmean(1)
-            columns["loss"] = columns["loss"] + weight[active] * (
-                columns["nll"] - read.nll.detach()
-            )
+            mean = newest[active].nanmean(1)
+            columns["loss"] = columns["loss"] + weight[active] * (mean - columns["nll"])
+            columns["nll"] = mean
         all_said = said[active].all(1)
         done = (columns["loss"] < hp.stop_loss) & ~newest[active].isnan().any(1)
         if hp.easing < 1:
@@ -197,14 +196,12 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         steps.append(columns)
         if over:
             break
-        if stopped:
-            active = left
-            if not some:
-                batch.choose(active)
+        active = left
+        if stopped and not some:
+            batch.choose(active)
         for delta, gradient in zip(deltas.values(), gradients, strict=True):
             delta.grad = gradient
-        for group in optimiser.param_groups:
-            group["lr"] = hp.lr * (1 - (1 - hp.lr_end) * step / (hp.n_steps - 1))
+        optimiser.param_groups[0]["lr"] = hp.rate(step)
         optimiser.step()
         _project(deltas, batch.norms, hp.clamp)
     values: dict[Stream, Tensor] = {s: batch.clean[s] + final[s] for s in final}
@@ -215,9 +212,8 @@ def _asked(step: int, n_prompts: int, prefixes: int | None) -> list[int]:
     """The numbers of the prompts that a step runs: the plain one, and so many of the others in
     turn (None: all)."""
     others = n_prompts - 1
-    if prefixes is None or prefixes >= others:
-        return list(range(n_prompts))
-    return [0, *sorted(1 + (step * prefixes + i) % others for i in range(prefixes))]
+    n = others if prefixes is None else min(prefixes, others)
+    return [0, *sorted(1 + (step * n + i) % others for i in range(n))]
 
 
 def _project(deltas: Mapping[Stream, Tensor], norms: Mapping[Stream, Tensor], clamp: float) -> None:
@@ -274,7 +270,7 @@ def check(
     model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
 ) -> None:
     """Raises `SettingsError` for targets that are not those of such an edit."""
-    needed = {objective.optimised(model, method.follows(p)) for p in method.write}
+    needed = {optimised(model, method.follows(p)) for p in method.write}
     if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
         raise SettingsError(
             f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "
