@@ -97,8 +97,8 @@ def batches(
     total = lengths.view(-1, per_fact).amax(1).tolist()
     reads, most = read_by(rows, per_fact).tolist(), likelihood.readable(model, copies=2)
     pad = PADDING_ON_CPU // per_fact if _large(model) and model.device.type == "cpu" else None
-    limits = {"reads": reads, "readable": most, "padding": pad}
-    return tokens.chunks(longest, budget // per_fact, total, **limits)
+    at_once = budget // per_fact
+    return tokens.chunks(longest, at_once, total, reads=reads, readable=most, padding=pad)
 
 
 def read_by(rows: tokens.Batch, per_fact: int) -> Int[Tensor, " fact"]:
