@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing.method import STREAM_OF, Method
-from pmet_lens.editing.objective import optimised, rows_of
+from pmet_lens.editing.method import STREAM_OF, Method, optimised
+from pmet_lens.editing.objective import rows_of
 from pmet_lens.editing.targets import Targets
 from pmet_lens.models import activations, tokens
 from pmet_lens.models.activations import check_finite
@@ -193,7 +193,7 @@ def wanted(
 ) -> dict[Stream, Float[Tensor, "fact d_model"]]:
     """Per stream that the method's projections follow the value it should have at `targets.layer`.
 
-    Where the delta of the layer output lay before a norm (`objective.optimised`): the clean output
+    Where the delta of the layer output lay before a norm (`method.optimised`): the clean output
     and what the norm makes of the delta.
     """
     values: dict[Stream, Tensor] = {}

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pmet_lens.data.facts import Fact
-from pmet_lens.editing.method import STREAM_OF, Hparams, Method
+from pmet_lens.editing.method import STREAM_OF, Hparams, Method, streams_of
 from pmet_lens.models import activations, likelihood, memory, tokens
 from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, ModelError, Site, Stream
@@ -27,8 +27,12 @@ from pmet_lens.models.tokens import Position
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 1024, 16384
 """Tokens of a step, padding included: what fits a CPU's cache, what fills an accelerator."""
+PADDING_ON_CPU = 64
+"""Tokens of padding in a step of a large model, beyond which a step of its own costs less."""
 FEW_TOKENS = 256
 """Up to so many, running layer L for the edited token alone costs more than it saves."""
+FEW_PARAMETERS = 10_000_000
+"""In a smaller model rows and padding cost next to nothing, and all of them run."""
 
 
 def loss_terms(
@@ -55,11 +59,13 @@ class Losses:
     """What a step reads, per active fact."""
 
     nll: Float[Tensor, " fact"]
-    """−log P per target token, mean over the tokens of a prompt, then over prompts; nats."""
+    """−log P per target token, mean over the tokens of a prompt, then over prompts run; nats."""
     kl: Float[Tensor, " fact"]
     """Of the changed from the clean distribution after "{} is a", nats."""
-    all_argmax: Bool[Tensor, " fact"]
-    """Whether every target token is the argmax in every prompt."""
+    each: Float[Tensor, "fact prompt"]
+    """The nll of every prompt that was run; no gradients."""
+    said: Bool[Tensor, "fact prompt"]
+    """Whether every target token of the prompt is the argmax."""
 
 
 def prompts(
@@ -90,13 +96,30 @@ def batches(
     longest = run.view(-1, per_fact).amax(1).tolist()
     total = lengths.view(-1, per_fact).amax(1).tolist()
     reads, most = read_by(rows, per_fact).tolist(), likelihood.readable(model, copies=2)
-    return tokens.chunks(longest, budget // per_fact, total, reads=reads, readable=most)
+    pad = PADDING_ON_CPU // per_fact if _large(model) and model.device.type == "cpu" else None
+    at_once = budget // per_fact
+    return tokens.chunks(longest, at_once, total, reads=reads, readable=most, padding=pad)
 
 
 def read_by(rows: tokens.Batch, per_fact: int) -> Int[Tensor, " fact"]:
     """At how many tokens a step reads the logits of each fact: those of its targets, and one of its
     KL prompt."""
     return rows.scored.sum(1).view(-1, per_fact).sum(1) + 1
+
+
+def told_by_plain(
+    model: Model, rows: tokens.Batch, per_fact: int, position: Position
+) -> Bool[Tensor, " fact"]:
+    """Whether the KL prompt has the tokens of the plain one up to `position`, which nothing later
+    changes: then the row of the plain prompt tells the divergence, too, and the other one rests."""
+    ids, place = (v.view(len(v) // per_fact, per_fact, -1) for v in (rows.ids, rows.at(position)))
+    later = torch.arange(ids.shape[2], device=ids.device) > place[:, 0]
+    same = ((ids[:, 0] == ids[:, -1]) | later).all(1) & (place[:, 0] == place[:, -1])[:, 0]
+    return same & _large(model)
+
+
+def _large(model: Model) -> bool:
+    return sum(p.numel() for p in model.hf.parameters()) >= FEW_PARAMETERS
 
 
 def budget(model: Model, layer: int, free: int | None = None) -> int:
@@ -113,19 +136,6 @@ def values_per_token(model: Model, layer: int) -> int:
     """Numbers kept per token of a step for the backward pass from `layer` on; a generous guess."""
     d_in = model.d_in(Site(layer, "mlp"))
     return (10 * model.d_model + 4 * d_in) * (model.n_layers - layer)
-
-
-def optimised(model: Model, stream: Stream) -> Stream:
-    """Where the delta of `stream` lies. Behind a post-norm not every layer output can be written,
-    so there the delta lies on what the MLP writes, before the norm."""
-    if stream == "resid_post" and not model.enters_output("mlp_out"):
-        return "mlp_out"
-    return stream
-
-
-def streams_of(model: Model, method: Method) -> tuple[Stream, ...]:
-    """The streams that get a delta when this method edits this model."""
-    return tuple(dict.fromkeys(optimised(model, stream) for stream in method.delta_at))
 
 
 def tail_of(model: Model, method: Method, layer: int) -> Tail | None:
@@ -164,6 +174,7 @@ class Objective:
             self.norms = {s: self._as_written(s, norm) for s, norm in self.norms.items()}
         past = None
         start = rows.at(self.position)
+        self._told_by_plain = told_by_plain(model, rows, per_fact, self.position)
         self._above: Tail | None = None
         if tail is not None and tail.resumes(start, rows.mask):
             past = tail.past(residual, start)
@@ -174,31 +185,34 @@ class Objective:
                 self._above, self._edited, self._output = above, edited, output.gather(1, column)
             residual = residual.gather(1, column)
         self._all = (rows, residual, past)
+        self._kl_before: Tensor | None = None
         self.choose(torch.ones(self.n, dtype=torch.bool, device=model.device))
-        with torch.no_grad():
-            zero: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in self.clean.items()}
-            self._kl_before = self._log_probs(zero)[1]
 
-    def choose(self, active: Bool[Tensor, " fact"]) -> None:
-        """Only these facts from now on: the rows of the others leave the batch."""
+    def choose(self, active: Bool[Tensor, " fact"], asked: Sequence[int] | None = None) -> None:
+        """Only these facts from now on, and of each the KL prompt and only these of the others (0:
+        the plain one; None: all): the remaining rows leave the batch."""
         rows, residual, past = self._all
-        self._active = active
-        chosen = active.repeat_interleave(self.per_fact).nonzero()[:, 0]
-        self._chosen, self._rows = chosen, rows[chosen]
+        asked = range(self.per_fact - 1) if asked is None else asked
+        self._active, self._asked = active, len(asked)
+        run = torch.zeros(self.n, self.per_fact, dtype=torch.bool, device=active.device)
+        run[:, list(asked)] = True
+        run[:, -1] = ~self._told_by_plain if 0 in asked else True
+        chosen = (run & active[:, None]).flatten().nonzero()[:, 0]
+        self._chosen, self._rows, self._fact_of_row = chosen, rows[chosen], chosen // self.per_fact
         self._residual = residual[chosen, : self._rows.ids.shape[1]]
         self._past = None if past is None else past[chosen]
-        facts = torch.arange(len(chosen), device=chosen.device) // self.per_fact
-        self._fact_of_row = active.nonzero()[:, 0][facts]
         scored = self._rows.scored.nonzero()
         self._labels = self._rows.labels[scored[:, 0], scored[:, 1]]
-        self._fact_of_label = facts[scored[:, 0]]
+        # Rows with targets stand in the order of facts and prompts.
+        self._prompt_of_label = scored[:, 0].unique_consecutive(return_inverse=True)[1]
+        self._fact_of_label = self._prompt_of_label // self._asked
         # Mean over the target tokens of a prompt, then over the fact's prompts.
-        per_row = torch.bincount(scored[:, 0], minlength=len(chosen))
-        self._share = 1.0 / (per_row[scored[:, 0]].double() * (self.per_fact - 1))
-        last = torch.arange(len(chosen), device=chosen.device)[self.per_fact - 1 :: self.per_fact]
-        place = self._rows.at(self.position)
-        self._at = torch.cat([scored, torch.stack([last, place[last]], dim=1)])
-        self._place = place
+        self._per_prompt = torch.bincount(self._prompt_of_label)
+        self._share = 1.0 / (self._per_prompt[self._prompt_of_label].double() * self._asked)
+        of_kl = active.nonzero()[:, 0] * self.per_fact + (self.per_fact - 1) * run[active, -1]
+        row = torch.searchsorted(chosen, of_kl)
+        self._place = self._rows.at(self.position)
+        self._at = torch.cat([scored, torch.stack([row, self._place[row]], dim=1)])
 
     def _as_written(self, stream: Stream, norm: Float[Tensor, " fact"]) -> Float[Tensor, " fact"]:
         """A length in the residual stream as one of what the projection writes before its norm."""
@@ -210,16 +224,21 @@ class Objective:
         return norm * (clean.norm(dim=-1) / road.reached(clean).norm(dim=-1)).to(norm)
 
     def losses(self, deltas: Mapping[Stream, Float[Tensor, "fact d_model"]]) -> Losses:
-        """Of the chosen facts, with the deltas (one per fact of the batch) added."""
+        """Of the chosen facts, with the deltas (one per fact of the batch) added; the first time of
+        all, with deltas of 0."""
         logp, kl_now = self._log_probs(deltas)
-        n = len(kl_now)
+        n, of_prompt = len(kl_now), self._prompt_of_label
         picked = likelihood.of_labels(logp, self._labels)
         nll = likelihood.row_sums(-picked * self._share.to(logp), self._fact_of_label, n)
         missed = (logp.detach().argmax(-1) != self._labels).to(logp.dtype)
-        all_argmax = likelihood.row_sums(missed, self._fact_of_label, n) == 0
+        said = likelihood.row_sums(missed, of_prompt, n * self._asked) == 0
+        each = likelihood.row_sums(-picked.detach(), of_prompt, n * self._asked) / self._per_prompt
+        if self._kl_before is None:
+            self._kl_before = kl_now.detach()
         # As released: the divergence *of* the changed model *from* the clean one.
         before = self._kl_before[self._active]
-        return Losses(nll, (kl_now.exp() * (kl_now - before)).sum(-1), all_argmax)
+        kl = (kl_now.exp() * (kl_now - before)).sum(-1)
+        return Losses(nll, kl, each.view(n, -1), said.view(n, -1))
 
     def _log_probs(self, deltas: Mapping[Stream, Tensor]) -> tuple[Tensor, Tensor]:
         """Log-probabilities where a loss is read: at the targets `[label, vocab]` and on the KL

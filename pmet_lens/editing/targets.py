@@ -8,6 +8,7 @@ hardware, and a fact's result does not depend on it. The loss is `objective.loss
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from torch import Tensor
 from pmet_lens.data import markup
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing import objective
-from pmet_lens.editing.method import Hparams, Method, SettingsError
+from pmet_lens.editing.method import Hparams, Method, SettingsError, optimised
 from pmet_lens.models import tokens
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, Stream
@@ -153,21 +154,34 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
     weight = batch.norms[batch.streams[0]].new_full((batch.n,), hp.nll_weight)
     final: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in batch.clean.items()}
     steps: list[dict[str, Any]] = []
+    n_prompts = batch.per_fact - 1
+    newest = weight.new_full((batch.n, n_prompts), math.nan)
+    said = torch.zeros_like(newest, dtype=torch.bool)
     for step in range(hp.n_steps):
+        asked = _asked(step, n_prompts, hp.prefixes_per_step)
+        if some := len(asked) < n_prompts:
+            batch.choose(active, asked)
         read = batch.losses(deltas)
+        at = active.nonzero(), torch.tensor(asked, device=active.device)
+        newest[at], said[at] = read.each.to(newest), read.said
         chosen: dict[Stream, Tensor] = {s: d[active] for s, d in deltas.items()}
         norms: dict[Stream, Tensor] = {s: v[active] for s, v in batch.norms.items()}
         losses = objective.loss_terms(read.nll, read.kl, chosen, norms, weight[active], hp)
-        done = losses["loss"].detach() < hp.stop_loss
+        columns: dict[str, Any] = {k: v.detach() for k, v in losses.items()}
+        if some:  # whether a fact is done is for all of its prompts to tell
+            mean = newest[active].nanmean(1)
+            columns["loss"] = columns["loss"] + weight[active] * (mean - columns["nll"])
+            columns["nll"] = mean
+        all_said = said[active].all(1)
+        done = (columns["loss"] < hp.stop_loss) & ~newest[active].isnan().any(1)
         if hp.easing < 1:
-            eased = read.all_argmax & ~done
+            eased = all_said & ~done
             full = weight.new_full((), hp.nll_weight)
             weight[active] = torch.where(eased, full * hp.easing, full)
-            done = done | (eased & (hp.kl_weight * losses["kl"].detach() <= hp.kl_stop))
+            done = done | (eased & (hp.kl_weight * columns["kl"] <= hp.kl_stop))
         last = step == hp.n_steps - 1
         stopping = torch.zeros_like(active)
         stopping[active] = done | last
-        columns: dict[str, Any] = {k: v.detach() for k, v in losses.items()}
         if on_step is not None:
             on_step(step, dict(columns))
         for stream, delta in deltas.items():
@@ -177,20 +191,29 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         gradients: tuple[Tensor, ...] = ()
         if not over:
             gradients = torch.autograd.grad(losses["loss"].sum(), list(deltas.values()))
-        columns.update(fact=active.nonzero()[:, 0], step=step, said=read.all_argmax)
+        columns.update(fact=active.nonzero()[:, 0], step=step, said=all_said)
         columns.update(done=done, last=last, **_geometry(deltas, gradients, batch.norms, active))
         steps.append(columns)
         if over:
             break
-        if stopped:
-            active = left
+        active = left
+        if stopped and not some:
             batch.choose(active)
         for delta, gradient in zip(deltas.values(), gradients, strict=True):
             delta.grad = gradient
+        optimiser.param_groups[0]["lr"] = hp.rate(step)
         optimiser.step()
         _project(deltas, batch.norms, hp.clamp)
     values: dict[Stream, Tensor] = {s: batch.clean[s] + final[s] for s in final}
     return Targets(values, batch.clean, batch.layer, _history(steps), batch.position)
+
+
+def _asked(step: int, n_prompts: int, prefixes: int | None) -> list[int]:
+    """The numbers of the prompts that a step runs: the plain one, and so many of the others in
+    turn (None: all)."""
+    others = n_prompts - 1
+    n = others if prefixes is None else min(prefixes, others)
+    return [0, *sorted(1 + (step * n + i) % others for i in range(n))]
 
 
 def _project(deltas: Mapping[Stream, Tensor], norms: Mapping[Stream, Tensor], clamp: float) -> None:
@@ -247,7 +270,7 @@ def check(
     model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
 ) -> None:
     """Raises `SettingsError` for targets that are not those of such an edit."""
-    needed = {objective.optimised(model, method.follows(p)) for p in method.write}
+    needed = {optimised(model, method.follows(p)) for p in method.write}
     if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
         raise SettingsError(
             f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "

@@ -31,7 +31,7 @@ from pmet_lens.models.sites import (
     check_name,
     layer_of,
 )
-from pmet_lens.models.tail import Tail, make_tail
+from pmet_lens.models.tail import Tail, Tails
 from pmet_lens.models.weights import (
     LiveEdits,
     check_floats,
@@ -72,7 +72,7 @@ class Model:
         self._names = {id(p): n for n, p in hf.named_parameters()}
         self._check_sites()
         self.live_edits = LiveEdits(self.weight)
-        self._tails, self._enters = dict[int, Tail](), dict[str, bool]()
+        self._enters: dict[str, bool] = {}
 
     def __repr__(self) -> str:
         file = f", weights from a {file_of(self.kind)}" if self.kind else ""
@@ -255,9 +255,11 @@ class Model:
         Made once and kept: it sees every later change of the weights. Raises `ModelError` where the
         shortened model does not give the logits of the whole one; use `forward` then.
         """
-        if self.check_layer(first) not in self._tails:
-            self._tails[first] = make_tail(self.hf, self._wrapped, self._plain, first)
-        return self._tails[first]
+        return self._tails[self.check_layer(first)]
+
+    @cached_property
+    def _tails(self) -> Tails:
+        return Tails(self.hf, self._wrapped, self._plain)
 
     @cached_property
     def _plain(self) -> Blocks:

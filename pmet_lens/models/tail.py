@@ -1,8 +1,8 @@
 """The tail of a model: its blocks from one layer on, run alone on a recorded residual stream.
 
-What changes at a layer cannot change the layers below, so they need not run again. `make_tail`
-builds a tail and tests it on a small batch against the whole model. Where hooks allow it, a tail
-runs without TransformerLens's wrapper, which is cheaper.
+What changes at a layer cannot change the layers below, so they need not run again. `Tails` makes
+them and tests them on a small batch against the whole model. Where hooks allow it, a tail runs
+without TransformerLens's wrapper, which is cheaper.
 """
 
 from __future__ import annotations
@@ -190,33 +190,56 @@ def _no_ids(residual: Tensor) -> Int[Tensor, "batch token"]:
     return torch.zeros(residual.shape[:2], dtype=torch.long, device=residual.device)
 
 
-def make_tail(hf: Any, whole: Wrapped, plain: Blocks, first: int) -> Tail:
-    """The blocks from `first` on of `whole`, and of `plain`, a copy without a wrapper.
+class Tails:
+    """The tails of a model, made when asked for: of `whole`, and of `plain`, a copy without a
+    wrapper. What can be used is tested once, in the middle of the model, since its blocks are
+    alike; that the logits are those of the whole model again for a tail that begins below."""
 
-    Raises `ModelError` where it does not give the logits of the whole model.
-    """
-    components = whole.bridge.adapter.component_mapping
-    path, head = components["blocks"].name, components["unembed"].name
-    mlp = components["blocks"].submodules["mlp"].name
-    last_mlp = None if mlp is None else f"{path}.{len(plain.all) - 1}.{mlp}"
-    names = {id(p): n for n, p in hf.named_parameters()}
-    projections: dict[str, str] = {}
-    for module in PROJECTION_MODULES.values():
-        weight = whole.bridge.blocks[first].get_submodule(module).original_component.weight
-        inside = names[id(weight)].rpartition(".")[0]
-        projections[f"blocks.{first}.{module}.hook_out"] = inside
-    unwrapped = Unwrapped(plain, first, head, last_mlp, projections)
-    reach = [getattr(hf.config, name, None) for name in ("sliding_window", "window_size")]
-    window = min((n for n in reach if isinstance(n, int)), default=None)
-    tail = Tail(whole, first, unwrapped, window=window)
-    return _tested(tail, unwrapped, whole, hf.get_input_embeddings().weight.device)
+    def __init__(self, hf: Any, whole: Wrapped, plain: Blocks) -> None:
+        self._hf, self._whole, self._plain = hf, whole, plain
+        self._middle, self._made = len(plain.all) // 2, dict[int, Tail]()
+
+    def __getitem__(self, first: int) -> Tail:
+        """The blocks from `first` on. Raises `ModelError` where they do not give the logits of the
+        whole model."""
+        if first not in self._made:
+            known = None if first == self._middle else self[self._middle]
+            tail, unwrapped = self._begun(first)
+            if known is None or (first and not any(0 < n < first for n in self._made)):
+                device = self._hf.get_input_embeddings().weight.device
+                known = _tested(tail, unwrapped, self._whole, device, known)
+            if not (known.unwrapped and known.unwrapped.hooks):
+                unwrapped.hooks = {}
+            usable = None if known.unwrapped is None else unwrapped
+            self._made[first] = replace(tail, unwrapped=usable, has_past=known.has_past)
+        return self._made[first]
+
+    def _begun(self, first: int) -> tuple[Tail, Unwrapped]:
+        whole, plain = self._whole, self._plain
+        components = whole.bridge.adapter.component_mapping
+        path, head = components["blocks"].name, components["unembed"].name
+        mlp = components["blocks"].submodules["mlp"].name
+        last_mlp = None if mlp is None else f"{path}.{len(plain.all) - 1}.{mlp}"
+        names = {id(p): n for n, p in self._hf.named_parameters()}
+        projections: dict[str, str] = {}
+        for module in PROJECTION_MODULES.values():
+            weight = whole.bridge.blocks[first].get_submodule(module).original_component.weight
+            inside = names[id(weight)].rpartition(".")[0]
+            projections[f"blocks.{first}.{module}.hook_out"] = inside
+        unwrapped = Unwrapped(plain, first, head, last_mlp, projections)
+        reach = [getattr(self._hf.config, name, None) for name in ("sliding_window", "window_size")]
+        window = min((n for n in reach if isinstance(n, int)), default=None)
+        return Tail(whole, first, unwrapped, window=window), unwrapped
 
 
-def _tested(tail: Tail, unwrapped: Unwrapped, whole: Wrapped, device: torch.device) -> Tail:
+def _tested(
+    tail: Tail, unwrapped: Unwrapped, whole: Wrapped, device: torch.device, known: Tail | None
+) -> Tail:
     """Compare the tail with the whole model on a small batch. What does not give the same is not
     used: the unwrapped copy (some wrapped norms compute in float64 what transformers does in
     float32), hooks at its projections (some families flatten the tokens around their MLP), and a
-    past (with a plain cache, sliding windows differ)."""
+    past (with a plain cache, sliding windows differ). Where that is `known`, of another tail of the
+    model, only the logits are compared."""
     ids = torch.arange(18, device=device).reshape(3, 6)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -231,8 +254,7 @@ def _tested(tail: Tail, unwrapped: Unwrapped, whole: Wrapped, device: torch.devi
 
     def both_ways(residual: Tensor, mask: Tensor, hooks: Hooks = (), **more: Any) -> list[Tensor]:
         """Logits of the tail as it runs, and wrapped, as a hook at the block's output makes it."""
-        wrapped = (hook_name("resid_post"), lambda _: None)
-        return [tail.forward(residual, mask, hooks=h, **more) for h in (hooks, [*hooks, wrapped])]
+        return [tail.forward(residual, mask, hooks=h, **more) for h in (hooks, [*hooks, watched])]
 
     def hook_name(stream: str) -> str:
         return f"blocks.{tail.first}.{STREAM_HOOKS[stream]}"
@@ -244,11 +266,11 @@ def _tested(tail: Tail, unwrapped: Unwrapped, whole: Wrapped, device: torch.devi
     def error(one: Tensor, other: Tensor) -> Tensor:
         return (one - other)[mask.bool()].abs().max()
 
+    watched = (hook_name("resid_post"), lambda _: None)
     with torch.no_grad():
         keep = (hook_name("resid_pre"), lambda value: recorded.append(value.to(device)))
         wanted = whole.run(ids, mask, [keep])
-        residual = recorded[0]
-        plain, wrapped = both_ways(residual, mask)
+        wrapped = tail.forward(residual := recorded[0], mask, hooks=[watched])
         # The same operations on the same numbers: 1000 roundings are generous.
         eps, largest = torch.finfo(wanted.dtype).eps, wanted[mask.bool()].abs().max()
         exact = min(1e3 * eps, 1e-2) * largest
@@ -257,7 +279,9 @@ def _tested(tail: Tail, unwrapped: Unwrapped, whole: Wrapped, device: torch.devi
                 f"{whole.name!r} does not give the same logits when started at block "
                 f"{tail.first}: run the whole model with Model.forward"
             )
-        picked = tail.forward(residual, mask, at=at)
+        if known is not None:
+            return known
+        plain, picked = tail.forward(residual, mask), tail.forward(residual, mask, at=at)
         pushed = both_ways(residual, mask, [(hook_name(s), push) for s in ("attn_out", "mlp_out")])
         nudge = torch.linspace(-1, 1, residual.shape[-1]).to(residual).cos()
         nudged = tail.forward(residual * (1 + eps * nudge), mask)

@@ -113,25 +113,29 @@ def chunks(
     *,
     reads: Sequence[int] | None = None,
     readable: int = 0,
+    padding: int | None = None,
 ) -> list[list[int]]:
     """The numbers of the rows that share a batch: sorted by length (those of one length by `then`),
     as many as `budget` tokens allow with the padding to the longest (one at least).
 
     `reads`: at how many tokens the logits of each row are read; of a batch at most at `readable`
-    (`likelihood.readable`: they are as wide as the vocabulary).
+    (`likelihood.readable`: they are as wide as the vocabulary). `padding`: as pad at most so many
+    tokens (None: any number).
     """
     batches: list[list[int]] = []
-    second, read = lengths if then is None else then, 0
+    second, read, pad = lengths if then is None else then, 0, 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], second[i])):
         more = 0 if reads is None else reads[i]
         # Sorted: the newest is the longest, so all are padded to it.
         fits = batches and (len(batches[-1]) + 1) * lengths[i] <= budget
-        if fits and read + more <= readable:
+        if fits:
+            pad += len(batches[-1]) * (lengths[i] - lengths[batches[-1][-1]])
+        if fits and read + more <= readable and (padding is None or pad <= padding):
             batches[-1].append(i)
             read += more
         else:
             batches.append([i])
-            read = more
+            read, pad = more, 0
     return batches
 
 

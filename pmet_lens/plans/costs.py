@@ -179,18 +179,23 @@ class _Count:
     def _batch(self, rows: tokens.Batch, facts: int) -> None:
         """One `objective.Objective` and one of its steps."""
         (n, width), start = rows.ids.shape, rows.at(self.method.position)
-        past, alone, last = 0, False, self.tail
+        past, alone, last, above = 0, False, self.tail, self.tail
+        told = objective.told_by_plain(self.model, rows, n // facts, self.method.position)
+        left, lengths = n - int(told.sum()), rows.mask.sum(1)
         if last is not None and last.resumes(start, rows.mask):
-            past, width = int(start.max()), int((rows.mask.sum(1) - start).max())
+            past, lengths = int(start.max()), lengths - start
             above = self.model.from_layer(self.layer + 1)
-            alone = self.first == self.layer and above.has_past and n * width > objective.FEW_TOKENS
-            last = above if alone else last
-        ran, scored = n * width, int(rows.scored.sum()) + facts
+            alone = self.first == self.layer and above.has_past
+        lengths.view(facts, -1)[told, -1] = 0
+        width = int(lengths.max())
+        if alone := alone and left * width > objective.FEW_TOKENS:
+            last = above
+        ran, scored = left * width, int(rows.scored.sum()) + facts
         hooked = last is not None and last.first == self.layer
         unwrapped = None if last is None else last.unwrapped
         forward = sum(self.blocks[self.first :]) * ran + self.embedding * scored
         if alone:  # the layer itself, for the edited token
-            forward -= self.blocks[self.layer] * (ran - n)
+            forward -= self.blocks[self.layer] * (ran - left)
         if unwrapped is not None and (unwrapped.hooks or not hooked):
             forward -= self.last_mlp * (ran - scored)
         self.step += 2 * forward - sum(self.blocks[self.first : self.layer]) * ran

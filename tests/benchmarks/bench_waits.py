@@ -34,6 +34,7 @@ ROWS = {
     "second moments of 15,000 tokens, six layers": ("moments", 1),
     "edit one fact, PMET": ("edit", 3),
     "edit 5 facts at once, PMET": ("edits", 1),
+    "the same, now with Hparams.fast()": ("fast", 1),
     "be told settings, from 3 facts": ("suggest", 1),
     "causal trace of 1 fact, every place and layer": ("trace", 1),
     "lens on 2 facts, all streams and layers": ("lens", 1),

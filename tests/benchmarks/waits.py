@@ -60,13 +60,20 @@ class Waits:
     def edits(self, round_: int) -> None:
         self._edit(self.some(5, round_))
 
-    def _edit(self, facts: list[Any]) -> None:
+    def fast(self, round_: int) -> None:
+        """The version before has only the published steps."""
+        fast = getattr(self.hparams, "fast", lambda: self.hparams)
+        self._edit(self.some(5, round_), fast())
+
+    def _edit(self, facts: list[Any], hparams: Any = None) -> None:
         if "contexts" not in self.kept:
             self.prefixes(0)
         if "moments" not in self.kept:
             self.moments(0)
-        kept = self.kept["moments"], self.pl.PMET, self.hparams, self.kept["contexts"]
-        self.pl.edit(self.model, facts, *kept)
+        hparams = self.hparams if hparams is None else hparams
+        self.pl.edit(
+            self.model, facts, self.kept["moments"], self.pl.PMET, hparams, self.kept["contexts"]
+        )
 
     def suggest(self, round_: int) -> None:
         self.pl.suggest_hparams(self.model, self.some(3, round_))

@@ -10,6 +10,7 @@ from cases import nll_of
 from tiny import tiny_model
 
 import pmet_lens as pl
+from pmet_lens.editing import objective
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.objective import loss_terms
 from pmet_lens.editing.targets import Targets, optimise
@@ -392,3 +393,79 @@ def test_deltas_of_a_model_in_half_precision_are_float32():
         assert delta.dtype == torch.float32
         assert (delta != delta.bfloat16().float()).any()
     assert found.history["nll"].map(lambda x: float(torch.tensor(x).bfloat16()) != x).any()
+
+
+# -- less in every step ---------------------------------------------------------------------------
+
+THREE = ["{}", "The city is. {}", "I was { here. {}", "Kel plays. {}"]
+
+
+def test_a_step_of_all_prefixes_is_the_released_one(gpt2, whole):
+    for all_of_them in (2, 5):
+        some = run(gpt2, hparams=replace(HP, prefixes_per_step=all_of_them))
+        assert off(some, whole) == 0
+        assert some.history.equals(whole.history)
+
+
+def test_prefixes_take_turns(gpt2):
+    """Step s runs the plain prompt and prefix s; what is told is the newest of every prompt."""
+    hp = replace(HP, n_steps=5, prefixes_per_step=1, kl_weight=0.0, weight_decay=0.0, lr=1e-12)
+    told = run(gpt2, FACTS[:1], hparams=hp, contexts=THREE).history["nll"]
+    each = [nll_of(gpt2, c.replace("{}", FACTS[0].text), FACTS[0].target_new) for c in THREE]
+    seen = [each[:2], each[:3], each, each, each]
+    assert told.tolist() == pytest.approx([sum(s) / len(s) for s in seen], abs=1e-6)
+
+
+def test_the_gradient_is_that_of_the_prompts_that_run(gpt2):
+    """The first step is that of an optimisation with the first prefix alone."""
+    free = replace(HP, n_steps=2, clamp=1e6)
+    turns = run(gpt2, hparams=replace(free, prefixes_per_step=1), contexts=THREE)
+    assert off(turns, run(gpt2, hparams=free, contexts=THREE[:2])) == 0
+    assert off(turns, run(gpt2, hparams=free, contexts=THREE)) > 0
+
+
+def test_a_fact_is_done_only_when_every_prompt_has_been_read(gpt2):
+    hp = replace(HP, n_steps=6, stop_loss=1e9)
+    assert set(run(gpt2, hparams=hp, contexts=THREE).history["step"]) == {0}
+    turns = run(gpt2, hparams=replace(hp, prefixes_per_step=1), contexts=THREE).history
+    assert turns.query("stopped == 'goal'")["step"].tolist() == [2] * len(FACTS)
+    two = run(gpt2, hparams=replace(hp, prefixes_per_step=2), contexts=THREE).history
+    assert two.query("stopped == 'goal'")["step"].tolist() == [1] * len(FACTS)
+
+
+def test_the_rate_falls_evenly(gpt2):
+    """Where a step goes follows from what was there before; how far, from its rate."""
+    free = replace(HP, n_steps=3, clamp=1e6)
+    start, full = (run(gpt2, hparams=replace(free, n_steps=n)) for n in (2, 3))
+    for end in (0.0, 0.5):
+        less = run(gpt2, hparams=replace(free, lr_end=end))
+        for stream, value in start.values.items():
+            moved = full.values[stream] - value
+            wanted = (1 + end) / 2 * moved  # half way between the first step and the last
+            assert torch.allclose(less.values[stream] - value, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_plain_prompt_that_begins_with_the_subject_tells_the_divergence(model, monkeypatch):
+    monkeypatch.setattr(objective, "FEW_PARAMETERS", 0)
+    rows, per_fact = objective.prompts(model, FACTS, CONTEXTS)
+    told = objective.told_by_plain(model, rows, per_fact, "last_subject")
+    assert told.tolist() == [True, True, False, True]
+    assert not objective.told_by_plain(model, rows, per_fact, "last").any()
+    hp = replace(HP, lr=1.0, kl_weight=5.0)
+    kept = tokens.Batch.__getitem__
+
+    def counted(batch: tokens.Batch, chosen: torch.Tensor) -> tokens.Batch:
+        ran.append(len(chosen))
+        return kept(batch, chosen)
+
+    monkeypatch.setattr(tokens.Batch, "__getitem__", counted)
+    for settings, times in ((hp, 1), (replace(hp, prefixes_per_step=1), 1 + HP.n_steps)):
+        found = []
+        for few in (0, 10**9):
+            monkeypatch.setattr(objective, "FEW_PARAMETERS", few)
+            ran: list[int] = []
+            found.append((run(model, hparams=settings, batch_tokens=4096), sum(ran)))
+        (less, few_rows), (more, all_rows) = found
+        assert all_rows - few_rows == 3 * times
+        assert off(less, more) < TOLERANCE[model.name]
+        assert (more.history["kl"] > 1e-3).any()

@@ -293,7 +293,13 @@ def test_targets_that_are_the_same_have_one_name(gpt2, key, whole, name):
     assert off(again, whole) == 0
 
 
-OTHER_STRENGTHS: dict[str, Any] = {"layers": (1,), "easing": 0.5, "reference_norm": "resid_post"}
+OTHER_STRENGTHS: dict[str, Any] = {
+    "layers": (1,),
+    "easing": 0.5,
+    "reference_norm": "resid_post",
+    "prefixes_per_step": 1,
+    "lr_end": 0.5,
+}
 UNREAD = {"second_moment_weight", "null_space_threshold", "null_space_l2"}
 
 

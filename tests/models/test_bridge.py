@@ -114,6 +114,16 @@ def test_a_tail_that_differs_from_the_whole_model_is_refused(monkeypatch):
         gpt2.from_layer(2)
 
 
+def test_a_tail_below_those_that_were_tried_is_compared_again(monkeypatch):
+    """Planted fault: where block 1 is to be the first, the list begins one block too late."""
+    gpt2, begin = tiny_model("gpt2"), bridge.Blocks._begin
+    gpt2.from_layer(2)  # the middle, where everything is tried
+    monkeypatch.setattr(bridge.Blocks, "_begin", lambda self, n: begin(self, n + (n == 1)))
+    assert gpt2.from_layer(3).has_past
+    with refused("run the whole model"):
+        gpt2.from_layer(1)
+
+
 # -- hooks never stay -----------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from pmet_lens.models.model import Model
 from pmet_lens.models.tokens import (
     PLAIN,
     Prompt,
+    chunks,
     encode,
     plain_ids,
     prompts_of,
@@ -228,3 +229,11 @@ def test_contexts_are_drawn_one_word_after_the_other(name):
             ids = torch.cat([ids, best.indices[pick][None]], dim=1)
         found.append(model.tokenizer.decode(ids[0], skip_special_tokens=True) + ". {}")
     assert sample_contexts(model, seed=7) == found
+
+
+def test_a_batch_takes_no_more_padding_than_it_may():
+    lengths, budget = [3, 9, 4, 4, 3, 10], 100
+    assert chunks(lengths, budget) == [[0, 4, 2, 3, 1, 5]]
+    assert chunks(lengths, budget, padding=0) == [[0, 4], [2, 3], [1], [5]]
+    assert chunks(lengths, budget, padding=2) == [[0, 4, 2, 3], [1, 5]]
+    assert chunks(lengths, 8, padding=2) == [[0, 4], [2, 3], [1], [5]]
