@@ -197,7 +197,7 @@ def test_every_method_is_listed_once_and_edits(model, moments, tmp_path):
 
 
 def test_what_cannot_be_done_in_steps_is_said(model, moments):
-    with pytest.raises(SettingsError, match="batch_size must be at least 1"):
+    with pytest.raises(SettingsError, match="batch_size must be a whole number ≥ 1"):
         edit_sequentially(model, FACTS, moments, pl.PMET, HP, CONTEXTS, batch_size=0)
     with pytest.raises(SettingsError, match="at_once must be at least 1"):
         replace(pl.ROME, at_once=0)

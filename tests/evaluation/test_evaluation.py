@@ -169,8 +169,8 @@ def test_recall_is_whether_the_true_answer_is_said():
     assert table["correct"].tolist() == [1, 0, 1]
     assert table["subject"].tolist() == ["Mira Tolan", "Danel Orrin", "Kel"]
     assert table["fact"].tolist() == [0, 1, 2]
-    with pytest.raises(pl.FactError, match="recall needs facts with target_true"):
-        recall(model, FACTS)
+    with pytest.warns(UserWarning, match="target_true"):
+        assert recall(model, FACTS)["fact"].tolist() == [0, 1, 3]
 
 
 def test_there_must_be_facts(gpt2):
@@ -708,7 +708,7 @@ def test_a_text_follows_from_its_seed():
 @pytest.mark.parametrize(
     ("prompts", "seeds", "top_k", "words"),
     [
-        ("Kel is", [0], 1, "one string; put it into a list"),
+        ("Kel is", [0], 1, "prompts and seeds are lists; for one prompt call generate"),
         (["Kel is", "Vell is"], [0], 1, "2 prompts need as many seeds, not 1"),
         (["Kel is"], [0], 0, "top_k at least 1, not 0"),
     ],
