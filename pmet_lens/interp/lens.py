@@ -50,7 +50,7 @@ def lens(
     Facts without that answer are left out, with a warning. Raises `FactError` where none has it,
     `ModelError` as `probe` does.
     """
-    shown: list[Stream] = list(all_streams(model)) if streams is None else several(streams)
+    shown: list[Stream] = several(all_streams(model) if streams is None else streams)
     positions, chosen = several(positions), with_answer(facts, answer, "lens")
     asked = list(chosen.values())
     activations = probe(model, asked, [added(s) for s in shown], layers, positions)
