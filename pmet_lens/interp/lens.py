@@ -55,7 +55,7 @@ def lens(
     asked = list(chosen.values())
     activations = probe(model, asked, [added(s) for s in shown], layers, positions)
     wanted = first_tokens(model, asked, answer)
-    pairs = [(stream, position) for stream in shown for position in positions]
+    pairs: list[tuple[Stream, Position]] = [(s, p) for s in shown for p in positions]
     states = torch.stack([activations[added(s), p] for s, p in pairs]).transpose(1, 2)
     every = wanted.expand(*states.shape[:2], len(wanted))
     # One readout for all rows: each goes through the whole vocabulary.
