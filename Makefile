@@ -51,7 +51,7 @@ docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/htm
 test-browser: $(BROWSER) ## notebooks and explorer in JupyterLab and Chromium (3 minutes)
 	$(OFFLINE) $(ONE) $(PY) -m pytest --confcutdir=tests/browser tests/browser
 
-bench: $(READY) ## speed against the procedure written plainly (14 minutes)
+bench: $(READY) ## speed against the procedure written plainly, and of a real model against before
 	$(OFFLINE) $(BENCH) tests/benchmarks
 
 bench-gpu: $(READY) ## the same on a GPU, and the shapes of GPT-J-6B

@@ -175,7 +175,8 @@ def spent(out: Path) -> float:
 def code() -> str:
     """Digest of what the results follow from: the package (without its pictures) and this file."""
     package = Path(pl.__file__).parent
-    files = [*package.glob("*.py"), *package.rglob("*.safetensors"), package / "bundled/world.json"]
+    rooms = (p for p in package.rglob("*.py") if p.parent.name not in ("plotting", "explorer"))
+    files = [*rooms, *package.rglob("*.safetensors"), package / "bundled/world.json"]
     digest = hashlib.sha256()
     for file in [*sorted(files), Path(__file__)]:
         digest.update(file.read_bytes())

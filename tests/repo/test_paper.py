@@ -196,3 +196,16 @@ def test_differences_are_drawn_with_their_intervals_and_the_baseline_is_left_out
     ]
     (drawn,) = ax.containers
     assert list(drawn.lines[0].get_xdata()) == [-5.0, 0.5, 4.0, -1.0]
+
+
+def test_results_of_other_code_are_told_apart(tmp_path, monkeypatch):
+    """A change in any room counts, one of the pictures does not."""
+    for file in ("__init__.py", "editing/solvers.py", "plotting/plots.py", "bundled/world.json"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("1")
+    monkeypatch.setattr(paper.pl, "__file__", str(tmp_path / "__init__.py"))
+    before = paper.code()
+    (tmp_path / "plotting/plots.py").write_text("2")
+    assert paper.code() == before
+    (tmp_path / "editing/solvers.py").write_text("2")
+    assert paper.code() != before
