@@ -20,6 +20,7 @@ from pmet_lens.models.tokens import Position
 
 Spread = Literal["sqrt", "linear"]
 ReferenceNorm = Literal["own stream", "resid_post"]
+StepRule = Literal["Adam", "falling"]
 
 STREAM_OF: dict[Projection, Stream] = {"attn": "attn_out", "mlp": "mlp_out"}
 """The stream a projection writes."""
@@ -154,9 +155,10 @@ class Hparams:
     """How many of the context prefixes a step runs beside the plain prompt, ≥ 1: the next ones in
     every step, and again from the first. None: all in every step (released). Whether a fact is done
     is read from what each of its prompts gave when it last ran."""
-    lr_end: float = 1.0
-    """Part of `lr` that is left in the last step, 0 to 1; the rate falls evenly. 1: it stays
-    (released)."""
+    step_rule: StepRule = "Adam"
+    """How a step moves the deltas: by Adam at `lr` (released), or "falling": each against its unit
+    gradient (half this step's, half those before), by a length that falls evenly from the radius of
+    its ball, c times the reference norm, to 0. That asks for fewer steps, and `lr` is not read."""
 
     def __post_init__(self) -> None:
         layers = several(self.layers)
@@ -180,16 +182,18 @@ class Hparams:
                 raise SettingsError(f"{field.name} must be a number ≥ 0, not {value}.")
             if field.name in positive and value == 0:
                 raise SettingsError(f"{field.name} must be greater than 0.")
-        for name in ("easing", "lr_end"):
-            if getattr(self, name) > 1:
-                raise SettingsError(f"{name} must be at most 1, not {getattr(self, name)}.")
-        if self.prefixes_per_step == 0:
-            raise SettingsError("prefixes_per_step must be at least 1, or None for all.")
-        if self.reference_norm not in get_args(ReferenceNorm):
+        if self.easing > 1:
+            raise SettingsError(f"easing must be at most 1, not {self.easing}.")
+        some = self.prefixes_per_step
+        if some is not None and not (isinstance(some, Integral) and some >= 1):
             raise SettingsError(
-                f"reference_norm must be one of {', '.join(get_args(ReferenceNorm))}, "
-                f"not {self.reference_norm!r}."
+                f"prefixes_per_step must be a whole number ≥ 1 or None, not {some}."
             )
+        for name, known in (("reference_norm", ReferenceNorm), ("step_rule", StepRule)):
+            if (value := getattr(self, name)) not in get_args(known):
+                raise SettingsError(
+                    f"{name} must be one of {', '.join(get_args(known))}, not {value!r}."
+                )
 
     def __repr__(self) -> str:
         given = [f"{name}={value!r}" for name, value in self.given.items()]
@@ -221,9 +225,12 @@ class Hparams:
         targets are others than by the published procedure; edits are about as good."""
         return replace(self, **FAST)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0, that is not the last."""
-        return self.lr * (1 - (1 - self.lr_end) * step / (self.n_steps - 1))
+    def asked(self, step: int, n_prompts: int) -> list[int]:
+        """The numbers of the prompts that a step runs: the plain one, and so many prefixed ones in
+        turn."""
+        others = n_prompts - 1
+        n = min(self.prefixes_per_step or others, others)
+        return [0, *sorted(1 + (step * n + i) % others for i in range(n))]
 
     def strengthen(self, solver: Solver) -> Solver:
         """The solver; what it leaves open (None, as AlphaEdit may) is taken from here."""
@@ -265,7 +272,7 @@ RELEASED: Mapping[str, Mapping[str, float]] = {
 MEMIT paper, appendix B.4; ROME's released gpt2-xl.json (see `methods.HPARAMS`)."""
 
 
-FAST: Mapping[str, Any] = {"n_steps": 12, "lr": 1.0, "lr_end": 0.1, "prefixes_per_step": 1}
+FAST: Mapping[str, Any] = {"n_steps": 12, "step_rule": "falling", "prefixes_per_step": 1}
 """What `Hparams.fast` changes, for PMET and MEMIT. Source: measured here, on SmolLM2-135M (README,
 "How fast, and why")."""
 

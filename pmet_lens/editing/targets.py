@@ -19,6 +19,8 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
+from torch.optim import SGD, Adam
 
 from pmet_lens.data import markup
 from pmet_lens.data.facts import Fact, FactError
@@ -144,21 +146,22 @@ def optimise(
 
 @torch.enable_grad()  # also for those who work with gradients switched off
 def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) -> Targets:
-    """Adam on the deltas until every fact has stopped. The order of the tests inside one iteration
+    """Steps on the deltas until every fact has stopped. The order of the tests inside one iteration
     decides which deltas are returned; it is the released one."""
     deltas: dict[Stream, Tensor] = {
         s: torch.zeros_like(v, requires_grad=True) for s, v in batch.clean.items()
     }
-    optimiser = torch.optim.Adam(list(deltas.values()), lr=hp.lr)
+    falling = hp.step_rule == "falling"
+    of_unit: dict[str, Any] = {"lr": hp.clamp, "momentum": 0.5, "dampening": 0.5}
+    optimiser = SGD(deltas.values(), **of_unit) if falling else Adam(deltas.values(), lr=hp.lr)
     active = torch.ones(batch.n, dtype=torch.bool, device=batch.model.device)
     weight = batch.norms[batch.streams[0]].new_full((batch.n,), hp.nll_weight)
     final: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in batch.clean.items()}
     steps: list[dict[str, Any]] = []
-    n_prompts = batch.per_fact - 1
-    newest = weight.new_full((batch.n, n_prompts), math.nan)
+    newest = weight.new_full((batch.n, n_prompts := batch.per_fact - 1), math.nan)
     said = torch.zeros_like(newest, dtype=torch.bool)
     for step in range(hp.n_steps):
-        asked = _asked(step, n_prompts, hp.prefixes_per_step)
+        asked = hp.asked(step, n_prompts)
         if some := len(asked) < n_prompts:
             batch.choose(active, asked)
         read = batch.losses(deltas)
@@ -199,21 +202,18 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         active = left
         if stopped and not some:
             batch.choose(active)
+        if falling:
+            pairs = zip(gradients, deltas, strict=True)
+            gradients = tuple(
+                normalize(g, dim=-1) * batch.norms[s][:, None].to(g) for g, s in pairs
+            )
+            optimiser.param_groups[0]["lr"] = hp.clamp * (1 - step / hp.n_steps)
         for delta, gradient in zip(deltas.values(), gradients, strict=True):
             delta.grad = gradient
-        optimiser.param_groups[0]["lr"] = hp.rate(step)
         optimiser.step()
         _project(deltas, batch.norms, hp.clamp)
     values: dict[Stream, Tensor] = {s: batch.clean[s] + final[s] for s in final}
     return Targets(values, batch.clean, batch.layer, _history(steps), batch.position)
-
-
-def _asked(step: int, n_prompts: int, prefixes: int | None) -> list[int]:
-    """The numbers of the prompts that a step runs: the plain one, and so many of the others in
-    turn (None: all)."""
-    others = n_prompts - 1
-    n = others if prefixes is None else min(prefixes, others)
-    return [0, *sorted(1 + (step * n + i) % others for i in range(n))]
 
 
 def _project(deltas: Mapping[Stream, Tensor], norms: Mapping[Stream, Tensor], clamp: float) -> None:

@@ -199,7 +199,7 @@ class _Count:
         if unwrapped is not None and (unwrapped.hooks or not hooked):
             forward -= self.last_mlp * (ran - scored)
         self.step += 2 * forward - sum(self.blocks[self.first : self.layer]) * ran
-        self.record += sum(self.blocks[: self.layer + 1]) * rows.ids.numel() + forward
+        self.record += sum(self.blocks[: self.layer + 1]) * rows.ids.numel()
         self.record += sum(self.blocks[self.first :]) * n * past
         values = objective.values_per_token(self.model, self.layer) * ran
         values += 4 * self.model.d_model * n * past * len(self.above)

@@ -151,7 +151,6 @@ NUMBERS = [
     "stop_loss",
     "easing",
     "kl_stop",
-    "lr_end",
 ]
 
 
@@ -164,7 +163,7 @@ def test_strengths_are_numbers_from_zero(unchecked, name, value):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_zero_is_a_strength_only_where_it_means_something(name):
-    if name in ("weight_decay", "kl_weight", "stop_loss", "kl_stop", "lr_end"):
+    if name in ("weight_decay", "kl_weight", "stop_loss", "kl_stop"):
         assert getattr(Hparams(layers=(1,), **{name: 0.0}), name) == 0
     else:
         with pytest.raises(SettingsError, match=f"{name} must be greater than 0"):
@@ -176,8 +175,8 @@ def test_zero_is_a_strength_only_where_it_means_something(name):
     [
         ({"n_steps": 0}, "n_steps must be at least 1, not 0"),
         ({"easing": 1.5}, "easing must be at most 1"),
-        ({"lr_end": 1.5}, "lr_end must be at most 1"),
-        ({"prefixes_per_step": 0}, "at least 1, or None for all"),
+        ({"step_rule": "SGD"}, "step_rule must be one of Adam, falling"),
+        ({"prefixes_per_step": 0}, "a whole number ≥ 1 or None, not 0"),
         ({"reference_norm": "resid_pre"}, "reference_norm must be one of own stream, resid_post"),
     ],
 )

@@ -298,7 +298,7 @@ OTHER_STRENGTHS: dict[str, Any] = {
     "easing": 0.5,
     "reference_norm": "resid_post",
     "prefixes_per_step": 1,
-    "lr_end": 0.5,
+    "step_rule": "falling",
 }
 UNREAD = {"second_moment_weight", "null_space_threshold", "null_space_l2"}
 

@@ -104,7 +104,7 @@ def test_one_fact_by_hand(family):
     assert told.step == 2 * forward
     tail = 2 if family == "gpt2" else 1
     assert told.whole_step == 2 * 3 * width * ((N_LAYERS + tail) * BLOCK + 2 * VOCAB * D_MODEL)
-    assert told.record == 2 * BLOCK * 3 * (3 * width + tail * before) + forward
+    assert told.record == 2 * BLOCK * 3 * (3 * width + tail * before)
     assert told.targets == told.record + HP.n_steps * told.step
     plain, cut = rows[0][0] + 1, max(rows[0][0], rows[1][0]) + 1
     # Into layer 1, its keys; into layer 2, its keys; twice the value at layer 2, on one row.
