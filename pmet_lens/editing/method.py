@@ -152,9 +152,8 @@ class Hparams:
     """Clean norm that clamp and decay refer to: of the stream itself (released), or of the layer
     output, for models whose MLP writes little."""
     prefixes_per_step: int | None = None
-    """How many of the context prefixes a step runs beside the plain prompt, ≥ 1: the next ones in
-    every step, and again from the first. None: all in every step (released). Whether a fact is done
-    is read from what each of its prompts gave when it last ran."""
+    """How many context prefixes a step runs beside the plain prompt, ≥ 1, in turn; None: all of them
+    (released). Whether a fact is done is read from what each prompt gave when it last ran."""
     step_rule: StepRule = "Adam"
     """How a step moves the deltas: by Adam at `lr` (released), or "falling": each against its unit
     gradient (half this step's, half those before), by a length that falls evenly from the radius of
@@ -184,16 +183,13 @@ class Hparams:
                 raise SettingsError(f"{field.name} must be greater than 0.")
         if self.easing > 1:
             raise SettingsError(f"easing must be at most 1, not {self.easing}.")
-        some = self.prefixes_per_step
-        if some is not None and not (isinstance(some, Integral) and some >= 1):
-            raise SettingsError(
-                f"prefixes_per_step must be a whole number ≥ 1 or None, not {some}."
-            )
+        n = self.prefixes_per_step
+        if n is not None and not (isinstance(n, Integral) and n >= 1):
+            raise SettingsError(f"prefixes_per_step must be a whole number ≥ 1 or None, not {n}.")
         for name, known in (("reference_norm", ReferenceNorm), ("step_rule", StepRule)):
             if (value := getattr(self, name)) not in get_args(known):
-                raise SettingsError(
-                    f"{name} must be one of {', '.join(get_args(known))}, not {value!r}."
-                )
+                choices = ", ".join(get_args(known))
+                raise SettingsError(f"{name} must be one of {choices}, not {value!r}.")
 
     def __repr__(self) -> str:
         given = [f"{name}={value!r}" for name, value in self.given.items()]
@@ -221,8 +217,7 @@ class Hparams:
         return replace(self, **values)
 
     def fast(self) -> Hparams:
-        """These settings with the steps of `FAST`: fewer, longer ones, on fewer prompts each. The
-        targets are others than by the published procedure; edits are about as good."""
+        """These settings with fewer and cheaper steps (`FAST`); the targets are others."""
         return replace(self, **FAST)
 
     def asked(self, step: int, n_prompts: int) -> list[int]:

@@ -418,10 +418,10 @@ def test_prefixes_take_turns(gpt2):
 
 def test_the_gradient_is_that_of_the_prompts_that_run(gpt2):
     """The first step is that of an optimisation with the first prefix alone."""
-    free = replace(HP, n_steps=2, clamp=1e6)
+    free = replace(HP, n_steps=2, step_rule="falling")
     turns = run(gpt2, hparams=replace(free, prefixes_per_step=1), contexts=THREE)
     assert off(turns, run(gpt2, hparams=free, contexts=THREE[:2])) < 1e-9
-    assert off(turns, run(gpt2, hparams=free, contexts=THREE)) > 0
+    assert off(turns, run(gpt2, hparams=free, contexts=THREE)) > 1e-3
 
 
 def test_a_fact_is_done_only_when_every_prompt_has_been_read(gpt2):
@@ -454,7 +454,8 @@ def test_a_plain_prompt_that_begins_with_the_subject_tells_the_divergence(model,
     told = objective.told_by_plain(model, rows, per_fact, "last_subject")
     assert told.tolist() == [True, True, False, True]
     assert not objective.told_by_plain(model, rows, per_fact, "last").any()
-    hp = replace(HP, lr=1.0, kl_weight=5.0)
+    # Not Adam, which makes much of a rounding where a gradient is almost 0.
+    hp = replace(HP, clamp=1.0, kl_weight=5.0, step_rule="falling")
     kept = tokens.Batch.__getitem__
 
     def counted(batch: tokens.Batch, chosen: torch.Tensor) -> tokens.Batch:
@@ -470,5 +471,5 @@ def test_a_plain_prompt_that_begins_with_the_subject_tells_the_divergence(model,
             found.append((run(model, hparams=settings, batch_tokens=4096), sum(ran)))
         (less, few_rows), (more, all_rows) = found
         assert all_rows - few_rows == 3 * times
-        assert off(less, more) < TOLERANCE[model.name]
+        assert off(less, more) < 10 * TOLERANCE[model.name]
         assert (more.history["kl"] > 1e-3).any()
