@@ -152,7 +152,7 @@ class Hparams:
     """Clean norm that clamp and decay refer to: of the stream itself (released), or of the layer
     output, for models whose MLP writes little."""
     prefixes_per_step: int | None = None
-    """How many context prefixes a step runs beside the plain prompt, ≥ 1, in turn; None: all of them
+    """How many context prefixes a step runs beside the plain prompt, ≥ 1, in turn; None: all
     (released). Whether a fact is done is read from what each prompt gave when it last ran."""
     step_rule: StepRule = "Adam"
     """How a step moves the deltas: by Adam at `lr` (released), or "falling": each against its unit
