@@ -43,10 +43,8 @@ def loss_terms(
     nll_weight: Float[Tensor, " fact"],
     hparams: Hparams,
 ) -> dict[str, Float[Tensor, " fact"]]:
-    """loss = φ·NLL + μ·KL + ω·Σ_streams ‖δ‖ / ‖clean‖², per fact (released `compute_z.py`).
-
-    The norm above the bar is not squared, as released.
-    """
+    """loss = φ·NLL + μ·KL + ω·Σ_streams ‖δ‖ / ‖clean‖², per fact (released `compute_z.py`; the norm
+    above the bar is not squared, as released)."""
     decay = sum(
         (deltas[s].norm(dim=-1) / norms[s] ** 2 for s in deltas), start=torch.zeros_like(nll)
     )
@@ -111,11 +109,13 @@ def told_by_plain(
     model: Model, rows: tokens.Batch, per_fact: int, position: Position
 ) -> Bool[Tensor, " fact"]:
     """Whether the KL prompt has the tokens of the plain one up to `position`, which nothing later
-    changes: then the row of the plain prompt tells the divergence, too, and the other one rests."""
-    ids, place = (v.view(len(v) // per_fact, per_fact, -1) for v in (rows.ids, rows.at(position)))
+    changes: then the row of the plain prompt tells the divergence, too, and the other one rests.
+    Not where a target is read there as well: a token read twice would have twice its gradient."""
+    kept = (rows.ids, rows.at(position), rows.scored)
+    ids, place, scored = (v.view(len(v) // per_fact, per_fact, -1) for v in kept)
     later = torch.arange(ids.shape[2], device=ids.device) > place[:, 0]
     same = ((ids[:, 0] == ids[:, -1]) | later).all(1) & (place[:, 0] == place[:, -1])[:, 0]
-    return same & _large(model)
+    return same & ~scored[:, 0].gather(1, place[:, 0])[:, 0] & _large(model)
 
 
 def _large(model: Model) -> bool:

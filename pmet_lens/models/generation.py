@@ -103,6 +103,7 @@ def sampled_texts(
     Raises `ModelError` for a tokenizer without an end-of-text token, which no text could end with.
     """
     check_end(model)
+    length = min(length, model.n_positions)
     first, made = seed << 32, 0
     while n_tokens is None or made < n_tokens:
         missing = batch_tokens if n_tokens is None else min(batch_tokens, n_tokens - made)

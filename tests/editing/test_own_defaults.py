@@ -63,6 +63,8 @@ def test_what_was_given_wins_and_stays_given() -> None:
         "lr": 0.3,
         "clamp": 2.0,
         "reference_norm": "own stream",
+        "step_rule": "Adam",
+        "prefixes_per_step": None,
     }
     found = hparams.settled(pl.MEMIT, 4)
     assert (found.lr, found.clamp) == (0.3, 2.0)

@@ -452,7 +452,8 @@ def test_a_plain_prompt_that_begins_with_the_subject_tells_the_divergence(model,
     monkeypatch.setattr(objective, "FEW_PARAMETERS", 0)
     rows, per_fact = objective.prompts(model, FACTS, CONTEXTS)
     told = objective.told_by_plain(model, rows, per_fact, "last_subject")
-    assert told.tolist() == [True, True, False, True]
+    # The second is read at its subject for its target already, the third begins otherwise.
+    assert told.tolist() == [True, False, False, True]
     assert not objective.told_by_plain(model, rows, per_fact, "last").any()
     # Not Adam, which makes much of a rounding where a gradient is almost 0.
     hp = replace(HP, clamp=1.0, kl_weight=5.0, step_rule="falling")
@@ -470,6 +471,6 @@ def test_a_plain_prompt_that_begins_with_the_subject_tells_the_divergence(model,
             ran: list[int] = []
             found.append((run(model, hparams=settings, batch_tokens=4096), sum(ran)))
         (less, few_rows), (more, all_rows) = found
-        assert all_rows - few_rows == 3 * times
+        assert all_rows - few_rows == 2 * times
         assert off(less, more) < 10 * TOLERANCE[model.name]
         assert (more.history["kl"] > 1e-3).any()

@@ -115,14 +115,16 @@ def test_second_moments_are_computed_once_and_only_where_missing(model, moments)
     assert len([done for done, *_ in seen if done >= N_TOKENS]) == 1
 
 
-def test_a_model_nobody_knows_is_told_what_it_needs():
+def test_a_model_nobody_knows_is_told_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path))
     own = pl.Session(tiny_model("gpt2"))
     fact = pl.Fact("Mira Tolan", "{} plays the sport of", "tennis", "rugby")
     with pytest.raises(pl.SettingsError, match="hparams=Hparams"):
         own.edit(fact)
     own = pl.Session(tiny_model("gpt2"), hparams=pl.Hparams(layers=(1, 2), n_steps=2))
-    with pytest.raises(pl.SettingsError, match="texts="):
-        own.edit(fact)
+    assert own.edit(fact).hparams.n_steps == 2  # on text of its own
+    assert len(list(tmp_path.rglob("text-*.json"))) == 1
+    own = pl.Session(tiny_model("gpt2"), hparams=pl.Hparams(layers=(1, 2), n_steps=2))
     own.texts = [text for text, _ in zip(pl.texts(), range(60), strict=False)]
     assert own.edit(fact).hparams.n_steps == 2
     explorer = pl.explore(tiny_model("gpt2"))
