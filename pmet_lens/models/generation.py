@@ -184,7 +184,8 @@ def _sampling(seeds: Sequence[int | torch.Generator], top_k: int) -> Choose:
             sums = logits.sub_(logits.amax(1, keepdim=True)).exp_().cumsum(1)
             drawn = [torch.rand((), generator=generators[i]) for i in rows]
             place = torch.stack(drawn)[:, None] * sums[:, -1:]
-            return torch.searchsorted(sums, place, right=True)[:, 0].tolist()
+            found = torch.searchsorted(sums, place, right=True)[:, 0]
+            return found.clamp(max=logits.shape[1] - 1).tolist()  # rounding can reach the end
         values, ids = logits.topk(top_k)
         picked = [
             torch.multinomial(p, 1, generator=generators[i])
@@ -231,8 +232,10 @@ def _extend(
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     lengths = [len(rows[i]) for i in going]
-    if model.dtype == torch.float64 and len(set(lengths)) > 1:
-        # In plain transformers a query that sees padding alone can be NaN in float64.
+    over = max(lengths) + max(limits[i] - len(rows[i]) for i in going) > model.n_positions
+    if (over or model.dtype == torch.float64) and len(set(lengths)) > 1:
+        # A row that is done runs on with the others, beyond what the model reads; and in plain
+        # transformers a query that sees padding alone can be NaN in float64.
         for n in sorted(set(lengths)):
             some = [i for i in going if len(rows[i]) == n]
             _extend(model, rows, some, limits, choose, end, tell)
