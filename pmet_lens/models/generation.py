@@ -3,6 +3,7 @@ shares the weights, edits included: many prompts at once, each as if it were alo
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -92,8 +93,8 @@ def sampled_texts(
     n_tokens: int | None = None,
 ) -> Iterator[str]:
     """Text in the model's own words, for second moments where no other text is at hand: every text
-    begins with one of `OPENERS` and goes on to `length` tokens, sampled from the whole distribution
-    of the model as it is now. Deterministic in `seed`. It ends as soon as the texts have `n_tokens`
+    begins with one of `OPENERS` and goes on to `length` tokens (or as many as the model reads),
+    sampled from the whole distribution of the model as it is now. Deterministic in `seed`. It ends as soon as the texts have `n_tokens`
     tokens together; None: never. `batch_tokens`: tokens of the texts that are written at once.
 
     Measured: MEMIT on SmolLM2-135M, 20 real facts at once, moments of 16,000 tokens: S 88.7 (NS
@@ -246,12 +247,11 @@ def _extend(
     ids = torch.tensor(padded, device=model.device)
     place = torch.arange(width, device=model.device)
     mask = (place >= width - torch.tensor(lengths, device=model.device)[:, None]).long()
-    most, step = torch.tensor(left, device=model.device), list[int]()
+    most, steps = torch.tensor(left, device=model.device), itertools.count(1)
 
     def pick(_: Tensor, scores: Tensor) -> Tensor:
         """Scores that leave each row one token."""
-        step.append(len(going))
-        tell(sum(step), max(left) * len(going))
+        tell(next(steps) * len(going), max(left) * len(going))
         if choose is None:
             return scores
         best = choose(going, scores.float().cpu())
