@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pmet_lens as pl
+from pmet_lens.editing import keys
 from pmet_lens.editing.locate_and_edit import Edit
 from pmet_lens.models.model import Model, Site
 from pmet_lens.models.tail import Tail
@@ -32,6 +33,22 @@ def some_moments(model: Model) -> dict[Site, torch.Tensor]:
         text = torch.randn(4 * size, size, generator=generator, dtype=torch.float64)
         found[site] = text.T @ text / len(text)
     return found
+
+
+def left_over(
+    model: Model, facts: list[pl.Fact], moments: dict[Site, torch.Tensor], way: pl.Method, hp
+) -> float:
+    """Of what the targets asked for at the last critical layer, the share that the written model
+    lacks; the largest of its streams."""
+    layer = hp.layers[-1]
+    targets = pl.optimise(model, facts, way, hp, ["{}"])
+    reader = keys.Reader(model, facts)
+    wanted = keys.wanted(reader, targets, way)
+    before = {s: reader.values(layer, s) for s in wanted}
+    with pl.edit(model, facts, moments, way, hp, ["{}"], targets).applied(model):
+        reader = keys.Reader(model, facts)
+        after = {s: reader.values(layer, s) for s in wanted}
+    return max(float((v - after[s]).norm() / (v - before[s]).norm()) for s, v in wanted.items())
 
 
 def bits(model: Model) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing.edits import Edit
+from pmet_lens.editing.finetune import rewrites
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics
 from pmet_lens.interp import passes
@@ -47,7 +48,9 @@ def answer_gain(
     facts, frames = passes.some(facts), []
     if len(facts) != len(targets):
         raise FactError(f"{len(facts)} facts do not fit the targets of {len(targets)}.")
-    size = likelihood.rows_at_once(model, _asked(model, facts), FACTS_PER_PASS, copies=2)
+    size = likelihood.rows_at_once(
+        model, tokens.encode(model, rewrites(facts)), FACTS_PER_PASS, copies=2
+    )
     for start in range(0, len(facts), size):
         chosen = slice(start, start + size)
         gains = _gains(model, facts[chosen], targets[chosen], points)
@@ -59,7 +62,7 @@ def answer_gain(
 def _gains(model: Model, facts: Sequence[Fact], targets: Targets, points: int) -> pd.DataFrame:
     """The table of `answer_gain` for facts of one pass, stream after stream."""
     deltas: dict[Stream, Tensor] = {s: targets.delta(s) for s in targets.values}
-    batch = _asked(model, facts)
+    batch = tokens.encode(model, rewrites(facts))
     total = {s: torch.zeros(len(facts), dtype=torch.float64) for s in deltas}
     for k in range(points):
         part = (k + 0.5) / points
@@ -83,11 +86,6 @@ def _gains(model: Model, facts: Sequence[Fact], targets: Targets, points: int) -
         }
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
-
-
-def _asked(model: Model, facts: Sequence[Fact]) -> tokens.Batch:
-    asked = [tokens.Prompt(f.prompt, f.subject, f.target_new, f.blank) for f in facts]
-    return tokens.encode(model, asked)
 
 
 @torch.enable_grad()
