@@ -154,10 +154,13 @@ def samples(table: pd.DataFrame, column: str = "n") -> str:
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
-def provenance(minutes: float) -> str:
+def provenance(minutes: float, device: torch.device | None = None) -> str:
     """Date, versions, hardware and time, as every results table carries them."""
     versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
+    where = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU"
+    if device is not None and device.type != "cpu":
+        where = getattr(torch, device.type).get_device_name(device)
     return (
-        f"{date.today()}, {versions}, Python {platform.python_version()}, "
-        f"{torch.get_num_threads()} threads of a {platform.machine()} CPU, {minutes:.1f} minutes."
+        f"{date.today()}, {versions}, Python {platform.python_version()}, {where}, "
+        f"{minutes:.1f} minutes."
     )

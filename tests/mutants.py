@@ -96,12 +96,13 @@ def _differs(code: str, changed: str) -> bool:
         return False
 
 
-def run(suite: str, most: float, first: int) -> None:
+def run(suite: str, most: float, first: int, part: str) -> None:
     """Forks a process for each mutant; `FOLDER/fast.jsonl` and `slow.jsonl` keep what came."""
     drawn = json.loads((FOLDER / "drawn.json").read_text(encoding="utf-8"))[:first]
-    kept, wanted = FOLDER / f"{suite}.jsonl", set(range(len(drawn)))
+    k, n = map(int, part.split("/"))
+    kept, wanted = FOLDER / f"{suite}.jsonl", set(range(k - 1, len(drawn), n))
     if suite == "slow":
-        wanted = {i for i, row in _rows("fast").items() if not row["killed"]}
+        wanted &= {i for i, row in _rows("fast").items() if not row["killed"]}
     reached = _reached(suite)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
@@ -115,8 +116,9 @@ def run(suite: str, most: float, first: int) -> None:
             if not chosen or total + seconds <= most:
                 chosen.append(test)
                 total += seconds
-        killed = bool(chosen) and _killed(drawn[i], chosen, suite, total)
-        row = {"i": i, "killed": killed, "tests": len(chosen), "of": len(tests)}
+        killer = _killed(drawn[i], chosen, suite, total) if chosen else None
+        row = {"i": i, "killed": killer is not None, "by": killer}
+        row |= {"tests": len(chosen), "of": len(tests)}
         with kept.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -137,7 +139,8 @@ def _reached(suite: str) -> Any:
         (case.get("classname"), case.get("name")): float(case.get("time", 0))
         for case in ET.parse(FOLDER / f"{suite}.xml").iter("testcase")
     }
-    files = {str(Path(f).relative_to(ROOT)): f for f in data.measured_files()}
+    # Recorded in this clone or in another.
+    files = {f"pmet_lens/{f.rpartition('/pmet_lens/')[2]}": f for f in data.measured_files()}
 
     def reached(file: str, line: int) -> list[tuple[str, float]]:
         table = data.contexts_by_lineno(files[file]) if file in files else {}
@@ -154,30 +157,44 @@ def _case(test: str) -> tuple[str, str]:
     return path.removesuffix(".py").replace("/", "."), name
 
 
-def _killed(mutant: dict[str, Any], tests: list[str], suite: str, seconds: float) -> bool:
-    """Whether one of the tests fails, or they take three times their time and a minute more."""
-    target = ROOT / mutant["file"]
+def _killed(mutant: dict[str, Any], tests: list[str], suite: str, seconds: float) -> str | None:
+    """The test that fails, "" where they take three times their time and a minute more or end with
+    an error, None where all pass."""
+    target, told = ROOT / mutant["file"], FOLDER / f"failed-{os.getpid()}"
     before = target.read_text(encoding="utf-8")
     target.write_text(mutant["code"], encoding="utf-8")
+    told.write_text("", encoding="utf-8")
     try:
         if child := os.fork():
-            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) not in (0, 5)
-        _child(tests, "not slow" if suite == "fast" else "slow", int(3 * seconds + 60))
+            passed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, 5)
+            return None if passed else told.read_text(encoding="utf-8")
+        _child(tests, "not slow" if suite == "fast" else "slow", int(3 * seconds + 60), told)
     finally:
         target.write_text(before, encoding="utf-8")
-    return False
+    return None
 
 
-def _child(tests: list[str], mark: str, limit: int) -> None:
+class _First:
+    """Keeps the name of the test that failed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.path.write_text(report.nodeid, encoding="utf-8")
+
+
+def _child(tests: list[str], mark: str, limit: int, told: Path) -> None:
     import pytest
 
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
-    signal.alarm(4 * limit)  # for a mutant that waits
+    signal.alarm(10 * limit)  # for a mutant that waits
     void = os.open(os.devnull, os.O_WRONLY)
     os.dup2(void, 1)
     os.dup2(void, 2)
     off = [word for name in ("cacheprovider", "xdist", "cov") for word in ("-p", f"no:{name}")]
-    os._exit(int(pytest.main(["-x", "-q", *off, "-m", mark, *tests])))
+    os._exit(int(pytest.main(["-x", "-q", *off, "-m", mark, *tests], plugins=[_First(told)])))
 
 
 def report() -> None:
@@ -210,12 +227,15 @@ def main() -> None:
     parser.add_argument("what", choices=("draw", "run", "report"))
     parser.add_argument("--n", type=int, default=320, help="mutants")
     parser.add_argument("--most", type=float, default=40, help="seconds of tests for one")
+    parser.add_argument(
+        "--part", default="1/1", help="k/n: every n-th mutant from the k-th, in a clone"
+    )
     parser.add_argument("--slow", action="store_true", help="the survivors on the slow tests")
     args = parser.parse_args()
     if args.what == "draw":
         draw(args.n)
     elif args.what == "run":
-        run("slow" if args.slow else "fast", args.most, args.n)
+        run("slow" if args.slow else "fast", args.most, args.n, args.part)
     else:
         report()
 
