@@ -15,7 +15,7 @@ BROWSER := $(VENV)/.browser
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help figures paper real model-tables test test-all coverage test-browser docs bench bench-gpu lint lab notebooks review models clean
+.PHONY: help figures paper real model-tables test test-all coverage test-browser docs bench bench-gpu gpu lint lab notebooks review models clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,11 @@ bench: $(READY) ## speed against the procedure written plainly, and of a real mo
 bench-gpu: $(READY) ## the same on a GPU, and the shapes of GPT-J-6B
 	$(OFFLINE) $(BENCH) tests/benchmarks --device=cuda
 	$(OFFLINE) $(PY) tests/benchmarks/gptj_shapes.py
+
+gpu: $(READY) ## ten minutes of a GPU: tests, 10,000 edits, GPT-J's shapes, benchmarks (FACTS= and TEXTS= name files)
+	$(PIP) -e '.[gguf]'
+	$(VENV)/bin/pmet-lens models --fetch smollm2-135m
+	$(PY) figures/gpu.py --facts '$(FACTS)' --texts '$(TEXTS)'
 
 lint: $(READY) ## ruff and pyright
 	$(PY) -m ruff check .

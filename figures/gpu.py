@@ -30,17 +30,19 @@ BENCHES = ("edit", "evaluation", "moments", "targets")
 def parts(args: argparse.Namespace) -> dict[str, tuple[list[str], float]]:
     """Name -> what follows `python`, and the minutes it may take."""
     tests, tiny = ROOT / "tests", ["--tiny"] if args.tiny else []
+    keep = ["--record"] if args.record else []
     loads = ["--loads", "4", "8"] if args.tiny else []
     many = ["figures/mass_edit.py", "--device", args.device, "--out", str(args.out / "mass_edit")]
     many += ["--facts", args.facts, "--texts", args.texts, *loads]
     files = [str(tests / "benchmarks" / f"bench_{name}.py") for name in BENCHES]
     bench = ["-m", "pytest", "-q", f"--confcutdir={tests / 'benchmarks'}", *files]
-    bench += ["-o", "python_files=bench_*.py", f"--device={args.device}", *tiny]
+    bench += ["-o", "python_files=bench_*.py", f"--device={args.device}", *tiny, *keep]
     shapes = [str(tests / "benchmarks" / "gptj_shapes.py"), "--device", args.device, *tiny]
+    device = ["-m", "pytest", "-q", "-m", "device", str(tests / "repo" / "test_device.py")]
     found = {
-        "tests": (["-m", "pytest", "-q", "-m", "device", str(tests)], 1.5),
-        "mass_edit": ([*many, "--minutes", "4.4"], 4.8),
-        "gptj_shapes": ([*shapes, "--facts", "200"], 2.5),
+        "tests": (device, 1.5),
+        "mass_edit": ([*many, "--minutes", "4.9", *keep], 5.3),
+        "gptj_shapes": ([*shapes, "--facts", "200", *keep], 2.5),
         "bench": (bench, 2.5),
     }
     return {name: found[name] for name in args.parts}
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--texts", required=True, help="text file, one text a line")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
+    parser.add_argument("--record", action="store_true", help="replace the committed tables")
     parser.add_argument("--minutes", type=float, default=10.0, help="of all parts together")
     names = ["tests", "mass_edit", "gptj_shapes", "bench"]
     parser.add_argument("--parts", nargs="+", default=names, choices=names)

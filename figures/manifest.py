@@ -42,7 +42,7 @@ def package() -> dict[str, str]:
     root = Path(pl.__file__).parent
     bundled = {f"pmet_lens/{f.relative_to(root)}": f for f in root.rglob("*.safetensors")}
     bundled["pmet_lens/bundled/world.json"] = root / "bundled" / "world.json"
-    found = {"pmet_lens/*.py": digest(*sorted(root.glob("*.py")))}
+    found = {"pmet_lens/**/*.py": digest(*sorted(root.rglob("*.py")))}
     return found | {name: digest(file) for name, file in sorted(bundled.items())}
 
 

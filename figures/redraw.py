@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import manifest
+import mass_edit
 import study
 from common import HERE, OUT, make
 from make import draw as draw_main
@@ -20,6 +21,7 @@ from paper_tables import FIGURES as PAPER
 FIGURES = {
     "": {"fig_main": draw_main, **study.FIGURES},
     "paper": PAPER,
+    "mass_edit": {"fig_mass_edit": mass_edit.draw},
 }
 """Folder in `figures/results` -> the figures that are drawn from its tables."""
 

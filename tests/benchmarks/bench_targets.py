@@ -78,7 +78,8 @@ def share(model, facts, hp, own, config) -> None:
         }
     )
     note = "One optimisation step of all facts; the rate is that of the steps alone."
-    keep("operations", pd.DataFrame(shares), note, config)
+    where = "" if model.device.type == "cpu" else f"_{model.device.type}"
+    keep(f"operations{where}", pd.DataFrame(shares), note, config)
 
 
 def rate(model: pl.Model) -> float:
