@@ -144,9 +144,11 @@ def _reached(suite: str) -> Any:
 
     def reached(file: str, line: int) -> list[tuple[str, float]]:
         table = data.contexts_by_lineno(files[file]) if file in files else {}
-        # A statement over several lines has its tests at the first.
+        # A statement over several lines has its tests at the first; what runs while the package is
+        # imported has those of its file.
         lines = (n for n in (line, *range(line - 1, line - 8, -1)) if any(table.get(n, ())))
-        tests = {c.split("|")[0] for c in table.get(next(lines, -1), ()) if c}
+        names = table.get(next(lines, -1)) or [name for of in table.values() for name in of]
+        tests = {c.split("|")[0] for c in names if c}
         return sorted(((t, took.get(_case(t), 1.0)) for t in tests), key=lambda pair: pair[1])
 
     return reached

@@ -1,0 +1,60 @@
+"""Rules of one line, each of which could be wrong without an edit that looks wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pair import CONTEXTS, FACTS, HP
+from tiny import tiny_model
+
+import pmet_lens as pl
+from pmet_lens.editing import keys
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.5, 1.0])
+def test_a_part_of_a_turn_has_that_part_of_its_angle(part):
+    """Along the great circle: of length 1, in the plane of both, and as far from the start."""
+    start, end = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator())
+    turned = keys._turned(start, end, part)
+    a, b = (v / v.norm(dim=-1, keepdim=True) for v in (start, end))
+    assert turned.norm(dim=-1).tolist() == pytest.approx([1.0] * 6)
+    whole, there, rest = ((x * y).sum(-1).clamp(-1, 1).acos() for x, y in
+                          ((a, b), (a, turned), (turned, b)))  # fmt: skip
+    assert there.tolist() == pytest.approx((part * whole).tolist(), abs=1e-7)
+    assert (there + rest).tolist() == pytest.approx(whole.tolist(), abs=1e-7)
+
+
+def test_a_turn_of_nothing_stays_where_it_is():
+    same = torch.ones(1, 3, dtype=torch.float64)
+    assert torch.equal(keys._turned(same, 2 * same, 0.5), same / same.norm())
+
+
+def test_with_prompts_in_turn_the_loss_is_of_what_each_gave_last():
+    """φ·NLL + μ·KL + ω·decay, the NLL a mean over all prompts although a step runs but some."""
+    hp = replace(HP, easing=1.0, nll_weight=0.7, prefixes_per_step=1, stop_loss=0.0)
+    hp = hp.settled(pl.PMET)
+    model = tiny_model("gpt2", torch.float64)
+    contexts = [*CONTEXTS, "Of old. {}", "Far away. {}"]
+    seen: dict[int, torch.Tensor] = {}
+    found = pl.optimise(
+        model, FACTS, pl.PMET, hp, contexts, lambda step, of: seen.update({step: of["nll"]})
+    )
+    h = found.history
+    loss = hp.nll_weight * h["nll"] + hp.kl_weight * h["kl"] + hp.weight_decay * h["decay"]
+    assert h["loss"].tolist() == pytest.approx(loss.tolist(), rel=1e-9)
+    assert len(seen) == hp.n_steps
+
+
+def test_a_method_says_how_many_facts_it_edits_at_once():
+    assert "all facts together" in pl.PMET._repr_html_()
+    assert "1 at a time" in pl.ROME._repr_html_()
+
+
+def test_a_tokenizers_end_token_is_no_part_of_a_text():
+    from pmet_lens.models.tokens import _without_end
+
+    ids, places = [1, 5, 6, 2, 2], [(0, 0), (0, 3), (3, 5), (0, 0), (0, 0)]
+    assert _without_end(ids, places) == ([1, 5, 6], [(0, 0), (0, 3), (3, 5)])
+    assert _without_end([1], [(0, 0)]) == ([1], [(0, 0)])
