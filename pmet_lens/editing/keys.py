@@ -30,6 +30,9 @@ from pmet_lens.models.tokens import Position
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 4096, 65536
 """Tokens of one pass, padding included."""
+KEPT_BYTES = 2**30
+"""Of streams that are kept for the next layer; what is more runs from the first layer again, so
+that thousands of facts take no more memory than their keys and targets."""
 FEW_TOKENS = 512
 """Up to so many, another pass costs more than the rows it would leave out."""
 
@@ -126,14 +129,22 @@ class Reader:
         self._prepare(layer)
         keep = None if plain or not self._fast or layer == self._layer else layer
         parts: list[_Part] = []
+        room = KEPT_BYTES
         seen: list[list[Tensor]] = []
         for part in self._parts:
 
-            def run(facts: Sequence[int], part: _Part = part) -> tuple[_Part, list[Tensor]]:
+            def run(
+                facts: Sequence[int], part: _Part = part, room: int = room
+            ) -> tuple[_Part, list[Tensor]]:
                 some = part.of(facts)
-                return some, self._run(some, names, keep, last + 1, plain)
+                size = some.rows.ids.numel() * self.model.d_model * self.model.dtype.itemsize
+                fits = None if size > room else keep
+                if keep is not None and fits is None:
+                    some.residual = None
+                return some, self._run(some, names, fits, last + 1, plain)
 
             for some, values in halving(range(len(part.facts)), run, "facts"):
+                room -= 0 if some.residual is None else some.residual.nbytes
                 parts.append(some)
                 seen.append(values)
         self._parts = parts

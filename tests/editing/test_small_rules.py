@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pair import CONTEXTS, FACTS, HP
-from tiny import tiny_model
+from tiny import close, tiny_model
 
 import pmet_lens as pl
 from pmet_lens.editing import keys
@@ -58,3 +58,26 @@ def test_a_tokenizers_end_token_is_no_part_of_a_text():
     ids, places = [1, 5, 6, 2, 2], [(0, 0), (0, 3), (3, 5), (0, 0), (0, 0)]
     assert _without_end(ids, places) == ([1, 5, 6], [(0, 0), (0, 3), (3, 5)])
     assert _without_end([1], [(0, 0)]) == ([1], [(0, 0)])
+
+
+@pytest.mark.parametrize("room", [0, 20_000])
+def test_streams_that_are_not_kept_change_no_key(monkeypatch, room):
+    """All are run from the first layer again, or those beyond the room: the same keys and values,
+    and no more is kept than fits."""
+    model = tiny_model("gpt2", torch.float64)
+    facts = [*FACTS, *(pl.Fact(f"Mira {n}", "{} plays the sport of", "rugby") for n in range(6))]
+    monkeypatch.setattr(keys, "TOKENS_ON_CPU", 60)  # parts of a few facts each
+    whole, less = (keys.Reader(model, facts, CONTEXTS) for _ in range(2))
+    assert len(whole._parts) > 2
+    for layer in (1, 2):
+        site = pl.Site(layer, "mlp")
+        wanted = whole.keys(site), whole.values(2, "mlp_out")
+        with monkeypatch.context() as patch:
+            patch.setattr(keys, "KEPT_BYTES", room)
+            found = less.keys(site), less.values(2, "mlp_out")
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert close(ours, theirs, 1e-12)
+        kept = [part.residual for part in less._parts if part.residual is not None]
+        assert sum(residual.nbytes for residual in kept) <= room
+        assert bool(kept) == bool(room)
+        assert all(part.residual is not None for part in whole._parts)
