@@ -1,5 +1,5 @@
 """What `pl.plan` says, and what was so: three grids planned, run and timed; and, counted only, what
-10,000 edits on GPT-J-6B and GPT-NeoX-20B cost on 1, 8 and 64 GPUs.
+10,000 edits on GPT-J-6B, GPT-NeoX-20B and Llama-3 cost on 1, 8 and 64 GPUs.
 
 `python figures/plan.py` writes `figures/out/plan.md` and its CSVs, with `--record` also
 `figures/results/`. Some minutes on two cores, most of them the three grids.
@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -23,18 +24,51 @@ import pmet_lens as pl
 from pmet_lens import data, experiments
 from pmet_lens.plans import Sizes, clock
 
-PEAK, SHARE = 312e12, 0.3
-"""bfloat16 FLOP/s of an A100 by its data sheet, and the share of it assumed to be reached."""
-SOLVER, SOLVER_SHARE = 19.5e12, 0.5
-"""The same of float64 (tensor cores), for second moments, factors and solves."""
+PEAK, SHARE = 989e12, 0.3
+"""bfloat16 FLOP/s of an H100 (SXM) by its data sheet, and the share of it reached: 227 PFLOP of
+targets in 757 s with GPT-J's shapes (`tests/benchmarks/results/gptj_shapes.md`) are 30 %."""
+SOLVER, SOLVER_SHARE = 67e12, 0.5
+"""The same of float64 (tensor cores), for second moments, factors and solves; assumed."""
 DISK = 1e9
 """Bytes per second assumed of a shared disk."""
+CARD = 80e9
+"""Bytes of memory of such a card."""
 GPUS = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a large model, as published."""
+
+    layers: int
+    d_model: int
+    vocabulary: int
+    d_mlp: int
+    kv: float = 1.0
+    """Heads of keys and values per head of queries."""
+    gated: bool = False
+    """Whether the MLP has a third matrix (SwiGLU)."""
+
+    @property
+    def mlp(self) -> int:
+        """Parameters of a block's MLP."""
+        return (3 if self.gated else 2) * self.d_model * self.d_mlp
+
+    @property
+    def block(self) -> int:
+        """Parameters of a block."""
+        return round((2 + 2 * self.kv) * self.d_model**2) + self.mlp
+
+
 LARGE = {
-    "gpt-j-6b": {"layers": 28, "d_model": 4096, "vocab": 50400, "kind": "gptj"},
-    "gpt-neox-20b": {"layers": 44, "d_model": 6144, "vocab": 50432, "kind": "neox"},
+    "gpt-j-6b": Shape(28, 4096, 50400, 16384),
+    "gpt-neox-20b": Shape(44, 6144, 50432, 24576),
+    "llama-3-8b": Shape(32, 4096, 128256, 14336, 0.25, True),
+    "llama-3-70b": Shape(80, 8192, 128256, 28672, 0.125, True),
 }
-"""Published shapes; both have blocks of 12 d² parameters and keys of 4 d."""
+LAYERS = {"llama-3-8b": (4, 5, 6, 7, 8), "llama-3-70b": (10, 11, 12, 13, 14)}
+"""Of the Llamas, for which there are no released settings of PMET; those of the larger one are a
+guess, a sixth of the way up."""
 
 
 def main() -> None:
@@ -48,7 +82,10 @@ def main() -> None:
     if not args.large_only:
         compared().to_csv(OUT / "plan.csv", index=False)
     counted().to_csv(OUT / "plan_large.csv", index=False)
-    text = page(OUT, provenance((time.perf_counter() - start) / 60))
+    made = provenance((time.perf_counter() - start) / 60)
+    if args.large_only:
+        made = f"What is counted: {made} The grids above were run before."
+    text = page(OUT, made)
     (OUT / "plan.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     if args.record:
@@ -137,23 +174,26 @@ def counted() -> pd.DataFrame:
     )[:10_000]
     rows = []
     for name, shape in LARGE.items():
-        run = pl.Run(name, facts, pl.PMET, n_tokens=10_000_000, cut=pl.Cut(tokens=625_000))
-        d, layers = shape["d_model"], shape["layers"]
+        hparams = pl.Hparams(LAYERS[name]).settled(pl.PMET) if name in LAYERS else None
+        run = pl.Run(name, facts, pl.PMET, hparams, n_tokens=10_000_000, cut=pl.Cut(tokens=625_000))
+        d = shape.d_model
         sizes = Sizes(
-            blocks=(12 * d * d,) * layers,
-            last_mlp=8 * d * d,
-            embedding=shape["vocab"] * d,
+            blocks=(shape.block,) * shape.layers,
+            last_mlp=shape.mlp,
+            embedding=shape.vocabulary * d,
             d_model=d,
-            d_in={"attn": d, "mlp": 4 * d},
-            weights=2 * (12 * d * d * layers + 2 * shape["vocab"] * d),
+            d_in={"attn": d, "mlp": shape.d_mlp},
+            weights=2 * (shape.block * shape.layers + 2 * shape.vocabulary * d),
         )
         told = pl.plan([run], rates=seconds, stand_in=(small(name, shape), sizes))
         own = told.table.set_index("kind")
         row = {"model": name, "edits": len(facts), "PFLOP": round(told.operations / 1e15, 1)}
         for kind in ("part", "targets", "edit", "answers"):
             row[f"PFLOP_{kind}"] = round(own.loc[kind, "operations"] / 1e15, 2)
+        row["cards"] = cards = math.ceil(told.memory / CARD)
         for n in GPUS:
-            row[f"hours_{n}_gpus"] = round(told.seconds(n) / 3600, 2)
+            hours = told.seconds(n // cards) / 3600 if n >= cards else math.nan
+            row[f"hours_{n}_gpus"] = round(hours, 2)
         row["memory_GB"] = round(told.memory / 1e9, 1)
         row["disk_GB"] = round(told.disk / 1e9, 1)
         row["disk_most_GB"] = round(told.disk_most / 1e9, 1)
@@ -161,18 +201,21 @@ def counted() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def small(name: str, shape: dict) -> pl.Model:
+def small(name: str, shape: Shape) -> pl.Model:
     """A model of the same family and depth, narrow, with the bundled tokenizer."""
     import transformers as hf
 
     tokenizer = pl.load("world").tokenizer
     own = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
-    if shape["kind"] == "gptj":
-        own |= {"n_embd": 32, "n_layer": shape["layers"], "n_head": 4, "rotary_dim": 4}
+    wide = {"hidden_size": 32, "num_hidden_layers": shape.layers, "num_attention_heads": 4}
+    wide |= {"intermediate_size": 128}
+    if name == "gpt-j-6b":
+        own |= {"n_embd": 32, "n_layer": shape.layers, "n_head": 4, "rotary_dim": 4}
         made = hf.GPTJForCausalLM(hf.GPTJConfig(**own))
+    elif shape.gated:
+        made = hf.LlamaForCausalLM(hf.LlamaConfig(**own, **wide))
     else:
-        own |= {"hidden_size": 32, "num_hidden_layers": shape["layers"], "intermediate_size": 128}
-        made = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**own, num_attention_heads=4))
+        made = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**own, **wide))
     return pl.load(made.to(torch.bfloat16).eval(), tokenizer, name=name)
 
 
@@ -192,17 +235,22 @@ def page(folder: Path, made: str) -> str:
     text += "PMET with the published settings, 10 million tokens for the second moments, every "
     text += "fact to its last step (facts that stop early make it cheaper), answers asked as in "
     text += "CounterFact. Tokens are those of the bundled records under the bundled tokenizer; "
-    text += "sizes are the published ones. The hours are **not measured**: they assume "
-    text += f"{SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s (bfloat16, the data sheet of an A100) for "
-    text += f"forward and backward passes, {SOLVER_SHARE:.0%} of {SOLVER / 1e12:.1f} TFLOP/s "
-    text += f"(float64) for second moments, factors and solves, and {DISK / 1e9:.0f} GB/s of "
-    text += "disk. One edit of all facts is solved by one worker while the others wait; that, "
-    text += "and the sums of the second moments, is why 64 GPUs are not 64 times as fast as one. "
-    text += "Memory is what a worker needs at most, generously: more than 80 GB asks for two such "
-    text += "GPUs per worker (`device_map`), which the hours leave out.\n\n"
+    text += "sizes are the published ones (Llama's critical layers are a guess). The hours are "
+    text += f"**not measured**: they take {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s (bfloat16, the "
+    text += "data sheet of an H100) for forward and backward passes, which is what one H100 "
+    text += "reached with GPT-J's shapes (`tests/benchmarks/results/gptj_shapes.md`), and assume "
+    text += f"{SOLVER_SHARE:.0%} of {SOLVER / 1e12:.0f} TFLOP/s (float64) for second moments, "
+    text += f"factors and solves, and {DISK / 1e9:.0f} GB/s of disk. One edit of all facts is "
+    text += "solved by one worker while the others wait; that, and the sums of the second "
+    text += "moments, is why 64 GPUs are not 64 times as fast as one. "
+    text += "Memory is what a worker needs at most, generously; the column *cards* tells how many "
+    text += "of 80 GB a worker is spread over (`device_map`), one after the other, so that a "
+    text += "machine of n cards has n / cards workers: what breaks first is the memory of a card, "
+    text += "then, with many workers, the one that solves while the others wait.\n\n"
     text += markdown(large)
     for row in large.to_dict("records"):
-        told = ", ".join(f"{clock(3600 * row[f'hours_{n}_gpus'])} on {n}" for n in GPUS)
+        fit = [n for n in GPUS if n >= row["cards"]]
+        told = ", ".join(f"{clock(3600 * row[f'hours_{n}_gpus'])} on {n}" for n in fit)
         text += f"\n{row['model']}: {told} (counted).\n"
     return text + f"\n{made}\n"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import math
 import os
 import socket
@@ -19,16 +20,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmet_lens.experiments import shared_weights, store
+from pmet_lens.experiments import store
 from pmet_lens.experiments.grid import GridError, Run
+from pmet_lens.experiments.remote_worker import RemoteWorker
 from pmet_lens.experiments.tasks import Task
-from pmet_lens.experiments.worker import Outcome, Worker, WorkerInfo
+from pmet_lens.experiments.worker import Outcome, WorkerInfo
 from pmet_lens.models.loading import ModelError
 
 LIVES = 3
 """How many workers may die while they work on one task."""
 START_SECONDS = 900.0
 """How long workers may take to read their model before the cluster counts as full."""
+LOOK_SECONDS = 5.0
+"""After how long without an outcome it is asked whether the machines are still there."""
 ANSWER_SECONDS = 10.0
 """How long a cluster may take to answer."""
 
@@ -131,7 +135,7 @@ def actors(
         for other in _answer(ray, others):
             check_versions(other, store.versions())
             _check_weights(other, info)
-        yield Actors(ray, [first, *others], info)
+        yield Actors(ray, [first, *others], info, share)
     finally:
         for one in made:
             ray.kill(one)
@@ -202,60 +206,21 @@ def _check_weights(info: WorkerInfo, first: WorkerInfo) -> None:
         )
 
 
-class RemoteWorker:
-    """A `Worker` in an actor, with what it needs of the driver's surroundings."""
+class Actors:
+    """A `scheduler.Pool` of actors. Ray starts one again that died, and gives it its task again.
+    Where its machine is lost and the others have no room for it, another worker gets the task."""
 
     def __init__(
-        self,
-        runs: Mapping[str, Run],
-        where: Mapping[str, str],
-        how: Mapping[str, Any],
-        threads: int,
-        weights: Any,
+        self, ray: Any, actors: Sequence[Any], info: WorkerInfo, share: Mapping[str, float]
     ) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        if Path(where["home"]).is_dir():
-            os.chdir(where["home"])  # names of models and texts may be relative
-        self.error, self.worker = "", None
-        try:
-            model = None if weights is None else shared_weights.unpack(weights, runs, how["device"])
-            self.worker = Worker(where["folder"], runs, model=model, **how)
-        except (OSError, ValueError) as error:
-            self.error = str(error)
-
-    def describe(self) -> WorkerInfo | str:
-        """What it reports of itself, or why it cannot work."""
-        return self.error if self.worker is None else self.worker.describe()
-
-    def packed(self) -> Any:
-        """The weights of its model, for other workers."""
-        assert self.worker is not None
-        return shared_weights.pack(self.worker.model)
-
-    def do(self, task: Task) -> Outcome:
-        """Make what the task is for."""
-        assert self.worker is not None
-        return self.worker.do(task)
-
-    def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """What `question(worker, *arguments)` gives here."""
-        assert self.worker is not None
-        return question(self.worker, *arguments)
-
-    def pid(self) -> int:
-        """Its process."""
-        return os.getpid()
-
-
-class Actors:
-    """A `scheduler.Pool` of actors. Ray starts one again that died, and gives it its task again."""
-
-    def __init__(self, ray: Any, actors: Sequence[Any], info: WorkerInfo) -> None:
-        self._ray, self._info = ray, info
-        self.all, self._idle = tuple(actors), list(actors)
-        self._working: dict[Any, tuple[Any, Task]] = {}
+        self._ray, self._info, self._share = ray, info, share
+        self.all, self._idle = list(actors), list(actors)
+        places = ray.get([one.node.remote() for one in actors])
+        self._node = dict(zip(actors, places, strict=True))
+        self._given: dict[int, Task] = {}
+        self._working: dict[Any, tuple[Any, int]] = {}
+        self._left: list[int] = []  # by workers that are lost
+        self._handles = itertools.count()
 
     def info(self) -> WorkerInfo:
         return self._info
@@ -265,20 +230,32 @@ class Actors:
         return self._ray.get([one.ask.remote(question, *arguments) for one in self.all])
 
     def free(self) -> bool:
-        return bool(self._idle)
+        return len(self._idle) > len(self._left)
 
-    def submit(self, task: Task) -> Any:
-        actor = self._idle.pop(0)
-        handle = actor.do.remote(task)
-        self._working[handle] = actor, task
+    def submit(self, task: Task) -> int:
+        handle = next(self._handles)
+        self._given[handle] = task
+        self._begin(handle)
         return handle
 
-    def wait(self, handles: Sequence[Any]) -> tuple[Any, Outcome]:
-        (handle,), _ = self._ray.wait(list(handles), num_returns=1)
-        actor, task = self._working.pop(handle)
+    def _begin(self, handle: int) -> None:
+        actor = self._idle.pop(0)
+        self._working[actor.do.remote(self._given[handle])] = actor, handle
+
+    def wait(self, handles: Sequence[int]) -> tuple[int, Outcome]:
+        """Of all that were submitted, whatever `handles` are."""
+        ready: list[Any] = []
+        while not ready:
+            while self._left and self._idle:
+                self._begin(self._left.pop())
+            ready, _ = self._ray.wait(list(self._working), num_returns=1, timeout=LOOK_SECONDS)
+            if not ready:
+                self._drop_lost()
+        actor, handle = self._working.pop(ready[0])
+        task = self._given.pop(handle)
         self._idle.append(actor)
         try:
-            return handle, self._ray.get(handle)
+            outcome, self._node[actor] = self._ray.get(ready[0])
         except self._ray.exceptions.RayActorError as error:
             raise GridError(
                 f"Workers died {LIVES} times while making {task.file}, a task of kind "
@@ -286,3 +263,31 @@ class Actors:
                 "it, a smaller dtype, or smaller shards (Cut), and start again; what was finished "
                 "is kept."
             ) from error
+        return handle, outcome
+
+    def _drop_lost(self) -> None:
+        """Workers of machines that are gone, where no other has room to start them again.
+
+        Raises:
+            GridError: where none is left.
+        """
+        here = [node for node in self._ray.nodes() if node["Alive"]]
+        lost = [one for one in self.all if self._node[one] not in {n["NodeID"] for n in here}]
+        needs = {"CPU": self._share["num_cpus"], "GPU": self._share["num_gpus"]}
+        room = sum(
+            min(int(node["Resources"].get(kind, 0) / n + 1e-6) for kind, n in needs.items() if n)
+            for node in here
+        )
+        for one in lost[: max(0, len(self.all) - room)]:
+            self._ray.kill(one)
+            self.all.remove(one)
+            self._idle = [other for other in self._idle if other is not one]
+            for future, (actor, handle) in list(self._working.items()):
+                if actor is one:
+                    del self._working[future]
+                    self._left.append(handle)
+        if not self.all:
+            raise GridError(
+                "The machines of all workers are lost. Start again when the cluster has some; "
+                "what was finished is kept."
+            )

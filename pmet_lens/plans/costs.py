@@ -47,7 +47,7 @@ class Estimate:
     moment: int
     """Bytes of the largest site's second moment and its factor, in float64."""
     host: int
-    """Bytes of the residual streams and the thin factors of all facts, beside the model."""
+    """Bytes of the residual streams that are kept, and of the thin factors of all facts."""
 
     @property
     def total(self) -> float:
@@ -132,7 +132,8 @@ def estimate(
     budget, readable = objective.budget(model, hp.layers[-1]), likelihood.readable(model, copies=2)
     filled = min(budget / count.ran, readable / count.read)
     full = count.values * min(together / len(facts), filled)
-    streams = count.kept * together / len(facts) * sizes.d_model
+    streams = count.kept * together / len(facts) * sizes.d_model * model.dtype.itemsize
+    again = max(0.0, 1 - keys.KEPT_BYTES / streams) if streams else 0.0  # what is not kept
     d_in = [sizes.d_in[p] for _ in hp.layers for p in method.write]
     wider = sizes.d_model / model.d_model  # what a token keeps grows with the width
     return Estimate(
@@ -141,12 +142,12 @@ def estimate(
         whole_step=2 * count.whole * scale,
         record=2 * count.record * scale,
         targets=2 * (count.record + hp.n_steps * count.step) * scale,
-        keys=2 * count.keys * scale,
+        keys=2 * (count.keys + again * (count.anew - count.keys)) * scale,
         solve=sum(min(solvers.operations(together, d).values()) for d in d_in) * n / together,
         weights=sizes.weights,
         activations=round(max(count.largest, full) * wider * model.dtype.itemsize),
         moment=2 * 8 * max(d_in) ** 2,
-        host=round(streams * model.dtype.itemsize + 8 * n * sum(d + sizes.d_model for d in d_in)),
+        host=round(min(streams, keys.KEPT_BYTES) + 8 * n * sum(d + sizes.d_model for d in d_in)),
     )
 
 
@@ -159,7 +160,7 @@ class _Count:
         self.first = 0 if self.tail is None else self.tail.first
         self.blocks, self.last_mlp, self.embedding = sizes.blocks, sizes.last_mlp, sizes.embedding
         self.above = self.blocks[max(self.first, self.layer) :]  # with a gradient
-        self.step = self.whole = self.record = self.keys = 0
+        self.step = self.whole = self.record = self.keys = self.anew = 0
         self.ran = self.read = self.values = self.largest = self.kept = 0
 
     def add(self, facts: Sequence[Fact], contexts: Sequence[str]) -> None:
@@ -220,6 +221,8 @@ class _Count:
                 at = layer
             self.keys += sum(self.blocks[at : layer + 1]) * every
             self.keys += sum(self.blocks[at : self.layer + 1]) * plain
+            self.anew += sum(self.blocks[: layer + 1]) * every
+            self.anew += sum(self.blocks[: self.layer + 1]) * plain
         self.kept += every if at > 0 else 0
 
 

@@ -21,7 +21,7 @@ from grids import CUT, FACTS, HP, saved_model, tiny_grid, tiny_run
 
 import pmet_lens as pl
 from pmet_lens.data import file_format
-from pmet_lens.experiments import ray_engine, scheduler, shared_weights, store, target_files, worker
+from pmet_lens.experiments import ray_engine, scheduler, store, target_files, worker
 from pmet_lens.experiments import tasks as shards
 from pmet_lens.experiments.grid import GridError
 from pmet_lens.experiments.worker import Outcome, WorkerInfo
@@ -230,7 +230,7 @@ def test_a_worker_that_cannot_read_its_model_says_why(tmp_path):
 @pytest.fixture
 def parcel(model):
     """The weights as Ray hands them on: arrays that cannot be written to."""
-    found = shared_weights.pack(pl.load(model, dtype="float64"))
+    found = remote_worker.pack(pl.load(model, dtype="float64"))
     for name, array in found["arrays"].items():
         found["arrays"][name] = array.copy()
         found["arrays"][name].flags.writeable = False
@@ -240,7 +240,7 @@ def parcel(model):
 def test_a_model_from_a_parcel_is_the_same_and_shares_its_memory(model, parcel):
     run = tiny_run(model)
     before = {name: array.copy() for name, array in parcel["arrays"].items()}
-    own = shared_weights.unpack(parcel, {run.digest: run}, None)
+    own = remote_worker.unpack(parcel, {run.digest: run}, None)
     first = pl.load(model, dtype="float64")
     assert target_files.identity(own) == target_files.identity(first)
     places = {p.data_ptr() for p in own.hf.parameters()}
