@@ -15,6 +15,8 @@ import itertools
 import math
 import os
 import socket
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 
 from pmet_lens.experiments import store
 from pmet_lens.experiments.grid import GridError, Run
-from pmet_lens.experiments.remote_worker import RemoteWorker
+from pmet_lens.experiments.remote_worker import RemoteWorker, check_versions, check_weights
 from pmet_lens.experiments.tasks import Task
 from pmet_lens.experiments.worker import Outcome, WorkerInfo
 from pmet_lens.models.loading import ModelError
@@ -33,6 +35,8 @@ START_SECONDS = 900.0
 """How long workers may take to read their model before the cluster counts as full."""
 LOOK_SECONDS = 5.0
 """After how long without an outcome it is asked whether the machines are still there."""
+ASK_SECONDS = 0.5
+"""Between two questions to a worker that does not answer."""
 ANSWER_SECONDS = 10.0
 """How long a cluster may take to answer."""
 
@@ -134,7 +138,7 @@ def actors(
         others = [start(weights) for _ in range(n - 1)]
         for other in _answer(ray, others):
             check_versions(other, store.versions())
-            _check_weights(other, info)
+            check_weights(other, info)
         yield Actors(ray, [first, *others], info, share)
     finally:
         for one in made:
@@ -184,28 +188,6 @@ def _answer(ray: Any, started: Sequence[Any]) -> list[WorkerInfo]:
     return answers
 
 
-def check_versions(info: WorkerInfo, here: Mapping[str, str]) -> None:
-    """Raises `GridError` where a worker has other packages than the driver."""
-    other = [
-        f"{name} {version or 'none'} (here {here.get(name) or 'none'})"
-        for name, version in info.versions.items()
-        if version != here.get(name)
-    ]
-    if other:
-        raise GridError(
-            f"A worker has {', '.join(other)}. Results of one grid come from the same packages: "
-            "install the same versions on every machine (constraints.txt has those tested)."
-        )
-
-
-def _check_weights(info: WorkerInfo, first: WorkerInfo) -> None:
-    if info.weights != first.weights:
-        raise GridError(
-            "Two workers read different weights or tokenizers under the same name. Give a "
-            "directory that all machines share, or the same revision everywhere."
-        )
-
-
 class Actors:
     """A `scheduler.Pool` of actors. Ray starts one again that died, and gives it its task again.
     Where its machine is lost and the others have no room for it, another worker gets the task."""
@@ -218,8 +200,11 @@ class Actors:
         places = ray.get([one.node.remote() for one in actors])
         self._node = dict(zip(actors, places, strict=True))
         self._given: dict[int, Task] = {}
-        self._working: dict[Any, tuple[Any, int]] = {}
-        self._left: list[int] = []  # by workers that are lost
+        self._working: dict[Any, tuple[Any, int | None]] = {}
+        """Ray's future -> worker and handle of its task; None: it is asked whether it is there."""
+        self._left: list[int] = []
+        """Of workers that are lost; another has to begin these."""
+        self._losses: Counter[int] = Counter()
         self._handles = itertools.count()
 
     def info(self) -> WorkerInfo:
@@ -244,33 +229,54 @@ class Actors:
 
     def wait(self, handles: Sequence[int]) -> tuple[int, Outcome]:
         """Of all that were submitted, whatever `handles` are."""
-        ready: list[Any] = []
-        while not ready:
+        while True:
             while self._left and self._idle:
                 self._begin(self._left.pop())
             ready, _ = self._ray.wait(list(self._working), num_returns=1, timeout=LOOK_SECONDS)
             if not ready:
                 self._drop_lost()
-        actor, handle = self._working.pop(ready[0])
-        task = self._given.pop(handle)
-        self._idle.append(actor)
-        try:
-            outcome, self._node[actor] = self._ray.get(ready[0])
-        except self._ray.exceptions.RayActorError as error:
-            raise GridError(
-                f"Workers died {LIVES} times while making {task.file}, a task of kind "
-                f"{task.kind!r}. Most often the machine ran out of memory: take fewer workers on "
-                "it, a smaller dtype, or smaller shards (Cut), and start again; what was finished "
-                "is kept."
-            ) from error
-        return handle, outcome
+                continue
+            actor, handle = self._working.pop(ready[0])
+            try:
+                found = self._ray.get(ready[0])
+            except self._ray.exceptions.RayActorError as error:
+                self._away(actor, handle, error)
+                continue
+            self._idle.append(actor)
+            if handle is None:
+                self._node[actor] = found
+                continue
+            outcome, self._node[actor] = found
+            del self._given[handle]
+            return handle, outcome
 
-    def _drop_lost(self) -> None:
-        """Workers of machines that are gone, where no other has room to start them again.
+    def _away(self, actor: Any, handle: int | None, error: Exception) -> None:
+        """A worker does not answer. Its task is for another; it is asked again, until its machine
+        is known to be lost.
 
         Raises:
-            GridError: where none is left.
+            GridError: where the task may be why.
         """
+        if handle is not None:
+            self._left.append(handle)
+            self._losses[handle] += 1
+            gone = isinstance(error, self._ray.exceptions.ActorUnavailableError)
+            if not gone or self._losses[handle] == LIVES:
+                task = self._given[handle]
+                raise GridError(
+                    f"Workers died {LIVES} times while making {task.file}, a task of kind "
+                    f"{task.kind!r}. Most often the machine ran out of memory: take fewer workers "
+                    "on it, a smaller dtype, or smaller shards (Cut), and start again; what was "
+                    "finished is kept."
+                ) from error
+        else:
+            time.sleep(ASK_SECONDS)
+        self._working[actor.node.remote()] = actor, None
+        self._drop_lost()
+
+    def _drop_lost(self) -> None:
+        """Workers of machines that are gone, where no other has room to start them again. Raises
+        `GridError` where none is left."""
         here = [node for node in self._ray.nodes() if node["Alive"]]
         lost = [one for one in self.all if self._node[one] not in {n["NodeID"] for n in here}]
         needs = {"CPU": self._share["num_cpus"], "GPU": self._share["num_gpus"]}
@@ -285,7 +291,7 @@ class Actors:
             for future, (actor, handle) in list(self._working.items()):
                 if actor is one:
                     del self._working[future]
-                    self._left.append(handle)
+                    self._left += [] if handle is None else [handle]
         if not self.all:
             raise GridError(
                 "The machines of all workers are lost. Start again when the cluster has some; "

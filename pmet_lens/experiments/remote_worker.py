@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from pmet_lens.experiments.grid import Run
+from pmet_lens.experiments.grid import GridError, Run
 from pmet_lens.experiments.tasks import Task
 from pmet_lens.experiments.worker import Outcome, Worker, WorkerInfo
 from pmet_lens.models.loading import load, moved
@@ -60,6 +60,29 @@ def _tensor(array: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array).view(getattr(torch, dtype)).reshape(shape)
+
+
+def check_versions(info: WorkerInfo, here: Mapping[str, str]) -> None:
+    """Raises `GridError` where a worker has other packages than the driver."""
+    other = [
+        f"{name} {version or 'none'} (here {here.get(name) or 'none'})"
+        for name, version in info.versions.items()
+        if version != here.get(name)
+    ]
+    if other:
+        raise GridError(
+            f"A worker has {', '.join(other)}. Results of one grid come from the same packages: "
+            "install the same versions on every machine (constraints.txt has those tested)."
+        )
+
+
+def check_weights(info: WorkerInfo, first: WorkerInfo) -> None:
+    """Raises `GridError` where two workers read different weights."""
+    if info.weights != first.weights:
+        raise GridError(
+            "Two workers read different weights or tokenizers under the same name. Give a "
+            "directory that all machines share, or the same revision everywhere."
+        )
 
 
 class RemoteWorker:
