@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import CONTEXTS, FACTS, HP, bits, some_moments, unchanged
-from tiny import N_LAYERS, tiny_model
+from kept import shared_model
+from tiny import N_LAYERS
 from torch.nn.modules import module
 
 import pmet_lens as pl
@@ -23,7 +24,7 @@ KNOWN = [pl.Fact(f.subject, f.prompt, None, f.target_new, relation="P1") for f i
 
 @pytest.fixture(scope="module")
 def model() -> pl.Model:
-    return tiny_model("llama", positions=96)
+    return shared_model("llama", positions=96)
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def test_ctrl_c_in_any_forward_pass(model, work):
         assert not any(point.fwd_hooks for point in model.bridge.hook_dict.values())
         assert len(model.bridge.blocks) == len(model._plain.model.model.layers) == N_LAYERS
     said = pl.evaluate(model, FACTS)
-    assert said.equals(pl.evaluate(tiny_model("llama", positions=96), FACTS))
+    assert said.equals(pl.evaluate(shared_model("llama", positions=96), FACTS))
 
 
 @pytest.mark.parametrize("where", [(keys.Reader, "both"), (Ridge, "factorise")])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import left_over
-from tiny import D_MODEL, tiny_model
+from kept import shared_model
+from tiny import D_MODEL
 
 import pmet_lens as pl
 from pmet_lens.editing import keys, objective
@@ -24,7 +25,7 @@ LAYERS = (0, 1, 2)
 
 def built(family: str) -> pl.Model:
     wide = {"window": 40} if family.startswith("gemma") else {}
-    return tiny_model(family, torch.float64, **wide)
+    return shared_model(family, torch.float64, **wide)
 
 
 def strengths(layers: tuple[int, ...] = LAYERS) -> pl.Hparams:

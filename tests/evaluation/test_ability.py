@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from kept import bundled, shared_model
 from tiny import tiny_model
 
 import pmet_lens as pl
@@ -42,7 +43,7 @@ def _few_resamples(monkeypatch):
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj"])
 def model(request):
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 def some_edit(model, *facts: pl.Fact, scale: float = 0.5) -> Edit:
@@ -202,7 +203,7 @@ def test_the_defaults_are_about_what_no_record_edits():
 
 
 def test_the_defaults_make_a_table():
-    model = pl.load("world")
+    model = bundled("world")
     found = general_ability(model, n_texts=20, others=pl.knowns(n=20))
     assert list(found.index) == ["perplexity", "KL", "recall"]
     assert list(found.columns) == ["mean", "ci_low", "ci_high", "n"]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from kept import shared_model
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 import pmet_lens as pl
@@ -57,12 +58,12 @@ FACTS = [
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj", "llama"])
 def model(request) -> Model:
-    return tiny_model(request.param)
+    return shared_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2")
+    return shared_model("gpt2")
 
 
 @pytest.fixture(autouse=True)

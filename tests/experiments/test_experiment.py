@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kept import bundled
 
 import pmet_lens as pl
 from pmet_lens.experiments import measurements
@@ -14,12 +15,12 @@ FACTS = pl.counterfact(n=6)
 
 @pytest.fixture(scope="module")
 def world():
-    return pl.load("world")
+    return bundled("world")
 
 
 @pytest.fixture(scope="module")
-def moments(world):
-    return pl.second_moments(world, pl.texts(), projections=("mlp",), n_tokens=15_000)
+def moments(world_moments):
+    return world_moments("world")
 
 
 def run(model, moments, hparams, **options):

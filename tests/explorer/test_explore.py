@@ -10,6 +10,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from kept import bundled
 from tiny import tiny_hf, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +24,7 @@ N_TOKENS = 3000
 
 @pytest.fixture(scope="module")
 def model():
-    return pl.load("world")
+    return bundled("world")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import FACTS
+from kept import bundled
 from tiny import refused, tiny_model
 
 import pmet_lens as pl
@@ -30,7 +31,7 @@ def few_resamples():
 
 @pytest.fixture(scope="module")
 def world() -> Model:
-    return pl.load("world")
+    return bundled("world")
 
 
 @pytest.fixture(scope="module")

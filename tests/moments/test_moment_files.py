@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept import shared_model
 from tiny import tiny_model
 
 import pmet_lens as pl
@@ -31,7 +32,7 @@ SETTINGS = {"layers": [1, 2], "n_tokens": 2000, "batch_tokens": 200}
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("llama", positions=128)
+    return shared_model("llama", positions=128)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(model, texts, wanted, tmp_p
 def test_what_was_made_of_something_else_is_not_taken_for_this(model, texts, tmp_path):
     path = tmp_path / "m.safetensors"
     pl.kept_moments(path, model, texts, **SETTINGS)
-    other = tiny_model("llama", seed=1, positions=128)
+    other = shared_model("llama", seed=1, positions=128)
     for changed, words in (
         (lambda: pl.kept_moments(path, other, texts, **SETTINGS), "weights"),
         (lambda: pl.kept_moments(path, model, texts[1:], **SETTINGS), "texts"),

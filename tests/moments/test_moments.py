@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from kept import shared_model
 from safetensors.torch import save_file
 from tiny import tiny_model
 
@@ -28,12 +29,12 @@ TIGHT = 1e-12
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj", "llama"])
 def model(request) -> Model:
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2", torch.float64)
+    return shared_model("gpt2", torch.float64)
 
 
 def off(got: Moment, want) -> float:
@@ -213,7 +214,7 @@ def test_layers_that_do_not_exist_are_refused(gpt2):
 
 def test_one_string_is_not_read_letter_by_letter():
     with pytest.raises(MomentError, match="one string"):
-        second_moments(tiny_model("gpt2"), "The tower of Ilmar", [0])
+        second_moments(shared_model("gpt2"), "The tower of Ilmar", [0])
 
 
 # -- how good it is -------------------------------------------------------------------------------
