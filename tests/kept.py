@@ -24,18 +24,23 @@ def bundled(name: str) -> Model:
     return _as_it_was(*_loaded(name))
 
 
-def _as_it_was(model: Model, before: dict[str, torch.Tensor]) -> Model:
-    assert unchanged(model, before), f"a test before this one left {model.name!r} changed"
+def _as_it_was(model: Model, before: dict[str, torch.Tensor], words: str) -> Model:
+    intact = unchanged(model, before) and words == _words(model)
+    assert intact, f"a test before this one left {model.name!r} changed"
     return model
 
 
+def _words(model: Model) -> str:
+    return f"{model.name} {model.tokenizer!r}"
+
+
 @cache
-def _tiny(*which: object, **config: int) -> tuple[Model, dict[str, torch.Tensor]]:
+def _tiny(*which: object, **config: int) -> tuple[Model, dict[str, torch.Tensor], str]:
     model = tiny_model(*which, **config)
-    return model, bits(model)
+    return model, bits(model), _words(model)
 
 
 @cache
-def _loaded(name: str) -> tuple[Model, dict[str, torch.Tensor]]:
+def _loaded(name: str) -> tuple[Model, dict[str, torch.Tensor], str]:
     model = pl.load(name)
-    return model, bits(model)
+    return model, bits(model), _words(model)

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import math
 import sys
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 
 import numpy as np
@@ -39,6 +39,12 @@ def _few_resamples(monkeypatch):
     """Intervals are tested with the metrics; here they only have to be there."""
     few = partial(metrics.bootstrap, n_resamples=100)
     monkeypatch.setattr(metrics, "bootstrap", few)
+    monkeypatch.setattr(ability, "real_facts", real_facts)
+
+
+@cache
+def real_facts() -> list[pl.Fact]:
+    return pl.real_facts()
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj"])

@@ -134,6 +134,7 @@ def test_the_layers_of_a_window_are_restored_together(gpt2, monkeypatch):
     assert hooked[1:] == [*both, *3 * [[corrupt, *window]]]
 
 
+@pytest.mark.few("*-gpt2", "resid_pre-1-neox", "mlp_out-1-llama", "attn_out-3-gemma2")
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama", "gemma2"])
 @pytest.mark.parametrize(
     ("stream", "window"),

@@ -59,6 +59,7 @@ def _names(n: int) -> list[str]:
     return ["Danel Orrin", *(f"{a}{b}" for a in "ABCDEFGHIJ" for b in "abcdefghij")][:n]
 
 
+@pytest.mark.few("PMET-dual", "MEMIT-primal", "ROME-dual", "EMMET-dual")
 @pytest.mark.parametrize("facts", [1, 60], ids=["dual", "primal"])
 @pytest.mark.parametrize("method", METHODS)
 def test_dead_neurons_are_named_with_what_to_do(method: str, facts: int) -> None:
@@ -74,6 +75,7 @@ def test_dead_neurons_are_named_with_what_to_do(method: str, facts: int) -> None
     assert torch.isfinite(edit.deltas[SITE]).all()
 
 
+@pytest.mark.few("PMET-dual", "MEMIT-primal", "ROME-dual", "EMMET-dual")
 @pytest.mark.parametrize("facts", [1, 60], ids=["dual", "primal"])
 @pytest.mark.parametrize("method", METHODS)
 def test_too_few_tokens_are_named_with_what_to_do(method: str, facts: int) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -156,6 +157,33 @@ def test_a_killed_process_leaves_what_it_had_and_no_lock(model, texts, wanted, t
     assert min(seen) > 400
 
 
+def test_of_two_at_once_one_computes(model, texts, wanted, tmp_path, monkeypatch):
+    path, told, begun, go = tmp_path / "m.safetensors", warnings.warn, Event(), Event()
+
+    def wait(*_):
+        begun.set()
+        assert go.wait(60)
+
+    def first():
+        pl.kept_moments(path, model, texts, on_tokens=wait, **SETTINGS)
+
+    def warn(*args, **more):
+        go.set()
+        told(*args, **more)
+
+    other = Thread(target=first)
+    other.start()
+    assert begun.wait(60)  # it has the lock now
+    monkeypatch.setattr(moment_files.warnings, "warn", warn)
+    with pytest.warns(UserWarning, match="Another process computes .*waiting"):
+        found = pl.kept_moments(
+            path, model, texts, on_tokens=lambda *_: pytest.fail("both compute"), **SETTINGS
+        )
+    other.join()
+    assert same(found, wanted)
+
+
+@pytest.mark.slow
 def test_of_two_processes_one_computes(model, texts, wanted, tmp_path, monkeypatch):
     path, told = tmp_path / "m.safetensors", warnings.warn
     with child(path, "sys.stdin.read()") as first:  # it waits until its input is closed

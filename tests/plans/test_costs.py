@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kept import shared_model
-from tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_tokenizer
+from tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import pmet_lens as pl
@@ -237,7 +237,7 @@ def test_a_family_whose_blocks_cannot_run_alone_is_counted_whole(gpt2, monkeypat
     ran, scored = 3 * max(total for _, total, _ in rows), sum(n for _, _, n in rows)
     # All blocks there, from block 2 on back.
     assert told.step == 2 * ((4 + 2) * BLOCK * ran + 2 * VOCAB * D_MODEL * scored)
-    assert told.keys > run(shared_model("gpt2"), FACTS[1:2], pl.MEMIT).keys
+    assert told.keys > run(tiny_model("gpt2"), FACTS[1:2], pl.MEMIT).keys
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 from kept import bundled, shared_model
-from tiny import tiny_hf
+from tiny import tiny_hf, tiny_model
 
 import pmet_lens as pl
 from pmet_lens import cli
@@ -50,7 +50,7 @@ def test_a_run_on_another_model_is_told_so(tmp_path):
 
 
 def test_sampled_texts_are_the_models_own_and_follow_from_the_seed():
-    model = shared_model("llama")
+    model = tiny_model("llama")
     some = list(itertools.islice(pl.sampled_texts(model, length=12, batch_tokens=48), 10))
     assert some == list(itertools.islice(pl.sampled_texts(model, length=12, batch_tokens=48), 10))
     other = list(itertools.islice(pl.sampled_texts(model, 1, length=12, batch_tokens=48), 10))
