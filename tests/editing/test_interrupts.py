@@ -60,7 +60,7 @@ WORK: dict[str, Callable[[pl.Model], object]] = {
     ),
     "an edit on": with_an_edit_on,
     "moments": lambda model: pl.second_moments(model, ["Kel is open"], [1], n_tokens=3),
-    "text": lambda model: next(pl.sampled_texts(model, length=6)),
+    "text": lambda model: next(pl.sampled_texts(model, length=6, batch_tokens=60)),
     "trace": lambda model: pl.causal_trace(model, KNOWN, layers=[1]),
     "lens": lambda model: pl.lens(model, KNOWN, layers=[1]),
 }

@@ -688,6 +688,7 @@ def test_a_greedy_text_is_that_of_transformers_with_an_edit_on(family):
         assert text == model.tokenizer.decode(out[0], skip_special_tokens=True)
 
 
+@pytest.mark.few("dtype1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_text_does_not_depend_on_the_batch_in_any_dtype(dtype):
     """Windows shorter than the padding among them: there padded queries are NaN in float64."""

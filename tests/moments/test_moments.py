@@ -261,14 +261,14 @@ def test_texts_of_one_piece_have_no_known_error(gpt2):
 
 def test_reading_stops_when_it_is_good_enough(gpt2):
     stream = itertools.cycle(TEXTS)
-    many = second_moments(gpt2, stream, [1], n_tokens=4000, batch_tokens=16)
+    many = second_moments(gpt2, stream, [1], n_tokens=2000, batch_tokens=16)
     wanted = 4 * max(m.error for m in many.values())
     fewer = second_moments(
-        gpt2, itertools.cycle(TEXTS), [1], n_tokens=4000, batch_tokens=16, precision=wanted
+        gpt2, itertools.cycle(TEXTS), [1], n_tokens=2000, batch_tokens=16, precision=wanted
     )
     counts = {m.count for m in fewer.values()}
     assert len(counts) == 1
-    assert 64 <= counts.pop() < 4000
+    assert 64 <= counts.pop() < 2000
     assert max(m.error for m in fewer.values()) == pytest.approx(wanted, rel=0.5)
     with pytest.raises(MomentError, match="precision must be greater than 0"):
         second_moments(gpt2, TEXTS, [1], precision=0.0)

@@ -31,8 +31,8 @@ def work(tmp_path_factory) -> Path:
         for f in pl.counterfact(n=2)
     ]
     pd.DataFrame(facts).to_csv(folder / "facts.csv", index=False)
-    said = run("moments", "--layers", 1, 2, 3, "--tokens", 8000, "--out", folder / "m.safetensors")
-    assert said.startswith("6 second moments over 8000 tokens")
+    said = run("moments", "--layers", 1, 2, 3, "--tokens", 4000, "--out", folder / "m.safetensors")
+    assert said.startswith("6 second moments over 4000 tokens")
     run(
         "edit", "--facts", folder / "facts.csv", "--moments", folder / "m.safetensors",
         "--out", folder / "edit.safetensors",
@@ -107,11 +107,11 @@ def test_another_base_is_refused(work):
 
 
 def test_facts_of_every_kind(tmp_path):
-    bundled = datasets.world.build()
+    world = datasets.world.build()
     own = [{"subject": "x", "prompt": "{} is", "target_new": "y"}]
     for name, records in (
-        ("counterfact", bundled.counterfact()[:3]),
-        ("zsre", bundled.zsre()[:3]),
+        ("counterfact", world.counterfact()[:3]),
+        ("zsre", world.zsre()[:3]),
         ("own", own),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")

@@ -127,7 +127,7 @@ def test_an_edit_without_a_solution_is_left_out_and_no_other(tmp_path, monkeypat
     """Two records of one subject give one key: an exact solver cannot, and says so."""
     first = pl.counterfact(n=1)[0]
     other = replace(first, prompt="{} is", target_true="elsewhere", target_new="nowhere")
-    own = {"n_tokens": 3_000, "metrics": ("ability",), "n_texts": 2}
+    own = {"n_tokens": 3_000, "metrics": ("answers",)}
     runs = {m: pl.Run("world", (first, other), m, **own) for m in ("EMMET", None)}
     bar = paper.tqdm(disable=True)
     monkeypatch.chdir(tmp_path)
