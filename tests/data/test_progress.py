@@ -114,7 +114,7 @@ def test_everything_long_has_a_line(monkeypatch):
     pl.evaluate(model, one)
     pl.recall(model, one)
     pl.generate(model, "Kel", 8)
-    next(pl.sampled_texts(model, length=8))
+    next(pl.sampled_texts(model, length=8, batch_tokens=80))
     pl.probe(model, one)
     pl.causal_trace(model, one, layers=[1])
     pl.general_ability(model, texts=["Kel is"], prompts=["Kel is"], others=one)

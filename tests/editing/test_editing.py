@@ -21,6 +21,7 @@ from cases import (
     some_moments,
     unchanged,
 )
+from kept import shared_model
 from safetensors.torch import save_file
 from tiny import tiny_batch, tiny_model
 
@@ -40,7 +41,7 @@ FAMILIES = ("gpt2", "gptj", "llama")
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> Model:
-    return tiny_model(request.param)
+    return shared_model(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def found(model) -> Edit:
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2", torch.float64)
+    return shared_model("gpt2", torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,7 @@ def test_a_change_from_elsewhere_is_seen(done):
 
 
 def test_an_edit_of_another_model_is_refused(done):
-    before = bits(other := tiny_model("llama", torch.float64))
+    before = bits(other := shared_model("llama", torch.float64))
     with pytest.raises(EditError, match="another model"):
         done.apply_(other)
     assert unchanged(other, before)

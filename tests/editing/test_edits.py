@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tiny import tiny_hf, tiny_model, tiny_tokenizer
+from kept import shared_model
+from tiny import tiny_hf, tiny_tokenizer
 
 import pmet_lens as pl
 from pmet_lens.data import file_format
@@ -26,7 +27,7 @@ SITES = [Site(layer, "mlp") for layer in HP.layers]
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return tiny_model("gpt2")
+    return shared_model("gpt2")
 
 
 def moments(model: Model) -> dict[Site, torch.Tensor]:
@@ -181,7 +182,7 @@ def test_another_base_is_refused_unless_told(model, pair, tmp_path):
     pair[1].apply_(model)
     assert pl.Edit.load(path, model).facts == pair[0].facts  # another edit is on, the base is it
     pair[1].revert_(model)
-    other = tiny_model("gpt2", seed=1)
+    other = shared_model("gpt2", seed=1)
     with pytest.raises(pl.EditError, match=r"other weights at 1\.mlp.*any_base=True"):
         pl.Edit.load(path, other)
     assert pl.Edit.load(path, other, any_base=True).facts == pair[0].facts

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from cases import FACTS, bits, unchanged
+from kept import bundled, shared_model
 from tiny import tiny_model
 
 import pmet_lens as pl
@@ -24,7 +25,7 @@ FAMILIES = ("gpt2", "gptj")  # Conv1D and Linear
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> Model:
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 def history(model: Model, method=FineTune(), **change):  # noqa: B008
@@ -188,7 +189,7 @@ def test_bound_and_method_belong_together():
 
 
 def test_the_listed_methods_edit_a_bundled_model_through_the_front_door(tmp_path):
-    model, facts = pl.load("world"), pl.counterfact(n=2)
+    model, facts = bundled("world"), pl.counterfact(n=2)
     before = bits(model)
     for name in ("FT-W", "FT+L"):
         found = pl.edit(model, facts, None, pl.METHODS[name])

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import CONTEXTS, FACTS, HP, bits, some_moments, unchanged
-from tiny import N_LAYERS, tiny_model
+from kept import shared_model
+from tiny import N_LAYERS
 from torch.nn.modules import module
 
 import pmet_lens as pl
@@ -23,7 +24,7 @@ KNOWN = [pl.Fact(f.subject, f.prompt, None, f.target_new, relation="P1") for f i
 
 @pytest.fixture(scope="module")
 def model() -> pl.Model:
-    return tiny_model("llama", positions=96)
+    return shared_model("llama", positions=96)
 
 
 @contextmanager
@@ -59,7 +60,7 @@ WORK: dict[str, Callable[[pl.Model], object]] = {
     ),
     "an edit on": with_an_edit_on,
     "moments": lambda model: pl.second_moments(model, ["Kel is open"], [1], n_tokens=3),
-    "text": lambda model: next(pl.sampled_texts(model, length=6)),
+    "text": lambda model: next(pl.sampled_texts(model, length=6, batch_tokens=60)),
     "trace": lambda model: pl.causal_trace(model, KNOWN, layers=[1]),
     "lens": lambda model: pl.lens(model, KNOWN, layers=[1]),
 }
@@ -80,7 +81,7 @@ def test_ctrl_c_in_any_forward_pass(model, work):
         assert not any(point.fwd_hooks for point in model.bridge.hook_dict.values())
         assert len(model.bridge.blocks) == len(model._plain.model.model.layers) == N_LAYERS
     said = pl.evaluate(model, FACTS)
-    assert said.equals(pl.evaluate(tiny_model("llama", positions=96), FACTS))
+    assert said.equals(pl.evaluate(shared_model("llama", positions=96), FACTS))
 
 
 @pytest.mark.parametrize("where", [(keys.Reader, "both"), (Ridge, "factorise")])

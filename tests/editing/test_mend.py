@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import FACTS, bits, unchanged
+from kept import shared_model
 from safetensors.torch import save_file
 from tiny import tiny_batch, tiny_model
 
@@ -30,7 +31,7 @@ BUNDLED = Path(pl.__file__).parent / "bundled" / "mend"
 
 @pytest.fixture(scope="module", params=["gpt2", "neox"])  # Conv1D and Linear
 def model(request) -> Model:
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 def editor_for(model: Model, rate: float = 0.5, noise: float = 0.0) -> MendEditor:

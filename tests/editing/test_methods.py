@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CONTEXTS, FACTS, HP, bits, delta, some_moments, unchanged
-from tiny import tiny_model
+from kept import shared_model
 
 import pmet_lens as pl
 from pmet_lens.editing import keys, solvers
@@ -24,7 +24,7 @@ SITE = Site(2, "mlp")
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj"])
 def model(request) -> Model:
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model
+from kept import bundled, shared_model
 
 import pmet_lens as pl
 from pmet_lens.editing.method import RELEASED, kind_of
@@ -23,7 +23,7 @@ LAYERS = (1, 2)
 
 @pytest.fixture(scope="module")
 def model() -> pl.Model:
-    return tiny_model("llama", torch.float64)
+    return shared_model("llama", torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +124,8 @@ def test_settings_of_another_kind_are_refused_in_words(model, moments) -> None:
 # -- how many are answered ------------------------------------------------------------------------
 
 
-def test_an_edit_tells_how_many_facts_are_answered() -> None:
-    world, facts = pl.load("world"), pl.counterfact(n=3)
-    text = pl.texts()
-    moments = pl.second_moments(world, text, projections=("mlp",), n_tokens=20_000)
+def test_an_edit_tells_how_many_facts_are_answered(world_moments) -> None:
+    world, facts, moments = bundled("world"), pl.counterfact(n=3), world_moments("world")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         edit = pl.edit(world, facts, moments)
@@ -161,7 +159,7 @@ def test_nobody_is_asked_in_inner_loops(model, moments, monkeypatch) -> None:
 
 
 def test_a_receipt_says_how_much_of_the_change_rounding_took() -> None:
-    narrow = tiny_model("llama", torch.bfloat16)
+    narrow = shared_model("llama", torch.bfloat16)
     moments = {pl.Site(n, "mlp"): torch.eye(48, dtype=torch.float64) for n in LAYERS}
     hparams = pl.Hparams(LAYERS, n_steps=3, second_moment_weight=0.1)
     edit = pl.edit(narrow, FACTS, moments, "PMET", hparams, ["{}"], check=False)

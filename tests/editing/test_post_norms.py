@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import left_over
-from tiny import D_MODEL, tiny_model
+from kept import shared_model
+from tiny import D_MODEL
 
 import pmet_lens as pl
 from pmet_lens.editing import keys, objective
@@ -24,7 +25,7 @@ LAYERS = (0, 1, 2)
 
 def built(family: str) -> pl.Model:
     wide = {"window": 40} if family.startswith("gemma") else {}
-    return tiny_model(family, torch.float64, **wide)
+    return shared_model(family, torch.float64, **wide)
 
 
 def strengths(layers: tuple[int, ...] = LAYERS) -> pl.Hparams:
@@ -46,6 +47,7 @@ def moments(model: pl.Model) -> dict[pl.Site, torch.Tensor]:
     return {s: torch.eye(model.d_in(s), dtype=torch.float64) for s in sites}
 
 
+@pytest.mark.few("*-gemma3", "PMET-*", "MEMIT-olmo2", "+ W_O-llama")
 @pytest.mark.parametrize("family", (*POST, "llama"))
 @pytest.mark.parametrize("method", ("PMET", "MEMIT", "EMMET", "AlphaEdit", "+ W_O"))
 def test_the_written_model_has_what_the_targets_asked_for(family: str, method: str) -> None:
@@ -56,6 +58,7 @@ def test_the_written_model_has_what_the_targets_asked_for(family: str, method: s
     assert left <= (0.05 if family in POST and method in ("MEMIT", "AlphaEdit") else 1e-6)
 
 
+@pytest.mark.few("gemma2", "olmo2")
 @pytest.mark.parametrize("family", POST)
 def test_rome_stores_its_one_fact(family: str) -> None:
     model = built(family)

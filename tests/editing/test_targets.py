@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import nll_of
+from kept import shared_model
 from tiny import tiny_model
 
 import pmet_lens as pl
@@ -33,12 +34,12 @@ TOLERANCE = {"gpt2": 1e-9, "gptj": 1e-6, "llama": 1e-6}
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> Model:
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2", torch.float64)
+    return shared_model("gpt2", torch.float64)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ import importlib.util
 import itertools
 import math
 import sys
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from kept import bundled, shared_model
 from tiny import tiny_model
 
 import pmet_lens as pl
@@ -38,11 +39,17 @@ def _few_resamples(monkeypatch):
     """Intervals are tested with the metrics; here they only have to be there."""
     few = partial(metrics.bootstrap, n_resamples=100)
     monkeypatch.setattr(metrics, "bootstrap", few)
+    monkeypatch.setattr(ability, "real_facts", real_facts)
+
+
+@cache
+def real_facts() -> list[pl.Fact]:
+    return pl.real_facts()
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj"])
 def model(request):
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 def some_edit(model, *facts: pl.Fact, scale: float = 0.5) -> Edit:
@@ -202,7 +209,7 @@ def test_the_defaults_are_about_what_no_record_edits():
 
 
 def test_the_defaults_make_a_table():
-    model = pl.load("world")
+    model = bundled("world")
     found = general_ability(model, n_texts=20, others=pl.knowns(n=20))
     assert list(found.index) == ["perplexity", "KL", "recall"]
     assert list(found.columns) == ["mean", "ci_low", "ci_high", "n"]

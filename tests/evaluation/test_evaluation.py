@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from kept import shared_model
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 import pmet_lens as pl
@@ -57,12 +58,12 @@ FACTS = [
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj", "llama"])
 def model(request) -> Model:
-    return tiny_model(request.param)
+    return shared_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2")
+    return shared_model("gpt2")
 
 
 @pytest.fixture(autouse=True)
@@ -687,11 +688,12 @@ def test_a_greedy_text_is_that_of_transformers_with_an_edit_on(family):
         assert text == model.tokenizer.decode(out[0], skip_special_tokens=True)
 
 
+@pytest.mark.few("dtype1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_text_does_not_depend_on_the_batch_in_any_dtype(dtype):
     """Windows shorter than the padding among them: there padded queries are NaN in float64."""
     for family in ("gemma2", "gemma3", "llama"):
-        model = tiny_model(family, dtype)
+        model = shared_model(family, dtype)
         prompts = ["Ostria", "the capital of Ostria is Kel, and the tower of Ilmar stands in Vell"]
         together = pl.generate_batch(model, prompts, [3, 4], length=40)
         alone = [pl.generate(model, p, 40, seed=s) for p, s in zip(prompts, (3, 4), strict=True)]
@@ -699,7 +701,7 @@ def test_a_text_does_not_depend_on_the_batch_in_any_dtype(dtype):
 
 
 def test_a_text_follows_from_its_seed():
-    model = tiny_model("llama")
+    model = shared_model("llama")
     texts = pl.generate_batch(model, ["Ostria"] * 3, [1, 2, 1], length=30, top_k=50)
     assert texts[0] == texts[2] != texts[1]
     assert pl.generate(model, "Ostria", 30, top_k=10**6, seed=1)  # more than there are

@@ -15,7 +15,7 @@ import torch
 import pmet_lens as pl
 
 torch.set_num_threads(1)
-N = 50
+N = 15
 CLOSE = 1e-5  # nats, for GPT-J, which computes attention in float32 in any dtype
 COUNTERFACT = "counterfact/counterfact_500.json"
 ZSRE = "zsre/zsre_mend_eval_500.json"

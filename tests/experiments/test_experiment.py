@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from kept import bundled
 
 import pmet_lens as pl
+from pmet_lens.evaluation import ability
 from pmet_lens.experiments import measurements
 
 FACTS = pl.counterfact(n=6)
@@ -14,12 +17,12 @@ FACTS = pl.counterfact(n=6)
 
 @pytest.fixture(scope="module")
 def world():
-    return pl.load("world")
+    return bundled("world")
 
 
 @pytest.fixture(scope="module")
-def moments(world):
-    return pl.second_moments(world, pl.texts(), projections=("mlp",), n_tokens=15_000)
+def moments(world_moments):
+    return world_moments("world")
 
 
 def run(model, moments, hparams, **options):
@@ -27,7 +30,9 @@ def run(model, moments, hparams, **options):
     return measurements.sequential(model, FACTS, moments, pl.MEMIT, hparams, **how)
 
 
-def test_a_healthy_sequence_keeps_facts_and_text(world, moments):
+def test_a_healthy_sequence_keeps_facts_and_text(world, moments, monkeypatch):
+    few = partial(ability.general_ability, n_texts=50)
+    monkeypatch.setattr(measurements.ability, "general_ability", few)
     before = {k: v.clone() for k, v in world.hf.state_dict().items()}
     seen = []
     table = run(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import CONTEXTS, FACTS, HP, bits, same_deltas, some_moments, unchanged
 from cases import one_tail as one_tail
+from kept import shared_model
 from safetensors.torch import save_file
 from tiny import FAMILIES, tiny_model
 
@@ -41,7 +42,7 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2", torch.float64)
+    return shared_model("gpt2", torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_every_reason_to_stop_is_kept(tmp_path, whole):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_files_keep_the_dtype(tmp_path, dtype):
-    found = optimise(tiny_model("gpt2", dtype), FACTS[:2], pl.PMET, HP, [PLAIN])
+    found = optimise(shared_model("gpt2", dtype), FACTS[:2], pl.PMET, HP, [PLAIN])
     target_files.save(found, tmp_path / "t")
     assert same(target_files.load(tmp_path / "t"), found)
 

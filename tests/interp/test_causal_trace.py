@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import D_MODEL, plain_logits, refused, tiny_model
+from kept import shared_model
+from tiny import D_MODEL, plain_logits, refused
 
 import pmet_lens as pl
 from pmet_lens import causal_trace
@@ -32,12 +33,12 @@ FACTS = [
 
 @pytest.fixture(scope="module", params=["gpt2", "neox"])
 def model(request) -> Model:
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2", torch.float64)
+    return shared_model("gpt2", torch.float64)
 
 
 def recovered(frame):
@@ -133,6 +134,7 @@ def test_the_layers_of_a_window_are_restored_together(gpt2, monkeypatch):
     assert hooked[1:] == [*both, *3 * [[corrupt, *window]]]
 
 
+@pytest.mark.few("*-gpt2", "resid_pre-1-neox", "mlp_out-1-llama", "attn_out-3-gemma2")
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama", "gemma2"])
 @pytest.mark.parametrize(
     ("stream", "window"),
@@ -140,7 +142,7 @@ def test_the_layers_of_a_window_are_restored_together(gpt2, monkeypatch):
 )
 def test_running_only_what_changes_changes_nothing(family, stream, window, monkeypatch):
     """The blocks and tokens from the restored value on give what whole passes give."""
-    model = tiny_model(family, torch.float64)
+    model = shared_model(family, torch.float64)
     how = {"stream": stream, "window": window, "samples": 2}
     fast = causal_trace(model, FACTS, **how)
 
@@ -271,7 +273,7 @@ def test_token_by_token_it_is_the_trace_of_the_places(gpt2, answer):
 def test_the_noise_has_the_spread_of_what_enters_the_first_layer(family: str) -> None:
     """The corrupted answer's probability, from the user's own model with the noise added by hand:
     three standard deviations of the embedding as it enters layer 0 (Gemma: times √d_model)."""
-    model, fact = tiny_model(family, torch.float64), FACTS[4]
+    model, fact = shared_model(family, torch.float64), FACTS[4]
     scale = D_MODEL**0.5 if family.startswith("gemma") else 1.0
     batch = tokens.encode(model, [tokens.Prompt(fact.prompt, fact.subject, fact.target_true)])
     first, stop = int(batch.first[0]), int(batch.subject[0]) + 1

@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny import PARALLEL, tiny_model
+from kept import shared_model
+from tiny import PARALLEL
 
 import pmet_lens as pl
 from pmet_lens.editing.locate_and_edit import Edit, edit
@@ -61,7 +62,7 @@ def few_resamples():
 
 @pytest.fixture(scope="module", params=["gpt2", "neox"])
 def model(request) -> Model:
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from kept import shared_model
 from tiny import FAMILIES, refused, tiny_hf, tiny_model, tiny_tokenizer
 
 import pmet_lens as pl
@@ -84,7 +85,7 @@ def test_the_layer_above_is_another(searching):
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "opt"])
 def test_the_roles_share_all_of_the_weight(family):
-    model = tiny_model(family)
+    model = shared_model(family)
     frame = attention_patterns(model, FACTS)
     head = ["fact", "subject", "relation", "layer", "head"]
     assert list(frame) == [*head, *ROLES, "entropy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kept import bundled, shared_model
 from tiny import (
     FAMILIES,
     MORE,
@@ -31,7 +32,7 @@ FACTS = [
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> Model:
-    return tiny_model(request.param)
+    return shared_model(request.param)
 
 
 def answers(model: Model) -> torch.Tensor:
@@ -90,7 +91,7 @@ def test_rank_probability_and_top_are_those_of_the_logits(model):
 @pytest.mark.few("gpt2", "gptj", "gemma3", "olmo2")
 @pytest.mark.parametrize("family", (*FAMILIES, *MORE))
 def test_the_embedding_and_all_that_is_added_make_the_stream(family):
-    model = tiny_model(family, torch.float64)
+    model = shared_model(family, torch.float64)
     streams = ("attn_out", "mlp_out", "attn_added", "mlp_added", "resid_pre", "resid_post")
     found = probe(model, FACTS, streams)
     for place in ("last_subject", "last"):
@@ -137,7 +138,7 @@ def test_there_is_a_middle_only_where_attention_comes_first(model):
 
 
 def test_the_asked_answer_is_looked_up():
-    model = tiny_model("gpt2")
+    model = shared_model("gpt2")
     true, new = (lens.lens(model, FACTS, answer=a) for a in ("target_true", "target_new"))
     assert (true["top"] == new["top"]).all()
     assert (true["rank"] != new["rank"]).any()
@@ -148,14 +149,14 @@ def test_the_asked_answer_is_looked_up():
 
 
 def test_more_tokens_than_there_are_is_all_of_them():
-    model = tiny_model("gpt2")
+    model = shared_model("gpt2")
     (top,) = lens.lens(model, FACTS[:1], ("mlp_out",), (0,), ("last",), k=10_000)["top"]
     assert len(top) == 320
 
 
 @pytest.mark.parametrize("name", ["world", "world-sequential"])
 def test_a_model_that_knows_says_so_at_its_end_and_not_at_its_beginning(name):
-    model = pl.load(name)
+    model = bundled(name)
     facts = pl.knowns()[::90]
     frame = lens.lens(model, facts, ("resid_pre", "resid_post"), (0, 7), ("last",))
     first = frame[frame["rank"] == 1].groupby(["stream", "layer"]).size() / len(facts)

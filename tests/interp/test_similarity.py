@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from kept import shared_model
 from tiny import refused, tiny_config, tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def planted(monkeypatch, n: int, same: tuple[tuple[str, str], ...]) -> None:
 
 def test_unrelated_vectors_have_nothing_in_common(monkeypatch):
     planted(monkeypatch, 400, ())
-    frame = component_similarity(tiny_model("gpt2"), FACTS[:1] * 400)
+    frame = component_similarity(shared_model("gpt2"), FACTS[:1] * 400)
     means = frame.set_index(CELL)["mean"]
     assert means.xs("cosine", level="measure").abs().max() < 4 / (400 * 32) ** 0.5
     assert means.xs("jaccard", level="measure").max() < 0.2
@@ -102,7 +103,7 @@ def test_unrelated_vectors_have_nothing_in_common(monkeypatch):
 def test_each_component_is_compared_with_its_own_input(monkeypatch, component, place):
     streams = {"MHSA": ("attn_in", "attn_added"), "FFN": ("mlp_in", "mlp_added")}[component]
     planted(monkeypatch, 3, tuple((s, place) for s in streams))
-    means = component_similarity(tiny_model("gpt2"), FACTS).set_index(CELL)["mean"]
+    means = component_similarity(shared_model("gpt2"), FACTS).set_index(CELL)["mean"]
     alike = means[means > 0.999].index.to_list()
     assert sorted(alike) == [(2, component, place, m) for m in ("cosine", "jaccard")]
     assert len(means) == 8

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import FACTS
+from kept import bundled
 from tiny import refused, tiny_model
 
 import pmet_lens as pl
@@ -30,15 +31,15 @@ def few_resamples():
 
 @pytest.fixture(scope="module")
 def world() -> Model:
-    return pl.load("world")
+    return bundled("world")
 
 
 @pytest.fixture(scope="module")
 def facts() -> list[pl.Fact]:
-    """All statements about the first 30 subjects that have several."""
+    """All statements about the first 20 subjects that have several."""
     every = pl.knowns()
     times = Counter(f.subject for f in every)
-    chosen = list(dict.fromkeys(f.subject for f in every if times[f.subject] > 1))[:30]
+    chosen = list(dict.fromkeys(f.subject for f in every if times[f.subject] > 1))[:20]
     return [f for f in every if f.subject in chosen]
 
 
@@ -124,15 +125,15 @@ def test_the_passes_and_the_model_do_not_change(world, facts, monkeypatch):
 def test_what_cannot_be_used_is_left_out_and_said(world, facts):
     once = list({f.subject: f for f in facts}.values())
     with pytest.warns(UserWarning, match="no two facts with the same subject, other relation"):
-        found = transfer(world, once, ("mlp_out",), [0])
+        found = transfer(world, once, ("mlp_out",), [0], n_pairs=20)
     assert set(found["kind"]) == {"same relation, other subject"}
     useless = [pl.Fact("Ilmar", "{} is", "Kel", relation="P1"), pl.Fact("Vell", "{} is", "Kel")]
     with pytest.warns(UserWarning, match=f"2 of {len(facts) + 2} facts have no relation or no tar"):
-        too = transfer(world, [*facts, *useless], ("mlp_out",), [0])
-    assert too.equals(transfer(world, facts, ("mlp_out",), [0]))
+        too = transfer(world, [*facts, *useless], ("mlp_out",), [0], n_pairs=20)
+    assert too.equals(transfer(world, facts, ("mlp_out",), [0], n_pairs=20))
     one = [f for f in facts if f.relation == facts[0].relation][:1]
     with pytest.raises(pl.FactError, match="no two facts of the same relation or the same subject"):
-        transfer(world, one, ("mlp_out",), [0])
+        transfer(world, one, ("mlp_out",), [0], n_pairs=20)
     with pytest.raises(pl.FactError, match="with a relation and a target_true"):
         transfer(world, useless)
     with refused("layer 8 does not exist"):
@@ -141,10 +142,12 @@ def test_what_cannot_be_used_is_left_out_and_said(world, facts):
 
 def test_what_the_model_does_not_know_takes_no_part(world, facts):
     lies = [pl.Fact(f.subject, f.prompt, target_true="zzz", relation=f.relation) for f in facts]
-    only, too = (transfer(world, f, ("mlp_out",), [3]) for f in (facts, [*lies, *facts]))
+    only, too = (
+        transfer(world, f, ("mlp_out",), [3], n_pairs=20) for f in (facts, [*lies, *facts])
+    )
     assert too["n"].equals(only["n"])
     with pytest.raises(pl.FactError, match="no two facts"):
-        transfer(world, lies, ("mlp_out",), [3])
+        transfer(world, lies, ("mlp_out",), [3], n_pairs=20)
 
 
 def test_the_old_name_is_the_same_function():

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from kept import shared_model
 from safetensors.torch import save_file
-from tiny import FAMILIES, refused, tiny_batch, tiny_model
+from tiny import FAMILIES, refused, tiny_batch
 
 import pmet_lens as pl
 from pmet_lens.models import activations, tokens
@@ -28,12 +29,12 @@ PLACES = ("last_subject", "last")
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> Model:
-    return tiny_model(request.param)
+    return shared_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2", torch.float64)
+    return shared_model("gpt2", torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_a_layer_asked_for_twice_is_not_left_unwritten(gpt2, found, monkeypatch)
 
 @pytest.mark.parametrize("dtype, size", [(torch.bfloat16, 2), (torch.float32, 4)])
 def test_values_keep_the_models_dtype_and_nothing_else_is_kept(dtype, size):
-    found = probe(tiny_model("gpt2", dtype), FACTS, STREAMS, (0, 2, 3))
+    found = probe(shared_model("gpt2", dtype), FACTS, STREAMS, (0, 2, 3))
     assert {v.dtype for v in found.values.values()} == {dtype}
     assert found.nbytes == len(FACTS) * 3 * 32 * size * len(STREAMS) * len(PLACES)
     assert sum(v.untyped_storage().nbytes() for v in found.values.values()) == found.nbytes
@@ -194,7 +195,7 @@ def test_the_default_study_of_gpt_j_fits_in_two_gigabytes():
 
 
 def test_the_frame_has_a_row_per_vector():
-    found = probe(tiny_model("gptj"), FACTS, STREAMS, (2, 0))
+    found = probe(shared_model("gptj"), FACTS, STREAMS, (2, 0))
     frame = found.to_frame()
     head = ["fact", "subject", "relation", "stream", "position", "layer"]
     assert list(frame) == [*head, *range(32)]
@@ -226,7 +227,7 @@ def test_what_was_not_probed_is_named(found):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_is_saved_is_loaded(dtype, tmp_path):
-    before = probe(tiny_model("gpt2", dtype), FACTS, STREAMS, (3, 1))
+    before = probe(shared_model("gpt2", dtype), FACTS, STREAMS, (3, 1))
     before.save(tmp_path / "a.safetensors")
     after = Activations.load(str(tmp_path / "a.safetensors"))
     assert (after.facts, after.layers, after.model) == (before.facts, before.layers, "gpt2")

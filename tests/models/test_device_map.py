@@ -96,7 +96,7 @@ STUDY = {
 }
 
 
-@pytest.mark.few("lens", "answer_gain", "generate")
+@pytest.mark.few("lens", "generate")
 @pytest.mark.parametrize("name", STUDY)
 def test_what_else_looks_into_a_model_gives_the_same_over_two_devices(name):
     wanted = list(STUDY[name](model_of("gpt2", split=False)))

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from kept import shared_model
 from pair import CONTEXTS, FACTS, HP
-from tiny import FAMILIES, MORE, close, plain_logits, refused, tiny_batch, tiny_hf, tiny_model
+from tiny import FAMILIES, MORE, close, plain_logits, refused, tiny_batch, tiny_hf
 
 import pmet_lens as pl
 from pmet_lens.editing import targets
@@ -27,13 +28,13 @@ SITES = [Site(layer, projection) for layer in HP.layers for projection in ("attn
 
 @pytest.fixture(scope="module", params=(*FAMILIES, *MORE))
 def model(request) -> Model:
-    return tiny_model(request.param, torch.float64, window=WINDOW)
+    return shared_model(request.param, torch.float64, window=WINDOW)
 
 
 @pytest.fixture(scope="module")
 def single(model) -> Model:
     """The same in float32: some families round what they read anew into float64."""
-    return tiny_model(model.name, window=WINDOW)
+    return shared_model(model.name, window=WINDOW)
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,7 @@ def answer_tokens(model: pl.Model, answer: str) -> int:
     return int(tokens.encode(model, rows).scored.sum())
 
 
+@pytest.mark.few("gpt2")
 def test_logits_are_made_only_where_they_are_read(model):
     true, new = (answer_tokens(model, answer) for answer in ("target_true", "target_new"))
     words = sum(len(model.tokenizer(text)["input_ids"]) - 1 for text in TEXTS)

@@ -7,13 +7,7 @@ import json
 
 import pytest
 import torch
-from tiny import (
-    close,
-    refused,
-    tiny_batch,
-    tiny_hf,
-    tiny_tokenizer,
-)
+from tiny import close, refused, tiny_batch, tiny_hf, tiny_tokenizer
 
 from pmet_lens.models import loading
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, refused, tiny_batch, tiny_model
+from kept import shared_model
+from tiny import FAMILIES, refused, tiny_batch
 
 from pmet_lens.models.activations import add_at, read_streams
 from pmet_lens.models.model import Model, Site
@@ -15,12 +16,12 @@ ROWS = torch.arange(3)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> Model:
-    return tiny_model(request.param)
+    return shared_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2")
+    return shared_model("gpt2")
 
 
 def test_reads_are_the_rows_of_the_full_activations(model):

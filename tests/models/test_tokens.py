@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kept import shared_model
 from spellings import PROMPTS, TOKENIZERS, decoded
 from tiny import tiny_model, tiny_tokenizer
 
@@ -26,7 +27,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2")
+    return shared_model("gpt2")
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -198,7 +199,7 @@ def test_contexts_follow_from_seed_and_model(gpt2):
     torch.manual_seed(99)  # the global generator has no say
     assert sample_contexts(gpt2, seed=3) == once
     assert sample_contexts(gpt2, seed=4) != once
-    assert sample_contexts(tiny_model("gpt2", seed=1), seed=3) != once
+    assert sample_contexts(shared_model("gpt2", seed=1), seed=3) != once
 
 
 def test_braces_are_taken_out_of_contexts():

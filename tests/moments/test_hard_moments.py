@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import tiny_model
+from kept import shared_model
 
 import pmet_lens as pl
 from pmet_lens.models.activations import read_streams
@@ -24,7 +24,7 @@ def keys(model: pl.Model, text: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_first_tokens_count_where_asked(first: bool) -> None:
-    model = tiny_model("gpt2", torch.float64)
+    model = shared_model("gpt2", torch.float64)
     rows = torch.cat([keys(model, text)[0 if first else 1 :] for text in TEXTS])
     how = {"projections": ("mlp",), "batch_tokens": 16, "first_tokens": first}
     found = pl.second_moments(model, TEXTS, [1], **how)[SITE]
@@ -33,7 +33,7 @@ def test_first_tokens_count_where_asked(first: bool) -> None:
 
 
 def test_a_file_says_whether_first_tokens_count(tmp_path) -> None:
-    model, path = tiny_model("gpt2"), tmp_path / "m.safetensors"
+    model, path = shared_model("gpt2"), tmp_path / "m.safetensors"
     with_first = pl.kept_moments(path, model, TEXTS, [1])
     assert torch.equal(pl.kept_moments(path, model, TEXTS, [1])[SITE].total, with_first[SITE].total)
     with pytest.raises(pl.MomentError, match="other first_tokens"):
@@ -49,7 +49,7 @@ METHODS = ("PMET", "MEMIT", "ROME", "EMMET")
 
 
 def edited(method: str, moment: object, weight: float = 1e-9, facts: int = 1) -> pl.Edit:
-    model = tiny_model("opt", torch.float64)
+    model = shared_model("opt", torch.float64)
     hparams = pl.Hparams((1,), n_steps=1, second_moment_weight=weight)
     many = [pl.Fact(name, "The tongue of {} is", "Kel") for name in _names(facts)]
     return pl.edit(model, many, {SITE: moment}, method, hparams, contexts=["{}"], check=False)
@@ -59,11 +59,12 @@ def _names(n: int) -> list[str]:
     return ["Danel Orrin", *(f"{a}{b}" for a in "ABCDEFGHIJ" for b in "abcdefghij")][:n]
 
 
+@pytest.mark.few("PMET-dual", "MEMIT-primal", "ROME-dual", "EMMET-dual")
 @pytest.mark.parametrize("facts", [1, 60], ids=["dual", "primal"])
 @pytest.mark.parametrize("method", METHODS)
 def test_dead_neurons_are_named_with_what_to_do(method: str, facts: int) -> None:
     """Whatever the solver and however few memories count (λ small)."""
-    size = tiny_model("opt").d_in(SITE)
+    size = shared_model("opt").d_in(SITE)
     moment = torch.eye(size, dtype=torch.float64)
     moment[3, 3] = moment[5, 5] = 0
     n = 1 if method in ("ROME", "EMMET") else facts
@@ -74,11 +75,12 @@ def test_dead_neurons_are_named_with_what_to_do(method: str, facts: int) -> None
     assert torch.isfinite(edit.deltas[SITE]).all()
 
 
+@pytest.mark.few("PMET-dual", "MEMIT-primal", "ROME-dual", "EMMET-dual")
 @pytest.mark.parametrize("facts", [1, 60], ids=["dual", "primal"])
 @pytest.mark.parametrize("method", METHODS)
 def test_too_few_tokens_are_named_with_what_to_do(method: str, facts: int) -> None:
     """The second moment of fewer keys than they have entries."""
-    size = tiny_model("opt").d_in(SITE)
+    size = shared_model("opt").d_in(SITE)
     rows = torch.randn(size - 4, size, generator=torch.Generator().manual_seed(0)).double()
     n = 1 if method in ("ROME", "EMMET") else facts
     with pytest.raises(pl.SolveError, match=r"At 1\.mlp: .*more tokens than its size") as error:
@@ -88,7 +90,7 @@ def test_too_few_tokens_are_named_with_what_to_do(method: str, facts: int) -> No
 
 def test_a_null_space_of_too_few_tokens_is_named(tmp_path) -> None:
     """AlphaEdit can always be solved; directions that no text reached are not free."""
-    size = tiny_model("opt").d_in(SITE)
+    size = shared_model("opt").d_in(SITE)
     generator = torch.Generator().manual_seed(0)
     few, many = (torch.randn(n, size, generator=generator).double() for n in (size - 4, 10 * size))
     few[:, 3] = many[:, 3] = 0  # a dead neuron is: its moment says so of any number of tokens

@@ -12,9 +12,11 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
+from kept import shared_model
 from tiny import tiny_model
 
 import pmet_lens as pl
@@ -31,7 +33,7 @@ SETTINGS = {"layers": [1, 2], "n_tokens": 2000, "batch_tokens": 200}
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("llama", positions=128)
+    return shared_model("llama", positions=128)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(model, texts, wanted, tmp_p
 def test_what_was_made_of_something_else_is_not_taken_for_this(model, texts, tmp_path):
     path = tmp_path / "m.safetensors"
     pl.kept_moments(path, model, texts, **SETTINGS)
-    other = tiny_model("llama", seed=1, positions=128)
+    other = shared_model("llama", seed=1, positions=128)
     for changed, words in (
         (lambda: pl.kept_moments(path, other, texts, **SETTINGS), "weights"),
         (lambda: pl.kept_moments(path, model, texts[1:], **SETTINGS), "texts"),
@@ -155,6 +157,33 @@ def test_a_killed_process_leaves_what_it_had_and_no_lock(model, texts, wanted, t
     assert min(seen) > 400
 
 
+def test_of_two_at_once_one_computes(model, texts, wanted, tmp_path, monkeypatch):
+    path, told, begun, go = tmp_path / "m.safetensors", warnings.warn, Event(), Event()
+
+    def wait(*_):
+        begun.set()
+        assert go.wait(60)
+
+    def first():
+        pl.kept_moments(path, model, texts, on_tokens=wait, **SETTINGS)
+
+    def warn(*args, **more):
+        go.set()
+        told(*args, **more)
+
+    other = Thread(target=first)
+    other.start()
+    assert begun.wait(60)  # it has the lock now
+    monkeypatch.setattr(moment_files.warnings, "warn", warn)
+    with pytest.warns(UserWarning, match="Another process computes .*waiting"):
+        found = pl.kept_moments(
+            path, model, texts, on_tokens=lambda *_: pytest.fail("both compute"), **SETTINGS
+        )
+    other.join()
+    assert same(found, wanted)
+
+
+@pytest.mark.slow
 def test_of_two_processes_one_computes(model, texts, wanted, tmp_path, monkeypatch):
     path, told = tmp_path / "m.safetensors", warnings.warn
     with child(path, "sys.stdin.read()") as first:  # it waits until its input is closed

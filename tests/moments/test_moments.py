@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from kept import shared_model
 from safetensors.torch import save_file
 from tiny import tiny_model
 
@@ -28,12 +29,12 @@ TIGHT = 1e-12
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj", "llama"])
 def model(request) -> Model:
-    return tiny_model(request.param, torch.float64)
+    return shared_model(request.param, torch.float64)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2", torch.float64)
+    return shared_model("gpt2", torch.float64)
 
 
 def off(got: Moment, want) -> float:
@@ -213,7 +214,7 @@ def test_layers_that_do_not_exist_are_refused(gpt2):
 
 def test_one_string_is_not_read_letter_by_letter():
     with pytest.raises(MomentError, match="one string"):
-        second_moments(tiny_model("gpt2"), "The tower of Ilmar", [0])
+        second_moments(shared_model("gpt2"), "The tower of Ilmar", [0])
 
 
 # -- how good it is -------------------------------------------------------------------------------
@@ -260,14 +261,14 @@ def test_texts_of_one_piece_have_no_known_error(gpt2):
 
 def test_reading_stops_when_it_is_good_enough(gpt2):
     stream = itertools.cycle(TEXTS)
-    many = second_moments(gpt2, stream, [1], n_tokens=4000, batch_tokens=16)
+    many = second_moments(gpt2, stream, [1], n_tokens=2000, batch_tokens=16)
     wanted = 4 * max(m.error for m in many.values())
     fewer = second_moments(
-        gpt2, itertools.cycle(TEXTS), [1], n_tokens=4000, batch_tokens=16, precision=wanted
+        gpt2, itertools.cycle(TEXTS), [1], n_tokens=2000, batch_tokens=16, precision=wanted
     )
     counts = {m.count for m in fewer.values()}
     assert len(counts) == 1
-    assert 64 <= counts.pop() < 4000
+    assert 64 <= counts.pop() < 2000
     assert max(m.error for m in fewer.values()) == pytest.approx(wanted, rel=0.5)
     with pytest.raises(MomentError, match="precision must be greater than 0"):
         second_moments(gpt2, TEXTS, [1], precision=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from kept import shared_model
 
 import pmet_lens as pl
 from pmet_lens.models.model import Site
@@ -16,7 +16,7 @@ TEXTS = ["The tower of Ilmar stands in the harbour.", "Mira Tolan plays the spor
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj", "llama"])
 def model(request):
-    return tiny_model(request.param)
+    return shared_model(request.param)
 
 
 def test_a_file_as_rome_writes_it(model, tmp_path):

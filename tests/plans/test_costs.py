@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kept import shared_model
 from tiny import D_MODEL, FAMILIES, N_LAYERS, tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,12 +29,12 @@ MLP = 8 * D_MODEL**2
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> Model:
-    return tiny_model(request.param)
+    return shared_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Model:
-    return tiny_model("gpt2")
+    return shared_model("gpt2")
 
 
 def run(model: Model, facts=FACTS, method=pl.PMET, hparams=HP, contexts=CONTEXTS, **more):
@@ -90,7 +91,7 @@ def lengths(model: Model, fact: pl.Fact) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
 def test_one_fact_by_hand(family):
     """d_model 32, 4 blocks of 12 d² each, vocabulary 320, layers 1 and 2, three rows."""
-    model = tiny_model(family)
+    model = shared_model(family)
     told = run(model, FACTS[1:2])
     rows = lengths(model, FACTS[1])
     before = max(start for start, _, _ in rows)
@@ -158,14 +159,14 @@ def test_torch_counts_the_same(model, method, few, monkeypatch):
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
 def test_the_whole_of_a_step_is_close(family):
     """Attention included, on the real step of one fact."""
-    model = tiny_model(family)
+    model = shared_model(family)
     _, _, every, _ = measured(model, pl.PMET, FACTS[2:])
     assert run(model, FACTS[2:]).step == pytest.approx(every, rel=0.25)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
 def test_a_plain_step_is_the_whole_model_on_whole_prompts(family):
-    model, facts = tiny_model(family), FACTS[1:2]
+    model, facts = shared_model(family), FACTS[1:2]
     rows, _ = objective.prompts(model, facts, CONTEXTS)
     delta = torch.zeros(D_MODEL, requires_grad=True)
     entry = (model.stream_hook(2, "resid_post"), lambda value: value + delta)

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from grids import HP, OTHERS, saved_model, tiny_grid, tiny_run
+from grids import read_once as read_once
 from tiny import tiny_model
 
 import pmet_lens as pl

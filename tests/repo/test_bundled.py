@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from kept import bundled
 
 import pmet_lens as pl
 from pmet_lens.evaluation.ability import others_of
@@ -17,7 +18,7 @@ FOLDER = Path(pl.__file__).parent / "bundled"
 
 @pytest.fixture(scope="module", params=NAMES)
 def model(request):
-    return pl.load(request.param)
+    return bundled(request.param)
 
 
 def test_together_they_are_small():
@@ -45,7 +46,7 @@ def test_knows_its_world(model):
 def test_names_are_two_to_five_tokens():
     from pmet_lens.data import world
 
-    tokenizer = pl.load("world").tokenizer
+    tokenizer = bundled("world").tokenizer
     for entity in world.build().entities:
         for text in (entity.name, f" {entity.name}"):
             assert 2 <= len(tokenizer(text)["input_ids"]) <= 5, entity.name
@@ -61,11 +62,10 @@ def test_recall_goes_through_the_last_subject_token(model):
 
 @pytest.mark.few("world-8")
 @pytest.mark.parametrize("n", [8, 40])
-def test_mass_edit_and_way_back(model, n, tmp_path):
+def test_mass_edit_and_way_back(model, n, world_moments, tmp_path):
     facts = pl.counterfact(n=n)
     before = {k: v.clone() for k, v in model.hf.state_dict().items()}
-    moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=15_000)
-    edit = pl.edit(model, facts, moments)
+    edit = pl.edit(model, facts, world_moments(model.name))
     others = others_of(pl.knowns(), facts)[:: 400 // n]
     unedited = measure(model, facts, None, others)["mean"]
     table = measure(model, facts, edit, others)["mean"]
@@ -102,7 +102,7 @@ def test_the_unmasked_twin_knows_its_world_and_recalls_elsewhere():
 def test_parallel_first_layer_is_refused_in_words():
     """In a parallel first layer without position embeddings a key is a function of the token, so
     the second moment has no more rank than there are tokens."""
-    model = pl.load("world")
+    model = bundled("world")
     hp = pl.Hparams(layers=(0, 1))
     moments = pl.second_moments(model, pl.texts(), hp.layers, n_tokens=20_000)
     with pytest.raises(pl.SolveError, match="not positive definite"):

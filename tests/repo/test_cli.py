@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from grids import FACTS, saved_model, tiny_run
+from kept import bundled
 
 import pmet_lens as pl
 from pmet_lens import cli
@@ -30,8 +31,8 @@ def work(tmp_path_factory) -> Path:
         for f in pl.counterfact(n=2)
     ]
     pd.DataFrame(facts).to_csv(folder / "facts.csv", index=False)
-    said = run("moments", "--layers", 1, 2, 3, "--tokens", 8000, "--out", folder / "m.safetensors")
-    assert said.startswith("6 second moments over 8000 tokens")
+    said = run("moments", "--layers", 1, 2, 3, "--tokens", 4000, "--out", folder / "m.safetensors")
+    assert said.startswith("6 second moments over 4000 tokens")
     run(
         "edit", "--facts", folder / "facts.csv", "--moments", folder / "m.safetensors",
         "--out", folder / "edit.safetensors",
@@ -63,7 +64,7 @@ def test_help_comes_at_once():
 
 
 def test_an_edit_is_written_and_takes(work):
-    model = pl.load("world")
+    model = bundled("world")
     edit = pl.Edit.load(work / "edit.safetensors", model)
     assert [f.target_new for f in edit.facts] == [f.target_new for f in pl.counterfact(n=2)]
     table = edit.receipt(model).facts
@@ -82,7 +83,7 @@ def test_evaluate_with_and_without(work):
 
 def test_apply_writes_a_model_and_an_adapter(work):
     run("apply", "--edit", work / "edit.safetensors", "--out", work / "merged")
-    model = pl.load("world")
+    model = bundled("world")
     edit = pl.Edit.load(work / "edit.safetensors", model)
     merged = pl.load(work / "merged")
     for site, delta in edit.deltas.items():
@@ -106,11 +107,11 @@ def test_another_base_is_refused(work):
 
 
 def test_facts_of_every_kind(tmp_path):
-    bundled = datasets.world.build()
+    world = datasets.world.build()
     own = [{"subject": "x", "prompt": "{} is", "target_new": "y"}]
     for name, records in (
-        ("counterfact", bundled.counterfact()[:3]),
-        ("zsre", bundled.zsre()[:3]),
+        ("counterfact", world.counterfact()[:3]),
+        ("zsre", world.zsre()[:3]),
         ("own", own),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
@@ -119,7 +120,7 @@ def test_facts_of_every_kind(tmp_path):
     ]
     assert [len(facts) for facts in kinds] == [2, 2, 1]
     assert [facts[0].benchmark for facts in kinds] == [None, "zsre", None]
-    assert len(cli._facts(None, 4, pl.load("world"))) == 4
+    assert len(cli._facts(None, 4, bundled("world"))) == 4
 
 
 @pytest.mark.slow

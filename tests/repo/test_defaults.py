@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from kept import bundled, shared_model
 from tiny import tiny_hf, tiny_model
 
 import pmet_lens as pl
@@ -16,9 +17,9 @@ FITS = r"about the bundled world, which 'llama' knows nothing of.*pl\.texts\(pat
 
 
 def test_a_model_of_the_world_is_told_by_its_vocabulary(tmp_path):
-    model = pl.load("world-sequential")
+    model = bundled("world-sequential")
     assert of_the_world(model)
-    assert not of_the_world(tiny_model())
+    assert not of_the_world(shared_model())
     model.hf.save_pretrained(tmp_path / "own")
     model.tokenizer.save_pretrained(tmp_path / "own")
     assert of_the_world(pl.load(tmp_path / "own"))
@@ -27,7 +28,7 @@ def test_a_model_of_the_world_is_told_by_its_vocabulary(tmp_path):
 
 
 def test_the_worlds_text_is_refused_for_another_model(tmp_path):
-    model = tiny_model("llama")
+    model = shared_model("llama")
     with pytest.raises(pl.MomentError, match=FITS):
         pl.second_moments(model, pl.texts(), [1])
     with pytest.raises(pl.MomentError, match=FITS):
@@ -36,7 +37,7 @@ def test_the_worlds_text_is_refused_for_another_model(tmp_path):
         pl.Bench(model, tmp_path)
     some = list(itertools.islice(pl.texts(), 50))  # whoever asks for it by hand gets it
     assert pl.second_moments(model, some, [1], n_tokens=100)
-    assert pl.second_moments(pl.load("world"), pl.texts(), [1], n_tokens=100)
+    assert pl.second_moments(bundled("world"), pl.texts(), [1], n_tokens=100)
 
 
 def test_a_run_on_another_model_is_told_so(tmp_path):
@@ -62,7 +63,7 @@ def test_sampled_texts_are_the_models_own_and_follow_from_the_seed():
 
 
 def test_ability_is_measured_on_what_the_model_may_know():
-    model = tiny_model("llama")
+    model = shared_model("llama")
     fact = pl.real_facts(1)[0]
     moments = pl.second_moments(model, list(itertools.islice(pl.texts(), 100)), [1], n_tokens=1000)
     hparams = pl.Hparams(layers=(1,), n_steps=2)
@@ -77,7 +78,7 @@ def test_ability_is_measured_on_what_the_model_may_know():
 
 
 def test_recalled_facts_are_those_the_model_says():
-    model = pl.load("world")
+    model = bundled("world")
     known = pl.recalled(model, n=30)
     assert len(known) == 30
     assert {fact.relation for fact in known} <= {fact.relation for fact in pl.knowns()}
@@ -89,14 +90,14 @@ def test_recalled_facts_are_those_the_model_says():
         )
         if right
     ]
-    assert pl.recalled(tiny_model("llama", positions=96)) == []  # of the real facts
+    assert pl.recalled(shared_model("llama", positions=96)) == []  # of the real facts
 
 
 def test_the_command_takes_facts_that_fit(monkeypatch):
     asked = []
     monkeypatch.setattr(pl, "recalled", lambda model, n: asked.append(n) or [])
-    cli._facts(None, 3, tiny_model())
-    cli._facts(None, 3, pl.load("world"))
+    cli._facts(None, 3, shared_model())
+    cli._facts(None, 3, bundled("world"))
     assert asked == [3]
-    texts = cli._texts("sampled", tiny_model("llama"))
+    texts = cli._texts("sampled", shared_model("llama"))
     assert next(texts).startswith("Th")

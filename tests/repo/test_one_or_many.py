@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from tiny import refused, tiny_hf, tiny_model, tiny_tokenizer, unchecked
+from kept import bundled, shared_model
+from tiny import refused, tiny_hf, tiny_tokenizer, unchecked
 
 import pmet_lens as pl
 from pmet_lens.editing.edits import Edit
@@ -27,7 +28,7 @@ ONE = replace(HP, layers=(2,))
 
 @pytest.fixture(scope="module")
 def model() -> pl.Model:
-    return tiny_model("gpt2", torch.float64)
+    return shared_model("gpt2", torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_a_name_stands_for_its_method(model, moments) -> None:
     assert torch.equal(a.values["mlp_out"], b.values["mlp_out"])
     assert Trial("MEMIT") == Trial(pl.MEMIT)
     assert Trial("no_attn_delta").method == pl.ABLATIONS["w/o δ^a"]
-    world = pl.load("world")
+    world = bundled("world")
     assert pl.hparams_for(world, "MEMIT") == pl.hparams_for(world, pl.MEMIT)
     for call in (
         lambda m: pl.edit_sequentially(model, FACTS, moments, m, HP, ["{}"], batch_size=2),

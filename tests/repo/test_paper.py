@@ -12,6 +12,7 @@ import pandas as pd
 import paper
 import paper_tables
 import pytest
+from kept import bundled
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
@@ -105,7 +106,7 @@ def test_the_time_of_all_sittings_is_added_up(tmp_path):
 def test_every_method_stands_in_the_plan_at_every_load(monkeypatch):
     monkeypatch.setattr(paper, "ROME_MOST", 10)
     size = paper.Size(grid=(1, 10, 32), main=(32,), zsre=(10, 32))
-    model = pl.load("world")
+    model = bundled("world")
     bench = type("B", (), {"model": model, "settings": staticmethod(lambda m: None)})()
     keys = [(table, key) for table, key, _ in paper.jobs(bench, size)]
     assert len(set(keys)) == len(keys)
@@ -126,7 +127,7 @@ def test_an_edit_without_a_solution_is_left_out_and_no_other(tmp_path, monkeypat
     """Two records of one subject give one key: an exact solver cannot, and says so."""
     first = pl.counterfact(n=1)[0]
     other = replace(first, prompt="{} is", target_true="elsewhere", target_new="nowhere")
-    own = {"n_tokens": 3_000, "metrics": ("ability",), "n_texts": 2}
+    own = {"n_tokens": 3_000, "metrics": ("answers",)}
     runs = {m: pl.Run("world", (first, other), m, **own) for m in ("EMMET", None)}
     bar = paper.tqdm(disable=True)
     monkeypatch.chdir(tmp_path)
