@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SHORTER = {
     r"^EVERY = \d+": "EVERY = 60",
     r"^(FACTS|EDITED) = \d+": r"\1 = 3",
-    r"n_tokens=\d+_000": "n_tokens=8_000",
+    r"n_tokens=\d+_000": "n_tokens=4_000",
+    r"\[::1[05]\]": "[::60]",
     r"n=(10|20)\b": "n=4",
     r"n_(permutations|pairs)=\d+": r"n_\1=10",
-    r"projections=\(\"mlp\",\)\)": 'projections=("mlp",), n_tokens=8_000)',
+    r"projections=\(\"mlp\",\)\)": 'projections=("mlp",), n_tokens=4_000)',
+    r"explore\(model\)": "explore(model, n_tokens=4_000)",
 }
 """Pattern in the code → what stands there in the copy."""
 
