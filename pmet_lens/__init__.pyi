@@ -44,6 +44,8 @@ from .editing.solvers import SolveError as SolveError
 from .editing.targets import Targets as Targets
 from .evaluation.ability import general_ability as general_ability
 from .evaluation.ability import lm_eval_model as lm_eval_model
+from .evaluation.free_answers import Asking as Asking
+from .evaluation.gap import evaluation_gap as evaluation_gap
 from .evaluation.knowledge import recalled as recalled
 from .evaluation.metrics import summarise as summarise
 from .evaluation.scoring import ask as ask
@@ -85,7 +87,6 @@ from .models.activations import probe as probe
 from .models.generation import generate as generate
 from .models.generation import generate_batch as generate_batch
 from .models.generation import sample_contexts as sample_contexts
-from .models.generation import sampled_texts as sampled_texts
 from .models.loading import available_models as available_models
 from .models.loading import load as load
 from .models.model import Model as Model
@@ -101,6 +102,7 @@ from .moments.moment_files import save_moments as save_moments
 from .moments.own_moments import own_moments as own_moments
 from .moments.published import export_moments as export_moments
 from .moments.published import import_moments as import_moments
+from .moments.sampled_text import sampled_texts as sampled_texts
 from .moments.second_moments import Moment as Moment
 from .moments.second_moments import MomentError as MomentError
 from .moments.second_moments import second_moments as second_moments

@@ -1,5 +1,4 @@
-"""What an edit is about: a subject, a prompt with one `{}` for it, and the answer wanted; where a
-word ends, and which scripts write no blanks between words."""
+"""What an edit is about: a subject, a prompt with one `{}` for it, and the answer wanted."""
 
 from __future__ import annotations
 
@@ -9,28 +8,17 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pmet_lens.data import markup
+from pmet_lens.data.words import ends_word as ends_word
+from pmet_lens.data.words import writes_blanks as writes_blanks
 
 BENCHMARKS = ("zsre",)
 """Benchmarks that are scored in their own way; see `Fact.benchmark`."""
 
 
 _OPTIONAL = ("target_new", "target_true", "relation", "benchmark")
-_TEXTS = ("paraphrases", "attributes", "generation")
+_TEXTS = ("paraphrases", "attributes", "generation", "aliases")
 _PAIRS = ("neighbours", "portability")
-_LATER = ("portability", "blank")
-# Blocks of the Unicode standard, first and last code point.
-_NO_BLANKS = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x0F00, 0x109F),  # Tibetan, Burmese
-    (0x1780, 0x17FF),  # Khmer
-    (0x3040, 0x30FF),  # Hiragana, Katakana
-    (0x31F0, 0x31FF),  # Katakana, more
-    (0x3400, 0x4DBF),  # Han, more
-    (0x4E00, 0x9FFF),  # Han
-    (0xF900, 0xFAFF),  # Han, for compatibility
-    (0x20000, 0x3FFFF),  # Han, more
-)
-_HANGUL = ((0x1100, 0x11FF), (0xAC00, 0xD7FF))
+_LATER = ("portability", "blank", "aliases")
 
 
 class FactError(ValueError):
@@ -73,6 +61,9 @@ class Fact:
     blank: bool | None = None
     """Whether a blank stands between prompt and answer. None: as the prompt's script has it
     (`writes_blanks`): not in Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan."""
+    aliases: tuple[str, ...] = ()
+    """Other names of `target_new`, right as well where an answer is free ("USA" for "the United
+    States"). An edit does not read them."""
 
     def __post_init__(self) -> None:
         self._take_types()
@@ -259,26 +250,3 @@ def _check_agree(first: Fact, second: Fact) -> None:
             f"should be both {first.target_new!r} ({first.text!r}) and {second.target_new!r} "
             f"({second.text!r}). Keep one of them."
         )
-
-
-def _lies_in(letter: str, blocks: tuple[tuple[int, int], ...]) -> bool:
-    return any(first <= ord(letter) <= last for first, last in blocks)
-
-
-def writes_blanks(text: str) -> bool:
-    """Whether a blank stands between this text and what goes on: by the script of its last letter
-    or digit. Korean writes blanks."""
-    last = next((letter for letter in reversed(text) if letter.isalnum()), "a")
-    return not _lies_in(last, _NO_BLANKS)
-
-
-def ends_word(text: str, at: int) -> bool:
-    """Whether a word may end before `text[at]` (and another begin there): unless letters or digits
-    stand on both sides. Scripts without blanks end words anywhere, and Korean puts its particles
-    directly behind them."""
-    if not 0 < at < len(text):
-        return True
-    sides = text[at - 1], text[at]
-    if any(_lies_in(letter, (*_NO_BLANKS, *_HANGUL)) for letter in sides):
-        return True
-    return not all(letter.isalnum() for letter in sides)

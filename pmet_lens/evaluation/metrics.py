@@ -8,8 +8,6 @@ half as fast for ratios (35 ms against 16), refuses a single case and keeps NaN.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +16,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from pmet_lens.data import markup
+from pmet_lens.evaluation.text_metrics import consistency as consistency
+from pmet_lens.evaluation.text_metrics import fluency as fluency
+from pmet_lens.evaluation.text_metrics import ngram_entropy as ngram_entropy
 
 Numbers = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -42,53 +43,6 @@ def says_new(nll_new: float, nll_true: float) -> bool:
     """Whether the new answer is more likely than the true one: mean −log P per target token of
     each, in nats, lower is likelier (ES and PS; the negation, with roles swapped, is NS)."""
     return nll_new < nll_true
-
-
-def ngram_entropy(tokens: Sequence[str], n: int) -> float:
-    """Entropy of the distribution of n-grams, in bits, from 0 (one n-gram again and again) to
-    log2 of their number; higher is more varied. 0 for texts with fewer than n tokens."""
-    counts = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
-    total = sum(counts.values())
-    return -sum(c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
-
-
-def fluency(texts: Sequence[str]) -> float:
-    """Generation entropy GE: mean over texts of the mean of (2/3)·H₂ and (4/3)·H₃, in bits, ×100.
-
-    From 0; higher is more varied, repetition lowers it (ROME, appendix; MEMIT, appendix B).
-    Words and punctuation marks are the tokens.
-    """
-    values = []
-    for text in texts:
-        tokens = re.findall(r"\w+|[^\w\s]", text)
-        values.append((2 / 3 * ngram_entropy(tokens, 2) + 4 / 3 * ngram_entropy(tokens, 3)) / 2)
-    return 100 * float(np.mean(values))
-
-
-def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Consistency RS: cosine ×100 between the TF-IDF vectors of the generated texts, joined into
-    one, and of the reference texts, joined into one; from 0 (no word in common) to 100, higher is
-    better.
-
-    The definition is that of ROME (arXiv 2202.05262, section 3.4) and MEMIT. Words are those of
-    scikit-learn's `TfidfVectorizer` (lower case, two letters or more), whose document frequencies
-    are taken from these two documents, where the published numbers take them from a download of
-    Wikipedia texts: compare values of one run with each other, not with published ones.
-
-    Raises ValueError for an empty list and for one string in place of a list.
-    """
-    # Here because scikit-learn takes seconds to import.
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    for given in (texts, references):
-        if isinstance(given, str) or not len(given):
-            raise ValueError("consistency needs two lists, each of at least one text.")
-    reader = TfidfVectorizer()
-    split, documents = reader.build_analyzer(), [" ".join(texts), " ".join(references)]
-    if not all(map(split, documents)):
-        return 0.0
-    one, other = reader.fit_transform(documents).toarray()
-    return 100 * float(one @ other)  # rows have length 1
 
 
 def bootstrap(
@@ -176,10 +130,16 @@ def means(frame: pd.DataFrame, by: Sequence[str], value: str, case: str = "fact"
 
 _KINDS = {"E": "rewrite", "P": "paraphrase", "N": "neighbour"}
 _MEASURES = {"S": "success", "A": "correct", "M": "margin"}
+_FREE = {"F": "contains", "X": "exact", "T": "talks_on"}
 # Metric -> the kind of prompt and the column of `evaluate` that it is the mean of.
 _COLUMNS: Mapping[str, tuple[str, str]] = {
-    **{k + m: (kind, column) for m, column in _MEASURES.items() for k, kind in _KINDS.items()},
+    **{
+        k + m: (kind, column)
+        for m, column in {**_MEASURES, **_FREE}.items()
+        for k, kind in _KINDS.items()
+    },
     "portability": ("portability", "correct"),
+    "free portability": ("portability", "contains"),
     "GE": ("generation", "fluency"),
     "RS": ("generation", "consistency"),
 }
@@ -201,7 +161,17 @@ MEANING: Mapping[str, str] = {
     "EM": "edited prompts: probability of the new answer minus the old one's, points",
     "PM": "paraphrases: probability of the new answer minus the old one's, points",
     "NM": "neighbours: probability of the true answer minus the new one's, points",
+    "EF": "edited prompts whose free answer holds the new answer, %",
+    "PF": "paraphrases whose free answer holds the new answer, %",
+    "NF": "neighbours whose free answer holds the true answer, %",
+    "EX": "edited prompts whose free answer is the new answer and no more, %",
+    "PX": "paraphrases whose free answer is the new answer and no more, %",
+    "NX": "neighbours whose free answer is the true answer and no more, %",
+    "ET": "edited prompts whose free answer begins with the new answer and talks on, %",
+    "PT": "paraphrases whose free answer begins with the new answer and talks on, %",
+    "NT": "neighbours whose free answer begins with the true answer and talks on, %",
     "portability": "prompts whose answer follows from the new one, answered word for word, %",
+    "free portability": "prompts whose free answer holds what follows from the new one, %",
     "GE": "fluency of generated text, bits × 100",
     "RS": "consistency of generated text with texts about the new answer, 0 to 100",
     "score": "zsRE: harmonic mean of the three below, %",
@@ -226,7 +196,9 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     In per cent, higher is better: ES, PS, NS (success on rewrite, paraphrase and neighbour
     prompts), S (their harmonic mean), EA, PA, NA (accuracies), EM, PM, NM (mean probability
     margins, −100 to 100), portability (accuracy on what follows from the new answer, where facts
-    have such prompts). GE (fluency) in bits × 100. RS (consistency), 0 to 100.
+    have such prompts). Of free answers (`evaluate(…, free=True)`): EF, PF, NF (they hold the wanted
+    answer), EX, PX, NX (they are it), ET, PT, NT (they begin with it and talk on; of these lower is
+    better), free portability. GE (fluency) in bits × 100. RS (consistency), 0 to 100.
 
     Of zsRE facts (`benchmark` "zsre"), and of no others, also efficacy, paraphrase and specificity:
     the share of the answer's tokens that are the argmax under teacher forcing on the question, on
@@ -269,14 +241,15 @@ def paired(rows: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
         if not len(both):
             continue
         values = one[name].loc[both].to_numpy(), other[name].loc[both].to_numpy()
-        out[name] = _change(*values, _statistic(name))
+        out[name] = change(*values, _statistic(name))
     if not out:
         raise ValueError("the two tables have no fact in common.")
     return interval_table({name: out[name] for name in _ORDER if name in out})
 
 
-def _change(values: Numbers, before: Numbers, statistic: str) -> Interval:
-    """The difference of a statistic between two measurements of the same cases."""
+def change(values: Numbers, before: Numbers, statistic: str = "mean") -> Interval:
+    """`values` − `before`, two measurements of the same cases: the difference of their statistic
+    (as in `bootstrap`), with its interval."""
 
     def difference(rows: Indices) -> Numbers:
         return _statistics(values[rows], statistic) - _statistics(before[rows], statistic)

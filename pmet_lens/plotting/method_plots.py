@@ -116,3 +116,22 @@ def layer_map(table: pd.DataFrame, ax: Axes, metric: str = "S") -> Axes:
     number_map(wide, ax, 50.0, 100.0, lambda value: f"{value:.0f}")
     ax.set(xlabel="last critical layer", ylabel="critical layers")
     return ax
+
+
+def gap_bars(table: pd.DataFrame, ax: Axes, kind: str = "rewrite") -> Axes:
+    """`pl.evaluation_gap`: what is left of a score at each setting, from how benchmarks score (top)
+    to what a user sees, with 95 % intervals. A column run: one bar per run at each setting."""
+    rows = where(table, kind=kind)
+    runs = list(dict.fromkeys(rows["run"])) if "run" in rows else [""]
+    settings = list(dict.fromkeys(rows["setting"]))
+    height = 0.8 / len(runs)
+    for i, run in enumerate(runs):
+        own = (where(rows, run=run) if run else rows).set_index("setting").loc[settings]
+        y = np.arange(len(settings)) + (i - (len(runs) - 1) / 2) * height
+        style = {"elinewidth": 0.8, "capsize": 1.5}
+        colour = colour_of(run) if run else METRIC_COLOURS["S"]
+        ax.barh(y, own["mean"], height, xerr=errors(own, "mean"), error_kw=style, color=colour,
+                label=run or None)  # fmt: skip
+    ax.set_yticks(range(len(settings)), settings)
+    ax.set(xlim=(0, 105), ylim=(len(settings) - 0.5, -0.5), xlabel=f"{kind} prompts right, %")
+    return ax

@@ -324,7 +324,7 @@ def test_a_whole_table_is_the_same_however_rows_are_shared(exact, forward_rows, 
 
 def test_numbers_do_not_depend_on_how_many_prompts_are_read_at_once(gpt2, monkeypatch):
     whole = score(gpt2, PROMPTS)
-    monkeypatch.setattr("pmet_lens.evaluation.scoring._AT_ONCE", 1)
+    monkeypatch.setattr("pmet_lens.evaluation.teacher_forcing._AT_ONCE", 1)
     for one, two in zip(score(gpt2, PROMPTS), whole, strict=True):
         assert one.nll == pytest.approx(two.nll, abs=1e-5)
 
