@@ -9,7 +9,7 @@ from .data.downloads import DownloadError as DownloadError
 from .data.fact_tables import read_facts as read_facts
 from .data.facts import Fact as Fact
 from .data.facts import FactError as FactError
-from .data.real_facts import real_facts as real_facts
+from .data.facts import Implication as Implication
 from .editing.edits import Edit as Edit
 from .editing.edits import Editor as Editor
 from .editing.edits import merged as merged
@@ -47,7 +47,9 @@ from .evaluation.ability import lm_eval_model as lm_eval_model
 from .evaluation.free_answers import Asking as Asking
 from .evaluation.gap import evaluation_gap as evaluation_gap
 from .evaluation.knowledge import recalled as recalled
+from .evaluation.knowledge import with_related as with_related
 from .evaluation.metrics import summarise as summarise
+from .evaluation.real_facts import real_facts as real_facts
 from .evaluation.scoring import ask as ask
 from .evaluation.scoring import evaluate as evaluate
 from .evaluation.scoring import recall as recall

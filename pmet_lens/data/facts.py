@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pmet_lens.data import markup
@@ -18,11 +18,43 @@ BENCHMARKS = ("zsre",)
 _OPTIONAL = ("target_new", "target_true", "relation", "benchmark")
 _TEXTS = ("paraphrases", "attributes", "generation", "aliases")
 _PAIRS = ("neighbours", "portability")
-_LATER = ("portability", "blank", "aliases")
+_LATER = ("portability", "blank", "aliases", "implications")
 
 
 class FactError(ValueError):
     """A fact, or a list of facts, that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Implication:
+    """A prompt that an edit has consequences for: its answer follows from the new one, or has to
+    stay. Immutable; validated when built."""
+
+    prompt: str
+    """Complete text that ends right before the answer."""
+    answers: tuple[str, ...]
+    """Each of them is right; the first is the usual name. At least one."""
+    kind: str = "second hop"
+    """What links it to the edit, in the words of RippleEdits (arXiv 2307.12976) where they fit:
+    "subject aliasing", "logical generalization", "compositionality i", "relation specificity",
+    "forgetfulness". Metrics are also given per kind."""
+    stays: bool = False
+    """Whether the answer is that of before, which an edit must keep (locality); False: it follows
+    from the new answer (portability)."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "kind"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise FactError(f"{name} of an implication takes one text, not {value!r}.")
+            object.__setattr__(self, name, value.rstrip())
+        given = self.answers
+        if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+            raise FactError(f"answers of {self.prompt!r} takes a list of texts, not {given!r}.")
+        known = tuple(dict.fromkeys(one.strip() for one in given if one.strip()))
+        if not known:
+            raise FactError(f"{self.prompt!r} has no accepted answer; leave it out.")
+        object.__setattr__(self, "answers", known)
 
 
 @dataclass(frozen=True)
@@ -57,13 +89,16 @@ class Fact:
     benchmark: str | None = None
     """"zsre" for facts that `summarise` also scores as zsRE does; None for all others."""
     portability: tuple[tuple[str, str], ...] = ()
-    """(prompt, answer) pairs whose answer follows from `target_new`, such as a second hop."""
+    """(prompt, answer) pairs whose answer follows from `target_new`, such as a second hop; with a
+    kind or several accepted answers: `implications`."""
     blank: bool | None = None
     """Whether a blank stands between prompt and answer. None: as the prompt's script has it
     (`writes_blanks`): not in Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan."""
     aliases: tuple[str, ...] = ()
     """Other names of `target_new`, right as well where an answer is free ("USA" for "the United
     States"). An edit does not read them."""
+    implications: tuple[Implication, ...] = ()
+    """What follows from the new answer, and what must stay, each with its kind."""
 
     def __post_init__(self) -> None:
         self._take_types()
@@ -110,11 +145,18 @@ class Fact:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         for name in _PAIRS:
             object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+        given: Any = self.implications
+        if not isinstance(given, list | tuple) or not all(
+            isinstance(i, Implication) for i in given
+        ):
+            raise FactError(f"implications takes a list of pl.Implication, not {given!r}.")
+        object.__setattr__(self, "implications", tuple(given))
 
     def record(self) -> dict[str, Any]:
         """The fields as JSON takes them. Those that came later are there only where they say
         something, so that facts without them keep their hashes."""
         record = {f.name: getattr(self, f.name) for f in fields(self)}
+        record["implications"] = tuple(asdict(one) for one in self.implications)
         return {k: v for k, v in record.items() if k not in _LATER or v not in ((), None)}
 
     @classmethod
@@ -123,7 +165,8 @@ class Fact:
         later than the record (`benchmark`) take their defaults."""
         listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
         pairs = {k: tuple(tuple(pair) for pair in record.get(k, ())) for k in _PAIRS}
-        return cls(**{**record, **listed, **pairs})
+        follow = tuple(Implication(**one) for one in record.get("implications", ()))
+        return cls(**{**record, **listed, **pairs, "implications": follow})
 
     def _repr_html_(self) -> str:
         neighbours = [f"{prompt} → {answer}" for prompt, answer in self.neighbours]
@@ -135,6 +178,9 @@ class Fact:
             "paraphrases": markup.listed(self.paraphrases),
             "portability": markup.listed([f"{p} → {answer}" for p, answer in self.portability]),
             "neighbours": markup.listed(neighbours),
+            "implications": markup.listed(
+                [f"{one.prompt} → {one.answers[0]} ({one.kind})" for one in self.implications]
+            ),
         }
         return markup.pairs({k: v for k, v in shown.items() if v}, f"Fact about {self.subject}")
 

@@ -8,7 +8,7 @@ the table into metrics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,15 +53,19 @@ def evaluate(
     """One row per fact, kind of prompt and prompt.
 
     Columns: fact (position in `facts`), case_id, relation, kind ("rewrite", "paraphrase",
-    "neighbour", and "portability" where facts have such prompts), index (of the prompt within its
-    kind), prompt, wanted and other (the answer that should win and its rival; no rival: None),
-    nll_wanted, nll_other (nats per token), margin (the difference of the probabilities, wanted
-    minus other, −1 to 1), success (wanted likelier than other; NaN without a rival), correct (every
-    token of wanted is the argmax), token_accuracy (share of its tokens that are). If some facts
-    have a `benchmark` also that.
+    "neighbour", and "portability" and "locality" where facts have such prompts, as `implications`
+    say), index (of the prompt within its kind), prompt, wanted and other (the answer that should
+    win and its rival; no rival: None), nll_wanted, nll_other (nats per token), margin (the
+    difference of the probabilities, wanted minus other, −1 to 1), success (wanted likelier than
+    other; NaN without a rival), correct (every token of wanted is the argmax), token_accuracy
+    (share of its tokens that are). If some facts have a `benchmark` also that; if some have
+    implications also implication, their kind.
+
+    Of what follows or stays every accepted answer is tried: correct and token_accuracy are those of
+    the best, wanted and nll_wanted those of the first.
 
     The wanted answer is `target_new` on rewrite and paraphrase prompts (`target_true` for facts
-    without a new one) and the prompt's own answer on neighbour and portability prompts.
+    without a new one) and the prompt's own answer elsewhere.
 
     With `free` the model is also asked to answer every prompt in its own words, greedily, until the
     sentence ends (True) or as an `Asking` has it, inside a chat, say. Then also the columns answer
@@ -91,19 +95,14 @@ def evaluate(
     elif references is not None:
         raise FactError("references are compared with generated texts: pass generate=True, too.")
 
-    def answered(answer: str) -> list[tokens.Prompt]:
-        asked = [r for r in rows if r[answer] is not None]
-        return [tokens.Prompt(r["prompt"], None, r[answer], facts[r["fact"]].blank) for r in asked]
-
-    wanted, rival = answered("wanted"), answered("other")
-    scores = score(model, [*wanted, *rival], on_prompts=on_prompts)
-    others = iter(scores[len(wanted) :])
-    for row, of_wanted in zip(rows, scores, strict=False):
-        nll, accuracy = of_wanted.nll, of_wanted.right
+    scores = iter(score(model, list(_tried(facts, rows)), on_prompts=on_prompts))
+    for row in rows:
+        first, *more = (next(scores) for _ in _answers_of(row))
+        nll, accuracy = first.nll, max(one.right for one in (first, *more))
         row.update(nll_wanted=nll, token_accuracy=accuracy, correct=float(accuracy == 1))
         row.update(nll_other=np.nan, margin=np.nan, success=np.nan)
         if row["other"] is not None:
-            other = next(others).nll
+            other = next(scores).nll
             row.update(nll_other=other, margin=float(np.exp(-nll) - np.exp(-other)))
             row.update(success=float(metrics.says_new(nll, other)))
     if free:
@@ -111,7 +110,9 @@ def evaluate(
         for row, answer in zip(rows, said, strict=True):
             row.update(answer=answer.text, ended=answer.ended)
             row.update({k: float(v) for k, v in vars(answer.match).items()})
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).drop(columns=["accepted"])
+    if not any(fact.implications for fact in facts):
+        frame = frame.drop(columns=["implication"])
     if generate:
         generated = _generations(model, facts, references, on_prompts)
         frame = pd.concat([frame, generated], ignore_index=True)
@@ -122,26 +123,44 @@ def evaluate(
 
 def prompt_rows(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     """The rows of `evaluate` before anything is asked: fact, case_id, relation, kind, index,
-    prompt, wanted, other."""
+    prompt, wanted, other, accepted (all answers that are right where they are free), implication
+    (its kind, else None)."""
     return [row for i, fact in enumerate(facts) for row in _prompts(i, fact)]
 
 
-def _prompts(i: int, fact: Fact) -> list[dict[str, Any]]:
+def _prompts(i: int, fact: Fact) -> Iterator[dict[str, Any]]:
     """The scored prompts of one fact, with the answer that should win and its rival."""
     new, true, wanted = fact.target_new, fact.target_true, _wanted(fact)
+    own = [wanted] if new is None else [wanted, *fact.aliases]
     rival = true if new is not None else None
-    cases = [("rewrite", 0, fact.text, wanted, rival)]
-    cases += [("paraphrase", n, p, wanted, rival) for n, p in enumerate(fact.paraphrases)]
+    cases = [("rewrite", 0, fact.text, own, rival, None)]
+    cases += [("paraphrase", n, p, own, rival, None) for n, p in enumerate(fact.paraphrases)]
     # The rival on a neighbour prompt is the edited answer, where the two answer the same relation.
     cases += [
-        ("neighbour", n, p, answer, new if answer == true else None)
+        ("neighbour", n, p, [answer], new if answer == true else None, None)
         for n, (p, answer) in enumerate(fact.neighbours)
     ]
-    cases += [("portability", n, p, answer, None) for n, (p, answer) in enumerate(fact.portability)]
-    return [
-        _row(i, fact, kind, n, prompt, wanted=winner, other=loser)
-        for kind, n, prompt, winner, loser in cases
-    ]
+    follow = [(p, (answer,), None, False) for p, answer in fact.portability]
+    follow += [(one.prompt, one.answers, one.kind, one.stays) for one in fact.implications]
+    for kind, stay in (("portability", False), ("locality", True)):
+        some = [one for one in follow if one[3] == stay]
+        cases += [(kind, n, p, [*a], None, name) for n, (p, a, name, _) in enumerate(some)]
+    for kind, n, prompt, accepted, loser, name in cases:
+        found = {"wanted": accepted[0], "other": loser, "accepted": accepted, "implication": name}
+        yield _row(i, fact, kind, n, prompt, **found)
+
+
+def _answers_of(row: Mapping[str, Any]) -> list[str]:
+    """The answers that teacher forcing tries: of what follows from an edit all, else the wanted."""
+    return row["accepted"] if row["kind"] in ("portability", "locality") else [row["wanted"]]
+
+
+def _tried(facts: Sequence[Fact], rows: Sequence[Mapping[str, Any]]) -> Iterator[tokens.Prompt]:
+    """What is scored, row by row: the answers, then the rival where there is one."""
+    for row in rows:
+        rival = [] if row["other"] is None else [row["other"]]
+        for answer in [*_answers_of(row), *rival]:
+            yield tokens.Prompt(row["prompt"], None, answer, facts[row["fact"]].blank)
 
 
 def asked_freely(
@@ -151,16 +170,15 @@ def asked_freely(
     asking: Asking | None = None,
     on_prompts: Tell | None = None,
 ) -> list[Answer]:
-    """The free answer to the prompt of each of these rows of `evaluate`; accepted are the wanted
-    answer and its aliases."""
-    of = [facts[row["fact"]] for row in rows]
-    prompts, accepted, rivals = [], [], []
-    for row, fact in zip(rows, of, strict=True):
+    """The free answer to the prompt of each of these rows (`prompt_rows`)."""
+    prompts, rivals = [], []
+    for row in rows:
+        fact = facts[row["fact"]]
         prompts.append(tokens.Prompt(row["prompt"], None, row["wanted"], fact.blank))
         new = [] if fact.target_new is None else [fact.target_new, *fact.aliases]
-        own = row["wanted"] in new[:1] and row["kind"] in ("rewrite", "paraphrase")
-        accepted.append(new if own else [row["wanted"]])
+        own = row["kind"] in ("rewrite", "paraphrase")
         rivals.append([row["other"]] * (row["other"] is not None) if own else new)
+    accepted = [row["accepted"] for row in rows]
     return free_answers(model, prompts, accepted, rivals, asking, on_prompts=on_prompts)
 
 

@@ -37,7 +37,7 @@ OTHERS = [
 def _few_resamples(monkeypatch):
     """Intervals are tested with the metrics; here they only have to be there."""
     few = partial(metrics.bootstrap, n_resamples=100)
-    monkeypatch.setattr(metrics, "bootstrap", few)
+    monkeypatch.setattr("pmet_lens.evaluation.intervals.bootstrap", few)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj"])

@@ -68,7 +68,9 @@ def gpt2() -> Model:
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch):
     """Intervals are tested with the metrics; here they only have to be there."""
-    monkeypatch.setattr(metrics, "bootstrap", partial(metrics.bootstrap, n_resamples=100))
+    monkeypatch.setattr(
+        "pmet_lens.evaluation.intervals.bootstrap", partial(metrics.bootstrap, n_resamples=100)
+    )
 
 
 @pytest.fixture(scope="module")
