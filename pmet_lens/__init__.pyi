@@ -50,6 +50,7 @@ from .evaluation.knowledge import recalled as recalled
 from .evaluation.knowledge import with_related as with_related
 from .evaluation.metrics import summarise as summarise
 from .evaluation.real_facts import real_facts as real_facts
+from .evaluation.retention import Checkpoints as Checkpoints
 from .evaluation.scoring import ask as ask
 from .evaluation.scoring import evaluate as evaluate
 from .evaluation.scoring import recall as recall
