@@ -9,7 +9,7 @@ from .data.downloads import DownloadError as DownloadError
 from .data.fact_tables import read_facts as read_facts
 from .data.facts import Fact as Fact
 from .data.facts import FactError as FactError
-from .data.real_facts import real_facts as real_facts
+from .data.facts import Implication as Implication
 from .editing.edits import Edit as Edit
 from .editing.edits import Editor as Editor
 from .editing.edits import merged as merged
@@ -44,8 +44,13 @@ from .editing.solvers import SolveError as SolveError
 from .editing.targets import Targets as Targets
 from .evaluation.ability import general_ability as general_ability
 from .evaluation.ability import lm_eval_model as lm_eval_model
+from .evaluation.free_answers import Asking as Asking
+from .evaluation.gap import evaluation_gap as evaluation_gap
 from .evaluation.knowledge import recalled as recalled
+from .evaluation.knowledge import with_related as with_related
 from .evaluation.metrics import summarise as summarise
+from .evaluation.real_facts import real_facts as real_facts
+from .evaluation.retention import Checkpoints as Checkpoints
 from .evaluation.scoring import ask as ask
 from .evaluation.scoring import evaluate as evaluate
 from .evaluation.scoring import recall as recall
@@ -85,7 +90,6 @@ from .models.activations import probe as probe
 from .models.generation import generate as generate
 from .models.generation import generate_batch as generate_batch
 from .models.generation import sample_contexts as sample_contexts
-from .models.generation import sampled_texts as sampled_texts
 from .models.loading import available_models as available_models
 from .models.loading import load as load
 from .models.model import Model as Model
@@ -101,6 +105,7 @@ from .moments.moment_files import save_moments as save_moments
 from .moments.own_moments import own_moments as own_moments
 from .moments.published import export_moments as export_moments
 from .moments.published import import_moments as import_moments
+from .moments.sampled_text import sampled_texts as sampled_texts
 from .moments.second_moments import Moment as Moment
 from .moments.second_moments import MomentError as MomentError
 from .moments.second_moments import second_moments as second_moments

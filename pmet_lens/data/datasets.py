@@ -46,7 +46,7 @@ def counterfact(
         DownloadError: where the published file cannot be had.
     """
     chosen = _chosen(path, download, "multi_counterfact" if multi else "counterfact")
-    return _facts(chosen, n, lambda: world.build().counterfact(), _counterfact)
+    return _facts(chosen, n, lambda: world.build().counterfact(), counterfact_fact)
 
 
 def zsre(
@@ -59,7 +59,7 @@ def zsre(
     `path`, `download` (19,086 records) and errors. A record without such a locality prompt and its
     answer is refused, too: specificity could not be measured on it.
     """
-    return _facts(_chosen(path, download, "zsre"), n, lambda: world.build().zsre(), _zsre)
+    return _facts(_chosen(path, download, "zsre"), n, lambda: world.build().zsre(), zsre_fact)
 
 
 def knowns(
@@ -207,7 +207,8 @@ def _whole_records(text: str) -> int:
     return count
 
 
-def _counterfact(record: Record) -> Fact:
+def counterfact_fact(record: Record) -> Fact:
+    """One record of CounterFact as a `Fact`."""
     rewrite = record["requested_rewrite"]
     true = rewrite["target_true"]["str"]
     neighbours = [
@@ -229,7 +230,8 @@ def _counterfact(record: Record) -> Fact:
     )
 
 
-def _zsre(record: Record) -> Fact:
+def zsre_fact(record: Record) -> Fact:
+    """One record of zsRE in the MEND format as a `Fact`."""
     subject = record["subject"]
     return Fact(
         subject=subject,

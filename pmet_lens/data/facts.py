@@ -1,40 +1,60 @@
-"""What an edit is about: a subject, a prompt with one `{}` for it, and the answer wanted; where a
-word ends, and which scripts write no blanks between words."""
+"""What an edit is about: a subject, a prompt with one `{}` for it, and the answer wanted."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pmet_lens.data import markup
+from pmet_lens.data.words import ends_word as ends_word
+from pmet_lens.data.words import writes_blanks as writes_blanks
 
 BENCHMARKS = ("zsre",)
 """Benchmarks that are scored in their own way; see `Fact.benchmark`."""
 
 
 _OPTIONAL = ("target_new", "target_true", "relation", "benchmark")
-_TEXTS = ("paraphrases", "attributes", "generation")
+_TEXTS = ("paraphrases", "attributes", "generation", "aliases")
 _PAIRS = ("neighbours", "portability")
-_LATER = ("portability", "blank")
-# Blocks of the Unicode standard, first and last code point.
-_NO_BLANKS = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x0F00, 0x109F),  # Tibetan, Burmese
-    (0x1780, 0x17FF),  # Khmer
-    (0x3040, 0x30FF),  # Hiragana, Katakana
-    (0x31F0, 0x31FF),  # Katakana, more
-    (0x3400, 0x4DBF),  # Han, more
-    (0x4E00, 0x9FFF),  # Han
-    (0xF900, 0xFAFF),  # Han, for compatibility
-    (0x20000, 0x3FFFF),  # Han, more
-)
-_HANGUL = ((0x1100, 0x11FF), (0xAC00, 0xD7FF))
+_LATER = ("portability", "blank", "aliases", "implications")
 
 
 class FactError(ValueError):
     """A fact, or a list of facts, that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Implication:
+    """A prompt that an edit has consequences for: its answer follows from the new one, or has to
+    stay. Immutable; validated when built."""
+
+    prompt: str
+    """Complete text that ends right before the answer."""
+    answers: tuple[str, ...]
+    """Each of them is right; the first is the usual name. At least one."""
+    kind: str = "second hop"
+    """What links it to the edit, in the words of RippleEdits (arXiv 2307.12976) where they fit:
+    "subject aliasing", "logical generalization", "compositionality i", "relation specificity",
+    "forgetfulness". Metrics are also given per kind."""
+    stays: bool = False
+    """Whether the answer is that of before, which an edit must keep (locality); False: it follows
+    from the new answer (portability)."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "kind"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise FactError(f"{name} of an implication takes one text, not {value!r}.")
+            object.__setattr__(self, name, value.rstrip())
+        given = self.answers
+        if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+            raise FactError(f"answers of {self.prompt!r} takes a list of texts, not {given!r}.")
+        known = tuple(dict.fromkeys(one.strip() for one in given if one.strip()))
+        if not known:
+            raise FactError(f"{self.prompt!r} has no accepted answer; leave it out.")
+        object.__setattr__(self, "answers", known)
 
 
 @dataclass(frozen=True)
@@ -69,10 +89,16 @@ class Fact:
     benchmark: str | None = None
     """"zsre" for facts that `summarise` also scores as zsRE does; None for all others."""
     portability: tuple[tuple[str, str], ...] = ()
-    """(prompt, answer) pairs whose answer follows from `target_new`, such as a second hop."""
+    """(prompt, answer) pairs whose answer follows from `target_new`, such as a second hop; with a
+    kind or several accepted answers: `implications`."""
     blank: bool | None = None
     """Whether a blank stands between prompt and answer. None: as the prompt's script has it
     (`writes_blanks`): not in Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan."""
+    aliases: tuple[str, ...] = ()
+    """Other names of `target_new`, right as well where an answer is free ("USA" for "the United
+    States"). An edit does not read them."""
+    implications: tuple[Implication, ...] = ()
+    """What follows from the new answer, and what must stay, each with its kind."""
 
     def __post_init__(self) -> None:
         self._take_types()
@@ -119,11 +145,18 @@ class Fact:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         for name in _PAIRS:
             object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+        given: Any = self.implications
+        if not isinstance(given, list | tuple) or not all(
+            isinstance(i, Implication) for i in given
+        ):
+            raise FactError(f"implications takes a list of pl.Implication, not {given!r}.")
+        object.__setattr__(self, "implications", tuple(given))
 
     def record(self) -> dict[str, Any]:
         """The fields as JSON takes them. Those that came later are there only where they say
         something, so that facts without them keep their hashes."""
         record = {f.name: getattr(self, f.name) for f in fields(self)}
+        record["implications"] = tuple(asdict(one) for one in self.implications)
         return {k: v for k, v in record.items() if k not in _LATER or v not in ((), None)}
 
     @classmethod
@@ -132,7 +165,8 @@ class Fact:
         later than the record (`benchmark`) take their defaults."""
         listed = {k: tuple(v) for k, v in record.items() if isinstance(v, list)}
         pairs = {k: tuple(tuple(pair) for pair in record.get(k, ())) for k in _PAIRS}
-        return cls(**{**record, **listed, **pairs})
+        follow = tuple(Implication(**one) for one in record.get("implications", ()))
+        return cls(**{**record, **listed, **pairs, "implications": follow})
 
     def _repr_html_(self) -> str:
         neighbours = [f"{prompt} → {answer}" for prompt, answer in self.neighbours]
@@ -144,6 +178,9 @@ class Fact:
             "paraphrases": markup.listed(self.paraphrases),
             "portability": markup.listed([f"{p} → {answer}" for p, answer in self.portability]),
             "neighbours": markup.listed(neighbours),
+            "implications": markup.listed(
+                [f"{one.prompt} → {one.answers[0]} ({one.kind})" for one in self.implications]
+            ),
         }
         return markup.pairs({k: v for k, v in shown.items() if v}, f"Fact about {self.subject}")
 
@@ -259,26 +296,3 @@ def _check_agree(first: Fact, second: Fact) -> None:
             f"should be both {first.target_new!r} ({first.text!r}) and {second.target_new!r} "
             f"({second.text!r}). Keep one of them."
         )
-
-
-def _lies_in(letter: str, blocks: tuple[tuple[int, int], ...]) -> bool:
-    return any(first <= ord(letter) <= last for first, last in blocks)
-
-
-def writes_blanks(text: str) -> bool:
-    """Whether a blank stands between this text and what goes on: by the script of its last letter
-    or digit. Korean writes blanks."""
-    last = next((letter for letter in reversed(text) if letter.isalnum()), "a")
-    return not _lies_in(last, _NO_BLANKS)
-
-
-def ends_word(text: str, at: int) -> bool:
-    """Whether a word may end before `text[at]` (and another begin there): unless letters or digits
-    stand on both sides. Scripts without blanks end words anywhere, and Korean puts its particles
-    directly behind them."""
-    if not 0 < at < len(text):
-        return True
-    sides = text[at - 1], text[at]
-    if any(_lies_in(letter, (*_NO_BLANKS, *_HANGUL)) for letter in sides):
-        return True
-    return not all(letter.isalnum() for letter in sides)

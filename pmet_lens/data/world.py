@@ -24,7 +24,7 @@ from importlib.resources import files
 from itertools import zip_longest
 from typing import Any
 
-from pmet_lens.data.documents import Document, mention
+from pmet_lens.data.words import Document, mention
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pmet_lens.editing.methods import PMET, resolved, settled
 from pmet_lens.editing.solvers import Dense, Factor, NullSpace, On, SecondMoment, SolveError
 from pmet_lens.editing.targets import OnStep, Targets
 from pmet_lens.evaluation import scoring
+from pmet_lens.evaluation.retention import Checkpoints
 from pmet_lens.models import generation
 from pmet_lens.models.model import Model, Site
 
@@ -180,14 +181,16 @@ def edit_sequentially(
     on_step: OnStep | None = None,
     factorised: dict[Site, Factor] | None = None,
     earlier: Mapping[Site, Float[Tensor, "key d_in"]] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[Edit]:
     """Edit `batch_size` facts after the other (None: as many as the method edits at once, else
     one), each batch on the model as edited so far.
 
     `protect` adds the keys of earlier batches to what every solve preserves (AlphaEdit's sequential
     editing; for Ridge `λC + KₚᵀKₚ`). `on_batch(facts so far, edit)` runs while the model has all
-    edits so far, to measure it. `on_step`, `factorised`, `earlier`: as `edit`, for every batch. The
-    model is left as it was; `merged` adds the edits up.
+    edits so far, to measure it; `checkpoints` measures by itself, and warns where the model
+    collapses. `on_step`, `factorised`, `earlier`: as `edit`, for every batch. The model is left as
+    it was; `merged` adds the edits up.
     """
     chosen_method = resolved(method)
     if not isinstance(chosen_method, Method):
@@ -208,6 +211,7 @@ def edit_sequentially(
     past: dict[Site, Tensor] = dict(earlier or {})
     kept: dict[Site, Factor] = {} if factorised is None else factorised
     edits: list[Edit] = []
+    look = None if checkpoints is None else checkpoints.begin(model, facts, sites)
     with model.restored(sites), progress.line("edits", "fact") as tell:
         for start in range(0, len(facts), batch_size):
             chosen = facts[start : start + batch_size]
@@ -219,6 +223,8 @@ def edit_sequentially(
             for site in sites if protect else ():
                 new = keys.averaged_keys(model, chosen, contexts, site, method.position)
                 past[site] = torch.cat([past[site], new]) if site in past else new
+            if look is not None:
+                look(start + len(chosen))
             if on_batch is not None:
                 on_batch(start + len(chosen), step)
             tell(start + len(chosen), len(facts))

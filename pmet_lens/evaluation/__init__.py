@@ -1,5 +1,6 @@
-"""What a model answers, and how good that is: `scoring.py` first, then `metrics.py` (with 95 %
-intervals) and `ability.py` (what an edit leaves unharmed)."""
+"""What a model answers, and how good that is: `scoring.py` first, then `teacher_forcing.py` and
+`free_answers.py` (what lies between: `gap.py`), `metrics.py` (with 95 % intervals) and `ability.py`
+(what an edit leaves unharmed)."""
 
 import lazy_loader
 

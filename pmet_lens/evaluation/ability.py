@@ -20,8 +20,8 @@ from torch import Tensor
 from pmet_lens.data import datasets, world
 from pmet_lens.data.facts import Fact, FactError, listed
 from pmet_lens.data.progress import line
-from pmet_lens.data.real_facts import real_facts
 from pmet_lens.evaluation import metrics, scoring
+from pmet_lens.evaluation.real_facts import real_facts
 from pmet_lens.models import activations, likelihood, tokens
 from pmet_lens.models.loading import of_the_world
 from pmet_lens.models.model import Model

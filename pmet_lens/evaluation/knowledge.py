@@ -1,14 +1,15 @@
-"""What of a list of facts a model knows, and which lists fit it."""
+"""What a model knows of a list of facts, which lists fit it, what else is known of a subject."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pmet_lens.data import datasets
-from pmet_lens.data.facts import Fact, with_answer
+from pmet_lens.data.facts import Fact, Implication, listed, with_answer
 from pmet_lens.data.progress import Tell
-from pmet_lens.data.real_facts import real_facts
 from pmet_lens.evaluation import scoring
+from pmet_lens.evaluation.real_facts import real_facts
 from pmet_lens.models.loading import of_the_world
 from pmet_lens.models.model import Model
 
@@ -39,3 +40,29 @@ def recalled(
         if n is not None and len(known) >= n:
             break
     return known[:n]
+
+
+def with_related(
+    facts: Fact | Sequence[Fact], known: Fact | Sequence[Fact] | None = None, n: int | None = None
+) -> list[Fact]:
+    """The same facts, each with up to `n` (None: all) other facts about its subject as implications
+    that must stay, of the kind "relation specificity": what an edit of one relation easily takes
+    along, and NS, which asks other subjects, does not see.
+
+    `known`: facts with `target_true`. None: every fact of the bundled world and of
+    `pl.real_facts()`. Left out is what has the relation, or the prompt, of the fact itself.
+    """
+    if known is None:
+        known = [*datasets.knowns(), *real_facts()]
+    about: dict[str, list[Fact]] = {}
+    for other in with_answer(known, "target_true", "with_related").values():
+        about.setdefault(other.subject, []).append(other)
+    found = []
+    for fact in listed(facts):
+        others = [
+            Implication(other.text, (str(other.target_true),), "relation specificity", True)
+            for other in about.get(fact.subject, ())
+            if other.text != fact.text and (other.relation or other.text) != fact.relation
+        ]
+        found.append(replace(fact, implications=(*fact.implications, *others[:n])))
+    return found

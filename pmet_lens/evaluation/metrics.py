@@ -1,29 +1,28 @@
 """Metrics as pure functions on numbers, strings and tables, and their 95 % bootstrap intervals.
 
-Range and direction stand in every docstring. The resampling is numpy's, not `scipy.stats.bootstrap`
-(same limits from the same seed): on 2,000 values scipy is as fast for means (21 ms against 24) and
-half as fast for ratios (35 ms against 16), refuses a single case and keeps NaN.
+Range and direction stand in every docstring.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from pmet_lens.data import markup
-
-Numbers = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
-Interval = tuple[float, float, float, int]
-INTERVAL = ("mean", "ci_low", "ci_high", "n")
-"""The columns of a mean and its 95 % bootstrap interval over n cases."""
+from pmet_lens.evaluation.intervals import INTERVAL as INTERVAL
+from pmet_lens.evaluation.intervals import Interval as Interval
+from pmet_lens.evaluation.intervals import Numbers as Numbers
+from pmet_lens.evaluation.intervals import bootstrap as bootstrap
+from pmet_lens.evaluation.intervals import bootstrap_ratio as bootstrap_ratio
+from pmet_lens.evaluation.intervals import change as change
+from pmet_lens.evaluation.intervals import interval as interval
+from pmet_lens.evaluation.intervals import interval_table as interval_table
+from pmet_lens.evaluation.text_metrics import consistency as consistency
+from pmet_lens.evaluation.text_metrics import fluency as fluency
+from pmet_lens.evaluation.text_metrics import ngram_entropy as ngram_entropy
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
@@ -42,115 +41,6 @@ def says_new(nll_new: float, nll_true: float) -> bool:
     """Whether the new answer is more likely than the true one: mean −log P per target token of
     each, in nats, lower is likelier (ES and PS; the negation, with roles swapped, is NS)."""
     return nll_new < nll_true
-
-
-def ngram_entropy(tokens: Sequence[str], n: int) -> float:
-    """Entropy of the distribution of n-grams, in bits, from 0 (one n-gram again and again) to
-    log2 of their number; higher is more varied. 0 for texts with fewer than n tokens."""
-    counts = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
-    total = sum(counts.values())
-    return -sum(c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
-
-
-def fluency(texts: Sequence[str]) -> float:
-    """Generation entropy GE: mean over texts of the mean of (2/3)·H₂ and (4/3)·H₃, in bits, ×100.
-
-    From 0; higher is more varied, repetition lowers it (ROME, appendix; MEMIT, appendix B).
-    Words and punctuation marks are the tokens.
-    """
-    values = []
-    for text in texts:
-        tokens = re.findall(r"\w+|[^\w\s]", text)
-        values.append((2 / 3 * ngram_entropy(tokens, 2) + 4 / 3 * ngram_entropy(tokens, 3)) / 2)
-    return 100 * float(np.mean(values))
-
-
-def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Consistency RS: cosine ×100 between the TF-IDF vectors of the generated texts, joined into
-    one, and of the reference texts, joined into one; from 0 (no word in common) to 100, higher is
-    better.
-
-    The definition is that of ROME (arXiv 2202.05262, section 3.4) and MEMIT. Words are those of
-    scikit-learn's `TfidfVectorizer` (lower case, two letters or more), whose document frequencies
-    are taken from these two documents, where the published numbers take them from a download of
-    Wikipedia texts: compare values of one run with each other, not with published ones.
-
-    Raises ValueError for an empty list and for one string in place of a list.
-    """
-    # Here because scikit-learn takes seconds to import.
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    for given in (texts, references):
-        if isinstance(given, str) or not len(given):
-            raise ValueError("consistency needs two lists, each of at least one text.")
-    reader = TfidfVectorizer()
-    split, documents = reader.build_analyzer(), [" ".join(texts), " ".join(references)]
-    if not all(map(split, documents)):
-        return 0.0
-    one, other = reader.fit_transform(documents).toarray()
-    return 100 * float(one @ other)  # rows have length 1
-
-
-def bootstrap(
-    per_case: Numbers, statistic: str = "mean", n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval of a statistic over cases, resampled with replacement.
-
-    `per_case` is `[case]` for "mean", `[case, part]` for "harmonic" (harmonic mean of the column
-    means). NaN marks a part a case does not have; resamples in which no case has some part are
-    left out. Deterministic in `seed`.
-    """
-    n = len(per_case)
-    return _limits(n, lambda rows: _statistics(per_case[rows], statistic), n_resamples, seed)
-
-
-def bootstrap_ratio(
-    top: Numbers, bottom: Numbers, n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval of mean(top) / mean(bottom) over cases, resampled together; NaN
-    where bottom is 0 throughout."""
-    if not np.any(bottom):
-        return math.nan, math.nan
-    n = len(top)
-    return _limits(n, lambda rows: top[rows].mean(1) / bottom[rows].mean(1), n_resamples, seed)
-
-
-def _limits(
-    n: int, statistic: Callable[[Indices], Numbers], n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """The interval of a statistic of resamples of `n` cases. It gets their indices, `[resample,
-    case]`, a bounded number at a time; resamples for which it is NaN are left out."""
-    rng = np.random.default_rng(seed)
-    step = max(1, 1_000_000 // max(1, n))
-    sizes = [min(step, n_resamples - start) for start in range(0, n_resamples, step)]
-    draws = np.concatenate([statistic(rng.integers(0, n, (size, n))) for size in sizes])
-    low, high = np.percentile(draws[~np.isnan(draws)], [2.5, 97.5])
-    return float(low), float(high)
-
-
-def interval(per_case: Numbers, statistic: str = "mean") -> Interval:
-    """The statistic of all cases, and what else `INTERVAL` names; arguments as in `bootstrap`."""
-    mean = float(_statistics(per_case[None], statistic)[0])
-    return (mean, *bootstrap(per_case, statistic), len(per_case))
-
-
-def interval_table(rows: dict[str, Interval]) -> pd.DataFrame:
-    """One row per metric (index), columns `INTERVAL`."""
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(INTERVAL))
-    return table.rename_axis("metric").astype({"n": int})
-
-
-def _statistics(values: Numbers, statistic: str) -> Numbers:
-    """The statistic of each resample, `[resample, case]` or `[resample, case, part]`; NaN where no
-    case has some part."""
-    present = ~np.isnan(values)
-    count = present.sum(axis=1)
-    total = np.where(present, values, 0.0).sum(axis=1)
-    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    if statistic == "mean":
-        return means
-    with np.errstate(divide="ignore"):  # a part of mean 0 makes the harmonic mean 0
-        return means.shape[1] / (1 / means).sum(axis=1)
 
 
 def where(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
@@ -176,10 +66,18 @@ def means(frame: pd.DataFrame, by: Sequence[str], value: str, case: str = "fact"
 
 _KINDS = {"E": "rewrite", "P": "paraphrase", "N": "neighbour"}
 _MEASURES = {"S": "success", "A": "correct", "M": "margin"}
+_FREE = {"F": "contains", "X": "exact", "T": "talks_on"}
 # Metric -> the kind of prompt and the column of `evaluate` that it is the mean of.
 _COLUMNS: Mapping[str, tuple[str, str]] = {
-    **{k + m: (kind, column) for m, column in _MEASURES.items() for k, kind in _KINDS.items()},
+    **{
+        k + m: (kind, column)
+        for m, column in {**_MEASURES, **_FREE}.items()
+        for k, kind in _KINDS.items()
+    },
     "portability": ("portability", "correct"),
+    "free portability": ("portability", "contains"),
+    "locality": ("locality", "correct"),
+    "free locality": ("locality", "contains"),
     "GE": ("generation", "fluency"),
     "RS": ("generation", "consistency"),
 }
@@ -188,6 +86,7 @@ _ZSRE: Mapping[str, tuple[str, str]] = {
     "paraphrase": ("paraphrase", "token_accuracy"),
     "specificity": ("neighbour", "token_accuracy"),
 }
+_BY_KIND = ("portability", "free portability", "locality", "free locality")
 _SCORES: Mapping[str, tuple[str, ...]] = {"S": ("ES", "PS", "NS"), "score": tuple(_ZSRE)}
 _ORDER = ("S", *_COLUMNS, "score", *_ZSRE)
 MEANING: Mapping[str, str] = {
@@ -201,11 +100,30 @@ MEANING: Mapping[str, str] = {
     "EM": "edited prompts: probability of the new answer minus the old one's, points",
     "PM": "paraphrases: probability of the new answer minus the old one's, points",
     "NM": "neighbours: probability of the true answer minus the new one's, points",
+    "EF": "edited prompts whose free answer holds the new answer, %",
+    "PF": "paraphrases whose free answer holds the new answer, %",
+    "NF": "neighbours whose free answer holds the true answer, %",
+    "EX": "edited prompts whose free answer is the new answer and no more, %",
+    "PX": "paraphrases whose free answer is the new answer and no more, %",
+    "NX": "neighbours whose free answer is the true answer and no more, %",
+    "ET": "edited prompts whose free answer begins with the new answer and talks on, %",
+    "PT": "paraphrases whose free answer begins with the new answer and talks on, %",
+    "NT": "neighbours whose free answer begins with the true answer and talks on, %",
     "portability": "prompts whose answer follows from the new one, answered word for word, %",
+    "free portability": "prompts whose free answer holds what follows from the new one, %",
+    "locality": "prompts whose answer has to stay, answered word for word, %",
+    "free locality": "prompts whose answer has to stay, and stands in the free answer, %",
     "GE": "fluency of generated text, bits × 100",
     "RS": "consistency of generated text with texts about the new answer, 0 to 100",
     "score": "zsRE: harmonic mean of the three below, %",
 }
+
+
+def meaning_of(metric: str) -> str:
+    """What a metric says, in words; empty for one that has none here."""
+    name, _, kind = metric.partition(" (")
+    said = MEANING.get(name, "")
+    return f"{kind[:-1]}: {said}" if said and kind else said
 
 
 class Summary(pd.DataFrame):
@@ -213,28 +131,34 @@ class Summary(pd.DataFrame):
 
     def _repr_html_(self) -> str:
         rows = [
-            [name, mean, f"[{low:.1f}, {high:.1f}]", int(n), MEANING.get(str(name), "")]
+            [name, mean, f"[{low:.1f}, {high:.1f}]", int(n), meaning_of(str(name))]
             for name, mean, low, high, n in self.itertuples()
         ]
         return markup.table(rows, ("metric", "mean", "95 % interval", "facts", "what it says"))
 
 
-def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+def summarise(rows: pd.DataFrame, before: pd.DataFrame | None = None) -> pd.DataFrame:
     """The table of `evaluate` in one row per metric (index), columns mean, ci_low, ci_high (95 %
     bootstrap over facts), n (facts). Averaged per fact first, then over facts.
 
     In per cent, higher is better: ES, PS, NS (success on rewrite, paraphrase and neighbour
     prompts), S (their harmonic mean), EA, PA, NA (accuracies), EM, PM, NM (mean probability
     margins, −100 to 100), portability (accuracy on what follows from the new answer, where facts
-    have such prompts). GE (fluency) in bits × 100. RS (consistency), 0 to 100.
+    have such prompts), locality (on what has to stay), and both for each kind of implication,
+    "portability (second hop)". `before`, the table of the unedited model, asked in the same way:
+    then locality counts only the prompts that it answers right. Of free answers (`evaluate(…,
+    free=True)`): EF, PF, NF (they hold the wanted answer), EX, PX, NX (they are it), ET, PT, NT
+    (they begin with it and talk on; of these lower is better), free portability, free locality.
+
+    GE (fluency) in bits × 100. RS (consistency), 0 to 100.
 
     Of zsRE facts (`benchmark` "zsre"), and of no others, also efficacy, paraphrase and specificity:
     the share of the answer's tokens that are the argmax under teacher forcing on the question, on
     its rephrasing and on the "nq question", 0 to 100, and score, their harmonic mean (MEMIT, arXiv
     2210.07229, section 5.1). EA, PA and NA of the same prompts ask for *every* token.
     """
-    cases = _cases(rows)
-    table = {k: interval(cases[k].to_numpy(), _statistic(k)) for k in _ORDER if k in cases}
+    cases = _cases(rows, before)
+    table = {k: interval(cases[k].to_numpy(), _statistic(k)) for k in _ordered(cases)}
     return Summary(interval_table(table))
 
 
@@ -242,9 +166,21 @@ def _statistic(metric: str) -> str:
     return "harmonic" if metric in _SCORES else "mean"
 
 
-def _cases(rows: pd.DataFrame) -> dict[str, Any]:
+def _ordered(cases: Mapping[str, object]) -> list[str]:
+    """Their names in the order of the summary, those of kinds behind the whole."""
+    places = {name: i for i, name in enumerate(_ORDER)}
+    return sorted(cases, key=lambda name: (places[name.partition(" (")[0]], name))
+
+
+def _cases(rows: pd.DataFrame, before: pd.DataFrame | None = None) -> dict[str, Any]:
     """Metric -> its value per fact; of a score those of its parts, side by side."""
+    if before is not None:
+        rows = _known_before(rows, before)
     cases: dict[str, Any] = dict(_per_fact(rows, _COLUMNS))
+    if "implication" in rows:
+        for kind, own in rows.groupby("implication"):
+            found = _per_fact(own, {name: _COLUMNS[name] for name in _BY_KIND})
+            cases |= {f"{name} ({kind})": value for name, value in found.items()}
     if "benchmark" in rows:
         cases |= _per_fact(rows.loc[rows["benchmark"] == "zsre"], _ZSRE)
     for name, parts in _SCORES.items():
@@ -253,8 +189,24 @@ def _cases(rows: pd.DataFrame) -> dict[str, Any]:
     return cases
 
 
-def paired(rows: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """What changes from `baseline` to `rows`, two tables of `evaluate` of the same facts.
+def _known_before(rows: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """The rows without the locality scores of prompts that the unedited model answers wrong."""
+    place = ["fact", "kind", "index"]
+    rows, stays = rows.copy(), rows["kind"] == "locality"
+    known = before.set_index(place)
+    here = rows.set_index(place).index
+    for column in {"correct", "token_accuracy", "contains", "exact", "talks_on"} & {*rows}:
+        told = "contains" if column in _FREE.values() and "contains" in known else "correct"
+        right = known[told].reindex(here).to_numpy() == 1
+        rows[column] = rows[column].where(~stays | right)
+    return rows
+
+
+def paired(
+    rows: pd.DataFrame, baseline: pd.DataFrame, before: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """What changes from `baseline` to `rows`, two tables of `evaluate` of the same facts. `before`:
+    as in `summarise`.
 
     One row per metric of `summarise` (index), columns mean (the difference, rows − baseline, in the
     metric's unit), ci_low, ci_high (95 % bootstrap over facts, resampled together in both tables)
@@ -262,27 +214,17 @@ def paired(rows: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
 
     Raises ValueError for tables without a fact in common.
     """
-    one, other = (_cases(table) for table in (rows, baseline))
+    one, other = (_cases(table, before) for table in (rows, baseline))
     out = {}
     for name in one.keys() & other.keys():
         both = one[name].index.intersection(other[name].index)
         if not len(both):
             continue
         values = one[name].loc[both].to_numpy(), other[name].loc[both].to_numpy()
-        out[name] = _change(*values, _statistic(name))
+        out[name] = change(*values, _statistic(name))
     if not out:
         raise ValueError("the two tables have no fact in common.")
-    return interval_table({name: out[name] for name in _ORDER if name in out})
-
-
-def _change(values: Numbers, before: Numbers, statistic: str) -> Interval:
-    """The difference of a statistic between two measurements of the same cases."""
-
-    def difference(rows: Indices) -> Numbers:
-        return _statistics(values[rows], statistic) - _statistics(before[rows], statistic)
-
-    n = len(values)
-    return (float(difference(np.arange(n)[None])[0]), *_limits(n, difference), n)
+    return interval_table({name: out[name] for name in _ordered(out)})
 
 
 def _per_fact(rows: pd.DataFrame, wanted: Mapping[str, tuple[str, str]]) -> dict[str, pd.Series]:

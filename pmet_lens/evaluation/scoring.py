@@ -2,134 +2,42 @@
 
 Two families are kept apart: *success* compares the likelihoods of two answers (ES, PS, NS),
 *accuracy* asks whether every token of the wanted answer is the argmax (EA, PA, NA), or how many
-are (zsRE). `summarise` (in `metrics.py`) turns the table into metrics.
-
-Prompts of many facts share a forward pass, sorted by length. Each distinct (prompt, answer) is
-scored once, and answers that need the same tokens to be read, as all answers of one token to one
-prompt do, share one row of it.
+are (zsRE). Free answers (`free_answers.py`) stand beside them. `summarise` (in `metrics.py`) turns
+the table into metrics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from pmet_lens.data import world
 from pmet_lens.data.facts import Fact, FactError, listed, with_answer
 from pmet_lens.data.progress import Tell, shown
 from pmet_lens.evaluation import metrics
+from pmet_lens.evaluation.free_answers import Answer, Asking, free_answers
 from pmet_lens.evaluation.metrics import summarise as summarise
+from pmet_lens.evaluation.teacher_forcing import Score as Score
+from pmet_lens.evaluation.teacher_forcing import last_places as last_places
+from pmet_lens.evaluation.teacher_forcing import score as score
 from pmet_lens.models import likelihood, tokens
 from pmet_lens.models.generation import check_end, generate_batch
 from pmet_lens.models.generation import generate as generate
-from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model
 
 References = Mapping[tuple[str | None, str], Sequence[str]]
 """(relation, answer) -> texts about subjects that have that answer, for consistency."""
 KINDS = ("rewrite", "paraphrase", "neighbour")
-_Key = tuple[str, str | None, bool | None]
-_Pairs = Sequence[tuple[int, int]]
-_AT_ONCE = 2048  # prompts encoded together
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a model takes one answer to one prompt, under teacher forcing."""
-
-    nll: float
-    """Mean −log P per target token, nats, ≥ 0; lower is likelier."""
-    right: float
-    """Share of the target tokens that are the argmax, 0 to 1."""
-
-
-@shown("scoring answers", "answer", "on_prompts")
-def score(
-    model: Model,
-    prompts: Sequence[tokens.Prompt],
-    *,
-    batch_tokens: int | None = None,
-    on_prompts: Tell | None = None,
-) -> list[Score]:
-    """Score every prompt's target, each distinct (text, target) once, in passes of `batch_tokens`
-    padded tokens (None: 2,048 on a CPU, 32,768 elsewhere; fewer of a large vocabulary).
-    `on_prompts(scored so far, all)` counts distinct (text, target)."""
-    if batch_tokens is None:
-        batch_tokens = 2048 if model.device.type == "cpu" else 32768
-    distinct = {_key(p): tokens.Prompt(p.text, None, p.target, p.blank) for p in prompts}
-    # The answers to one text stand side by side, and texts of about one length.
-    keys = sorted(distinct, key=lambda key: (len(key[0]), key[0], key[1] or "", str(key[2])))
-    scores: dict[_Key, Score] = {}
-    while len(scores) < len(keys):
-        start = stop = len(scores)
-        while stop < len(keys) and (stop < start + _AT_ONCE or keys[stop][0] == keys[stop - 1][0]):
-            stop += 1
-        batch = tokens.encode(model, [distinct[key] for key in keys[start:stop]])
-        for pairs in _shared_rows(batch, batch_tokens, likelihood.readable(model)):
-            parts = halving(pairs, partial(_score_rows, model, batch), "prompts")
-            new = [one for part in parts for one in part]
-            scores.update(zip([keys[start + row] for row, _ in pairs], new, strict=True))
-            if on_prompts is not None:
-                on_prompts(len(scores), len(keys))
-    return [scores[_key(p)] for p in prompts]
-
-
-def _key(prompt: tokens.Prompt) -> _Key:
-    """What two prompts with the same score have in common."""
-    return prompt.text, prompt.target, prompt.blank
-
-
-def _shared_rows(batch: tokens.Batch, budget: int, readable: int) -> Iterator[_Pairs]:
-    """(row, host) pairs of `batch` to be scored in one pass: a row is read from its host, which
-    begins with it, because what follows cannot change it (causal attention)."""
-    ids = [row[:n] for row, n in zip(batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True)]
-    readers: dict[int, list[int]] = {}
-    host = -1
-    # In sorted order a row that begins others stands right before one of them.
-    for row in sorted(range(len(ids)), key=ids.__getitem__, reverse=True):
-        if host < 0 or ids[host][: len(ids[row])] != ids[row]:
-            host = row
-        readers.setdefault(host, []).append(row)
-    hosts, scored = sorted(readers), batch.scored.cpu()
-    lengths = [len(ids[host]) for host in hosts]
-    reads = [int(scored[readers[host]].any(0).sum()) for host in hosts]
-    for chunk in tokens.chunks(lengths, budget, reads=reads, readable=readable):
-        yield [(row, hosts[i]) for i in chunk for row in readers[hosts[i]]]
-
-
-def _score_rows(model: Model, batch: tokens.Batch, pairs: _Pairs) -> list[Score]:
-    """The scores of the rows of (row, host) `pairs`."""
-    chosen, host = torch.tensor(pairs, device=batch.ids.device).T
-    hosts, host_row = torch.unique(host, return_inverse=True)
-    run, labels = batch[hosts], batch.labels[chosen]
-    row, place = (labels != -100).nonzero(as_tuple=True)
-    at, which = torch.unique(torch.stack([host_row[row], place], 1), dim=0, return_inverse=True)
-    logits = model.logits_at(run.ids, run.mask, at)
-    wanted = labels[row, place]
-    nll = -likelihood.log_probs(logits)[which, wanted].double()
-    right = (logits.argmax(-1)[which] == wanted).double()
-    n = torch.bincount(row, minlength=len(chosen))
-    nll, right = (likelihood.row_sums(v, row, len(chosen)) / n for v in (nll, right))
-    return [Score(a, b) for a, b in zip(nll.tolist(), right.tolist(), strict=True)]
 
 
 def answered(model: Model, facts: Sequence[Fact]) -> int:
     """For how many facts every token of the new answer is the argmax on the fact's prompt."""
     scores = score(model, [tokens.Prompt(f.text, None, f.target_new) for f in facts])
     return sum(one.right == 1 for one in scores)
-
-
-def last_places(batch: tokens.Batch) -> Int[Tensor, "row 2"]:
-    """(row, token) of the last prompt token of every row, as `Model.forward` takes them."""
-    return torch.stack([torch.arange(len(batch), device=batch.last.device), batch.last], dim=1)
 
 
 @shown("evaluation", "prompt", "on_prompts")
@@ -139,20 +47,33 @@ def evaluate(
     generate: bool = False,
     *,
     references: References | None = None,
+    free: bool | Asking = False,
     on_prompts: Tell | None = None,
 ) -> pd.DataFrame:
     """One row per fact, kind of prompt and prompt.
 
     Columns: fact (position in `facts`), case_id, relation, kind ("rewrite", "paraphrase",
-    "neighbour", and "portability" where facts have such prompts), index (of the prompt within its
-    kind), prompt, wanted and other (the answer that should win and its rival; no rival: None),
-    nll_wanted, nll_other (nats per token), margin (the difference of the probabilities, wanted
-    minus other, −1 to 1), success (wanted likelier than other; NaN without a rival), correct (every
-    token of wanted is the argmax), token_accuracy (share of its tokens that are). If some facts
-    have a `benchmark` also that.
+    "neighbour", and "portability" and "locality" where facts have such prompts, as `implications`
+    say), index (of the prompt within its kind), prompt, wanted and other (the answer that should
+    win and its rival; no rival: None), nll_wanted, nll_other (nats per token), margin (the
+    difference of the probabilities, wanted minus other, −1 to 1), success (wanted likelier than
+    other; NaN without a rival), correct (every token of wanted is the argmax), token_accuracy
+    (share of its tokens that are). If some facts have a `benchmark` also that; if some have
+    implications also implication, their kind.
+
+    Of what follows or stays every accepted answer is tried: correct and token_accuracy are those of
+    the best, wanted and nll_wanted those of the first.
 
     The wanted answer is `target_new` on rewrite and paraphrase prompts (`target_true` for facts
-    without a new one) and the prompt's own answer on neighbour and portability prompts.
+    without a new one) and the prompt's own answer elsewhere.
+
+    With `free` the model is also asked to answer every prompt in its own words, greedily, until the
+    sentence ends (True) or as an `Asking` has it, inside a chat, say. Then also the columns answer
+    (its text), ended ("sentence", "line", "token": an end token, "limit": of 32 tokens), and of
+    that text exact (it is wanted, or an alias of it, after SQuAD's normalisation), contains (one of
+    these stands in it, as whole words) and talks_on (it begins with one of them and goes on). The
+    other columns stay those of teacher forcing on the prompt as it is. `evaluation_gap` tells what
+    the difference between the two is made of.
 
     With `generate` also one row per generation prompt, of kind "generation", with text and fluency
     (bits × 100), and consistency (0 to 100) where there are `references` for the fact: texts about
@@ -162,10 +83,11 @@ def evaluate(
 
     Raises:
         FactError: for no facts, a prompt that cannot be read, or `references` without `generate`.
-        ModelError: with `generate`, for a tokenizer without an end-of-text token.
+        ModelError: with `generate`, for a tokenizer without an end-of-text token; for the frame
+            "chat" and a tokenizer without a chat template.
     """
     facts = listed(facts)
-    rows = [row for i, fact in enumerate(facts) for row in _prompts(i, fact)]
+    rows = prompt_rows(facts)
     if not rows:
         raise FactError("There are no facts to evaluate; pass at least one Fact.")
     if generate:
@@ -173,22 +95,24 @@ def evaluate(
     elif references is not None:
         raise FactError("references are compared with generated texts: pass generate=True, too.")
 
-    def answered(answer: str) -> list[tokens.Prompt]:
-        asked = [r for r in rows if r[answer] is not None]
-        return [tokens.Prompt(r["prompt"], None, r[answer], facts[r["fact"]].blank) for r in asked]
-
-    wanted, rival = answered("wanted"), answered("other")
-    scores = score(model, [*wanted, *rival], on_prompts=on_prompts)
-    others = iter(scores[len(wanted) :])
-    for row, of_wanted in zip(rows, scores, strict=False):
-        nll, accuracy = of_wanted.nll, of_wanted.right
+    scores = iter(score(model, list(_tried(facts, rows)), on_prompts=on_prompts))
+    for row in rows:
+        first, *more = (next(scores) for _ in _answers_of(row))
+        nll, accuracy = first.nll, max(one.right for one in (first, *more))
         row.update(nll_wanted=nll, token_accuracy=accuracy, correct=float(accuracy == 1))
         row.update(nll_other=np.nan, margin=np.nan, success=np.nan)
         if row["other"] is not None:
-            other = next(others).nll
+            other = next(scores).nll
             row.update(nll_other=other, margin=float(np.exp(-nll) - np.exp(-other)))
             row.update(success=float(metrics.says_new(nll, other)))
-    frame = pd.DataFrame(rows)
+    if free:
+        said = asked_freely(model, facts, rows, None if free is True else free, on_prompts)
+        for row, answer in zip(rows, said, strict=True):
+            row.update(answer=answer.text, ended=answer.ended)
+            row.update({k: float(v) for k, v in vars(answer.match).items()})
+    frame = pd.DataFrame(rows).drop(columns=["accepted"])
+    if not any(fact.implications for fact in facts):
+        frame = frame.drop(columns=["implication"])
     if generate:
         generated = _generations(model, facts, references, on_prompts)
         frame = pd.concat([frame, generated], ignore_index=True)
@@ -197,22 +121,65 @@ def evaluate(
     return frame
 
 
-def _prompts(i: int, fact: Fact) -> list[dict[str, Any]]:
+def prompt_rows(facts: Sequence[Fact]) -> list[dict[str, Any]]:
+    """The rows of `evaluate` before anything is asked: fact, case_id, relation, kind, index,
+    prompt, wanted, other, accepted (all answers that are right where they are free), implication
+    (its kind, else None)."""
+    return [row for i, fact in enumerate(facts) for row in _prompts(i, fact)]
+
+
+def _prompts(i: int, fact: Fact) -> Iterator[dict[str, Any]]:
     """The scored prompts of one fact, with the answer that should win and its rival."""
     new, true, wanted = fact.target_new, fact.target_true, _wanted(fact)
+    own = [wanted] if new is None else [wanted, *fact.aliases]
     rival = true if new is not None else None
-    cases = [("rewrite", 0, fact.text, wanted, rival)]
-    cases += [("paraphrase", n, p, wanted, rival) for n, p in enumerate(fact.paraphrases)]
+    cases = [("rewrite", 0, fact.text, own, rival, None)]
+    cases += [("paraphrase", n, p, own, rival, None) for n, p in enumerate(fact.paraphrases)]
     # The rival on a neighbour prompt is the edited answer, where the two answer the same relation.
     cases += [
-        ("neighbour", n, p, answer, new if answer == true else None)
+        ("neighbour", n, p, [answer], new if answer == true else None, None)
         for n, (p, answer) in enumerate(fact.neighbours)
     ]
-    cases += [("portability", n, p, answer, None) for n, (p, answer) in enumerate(fact.portability)]
-    return [
-        _row(i, fact, kind, n, prompt, wanted=winner, other=loser)
-        for kind, n, prompt, winner, loser in cases
-    ]
+    follow = [(p, (answer,), None, False) for p, answer in fact.portability]
+    follow += [(one.prompt, one.answers, one.kind, one.stays) for one in fact.implications]
+    for kind, stay in (("portability", False), ("locality", True)):
+        some = [one for one in follow if one[3] == stay]
+        cases += [(kind, n, p, [*a], None, name) for n, (p, a, name, _) in enumerate(some)]
+    for kind, n, prompt, accepted, loser, name in cases:
+        found = {"wanted": accepted[0], "other": loser, "accepted": accepted, "implication": name}
+        yield _row(i, fact, kind, n, prompt, **found)
+
+
+def _answers_of(row: Mapping[str, Any]) -> list[str]:
+    """The answers that teacher forcing tries: of what follows from an edit all, else the wanted."""
+    return row["accepted"] if row["kind"] in ("portability", "locality") else [row["wanted"]]
+
+
+def _tried(facts: Sequence[Fact], rows: Sequence[Mapping[str, Any]]) -> Iterator[tokens.Prompt]:
+    """What is scored, row by row: the answers, then the rival where there is one."""
+    for row in rows:
+        rival = [] if row["other"] is None else [row["other"]]
+        for answer in [*_answers_of(row), *rival]:
+            yield tokens.Prompt(row["prompt"], None, answer, facts[row["fact"]].blank)
+
+
+def asked_freely(
+    model: Model,
+    facts: Sequence[Fact],
+    rows: Sequence[Mapping[str, Any]],
+    asking: Asking | None = None,
+    on_prompts: Tell | None = None,
+) -> list[Answer]:
+    """The free answer to the prompt of each of these rows (`prompt_rows`)."""
+    prompts, rivals = [], []
+    for row in rows:
+        fact = facts[row["fact"]]
+        prompts.append(tokens.Prompt(row["prompt"], None, row["wanted"], fact.blank))
+        new = [] if fact.target_new is None else [fact.target_new, *fact.aliases]
+        own = row["kind"] in ("rewrite", "paraphrase")
+        rivals.append([row["other"]] * (row["other"] is not None) if own else new)
+    accepted = [row["accepted"] for row in rows]
+    return free_answers(model, prompts, accepted, rivals, asking, on_prompts=on_prompts)
 
 
 def _row(i: int, fact: Fact, kind: str, index: int, prompt: str, **more: Any) -> dict[str, Any]:

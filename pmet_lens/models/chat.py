@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,3 +64,14 @@ def frame(tokenizer: Any, template: str | Messages | None) -> Frame:
         raise ModelError("the tokenizer's chat template changes, drops or repeats the prompt")
     head, _, tail = text.partition(_HERE)
     return Frame(head, tail)
+
+
+def framed(model: Any, template: str | Messages) -> Any:
+    """The same model, asked inside the chat `template`; weights and copies are shared.
+
+    Raises `ModelError` as `frame` does.
+    """
+    _ = model.speaker  # the copy that speaks, made once, before there are two
+    other = copy.copy(model)
+    other.frame = frame(model.tokenizer, template)
+    return other

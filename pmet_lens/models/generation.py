@@ -5,30 +5,24 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmet_lens.data.facts import FactError
-from pmet_lens.data.progress import Tell, line, shown
+from pmet_lens.data.progress import Tell, shown
+from pmet_lens.data.words import End, end_of
 from pmet_lens.models.likelihood import readable
 from pmet_lens.models.model import Model
 from pmet_lens.models.sites import ModelError
-from pmet_lens.models.tokens import PLAIN, chunks, plain_ids
+from pmet_lens.models.tokens import PLAIN, chunks, plain_ids, prompt_ids
 
 Choose = Callable[[Sequence[int], Tensor], Sequence[int]]
 """The next token of each of these rows, from their logits `[row, vocab]` (float32, on the CPU)."""
 SEEDS = ("The", "Therefore", "Because", "I", "You")
 """First words of the context prefixes (released code: `util/generate.py` callers, PMET main)."""
-_OPENERS = (
-    "The In A It He This As At On For She When After One During They Although From With Many Since "
-    "Most By An There While Some His According Its Both Her Until Two Each Despite Because Between"
-)
-_SPARE = 1.06
-OPENERS = tuple(_OPENERS.split(" "))
-"""Words that English sentences begin with."""
 
 
 def generate(model: Model, prompt: str, length: int = 100, top_k: int = 5, seed: int = 0) -> str:
@@ -71,55 +65,17 @@ def generate_batch(
             f"{len(prompts)} prompts need as many seeds, not {len(seeds)}, and top_k at least 1, "
             f"not {top_k}."
         )
-    rows, limits = _begun(model, prompts, length)
+    rows, limits = begun(model, prompts, length)
     starts = [len(row) for row in rows]
-    choose = None if top_k == 1 else _sampling(seeds, top_k)
+    choose = None if top_k == 1 else sampling(seeds, top_k)
     done = 0
     once, most = [1] * len(rows), readable(model)
     for chunk in chunks(limits, batch_tokens, starts, reads=once, readable=most):
-        _extend(model, rows, chunk, limits, choose, model.tokenizer.eos_token_id)
+        extend(model, rows, chunk, limits, choose, model.tokenizer.eos_token_id)
         done += len(chunk)
         if on_prompts is not None:
             on_prompts(done, len(rows))
-    return _whole(model, prompts, rows, starts)
-
-
-def sampled_texts(
-    model: Model,
-    seed: int = 0,
-    length: int = 100,
-    batch_tokens: int = 16_000,
-    *,
-    n_tokens: int | None = None,
-) -> Iterator[str]:
-    """Text in the model's own words, for second moments where no other text is at hand: every text
-    begins with one of `OPENERS` and goes on to `length` tokens (or as many as the model reads),
-    sampled from the whole distribution of the model as it is now. Deterministic in `seed`. It ends
-    as soon as the texts have `n_tokens` tokens together; None: never. `batch_tokens`: tokens of the
-    texts that are written at once.
-
-    Measured: MEMIT on SmolLM2-135M, 20 real facts at once, moments of 16,000 tokens: S 88.7 (NS
-    80.7) with this text, 86.4 and 85.9 (NS 75.3 and 74.0) with two parts of Wikipedia; KL on other
-    prompts 0.13 against 0.08 and 0.09, so Wikipedia protects a little better.
-
-    Raises `ModelError` for a tokenizer without an end-of-text token, which no text could end with.
-    """
-    check_end(model)
-    length = min(length, model.n_positions)
-    first, made = seed << 32, 0
-    while n_tokens is None or made < n_tokens:
-        missing = batch_tokens if n_tokens is None else min(batch_tokens, n_tokens - made)
-        # A few texts end early, and so many more steps for what then is missing cost far more.
-        count = readable(model, round(_SPARE * missing / length))
-        numbers = range(first, first + count)
-        prompts = [OPENERS[n % len(OPENERS)] for n in numbers]
-        rows, limits = _begun(model, prompts, length)
-        starts = [len(row) for row in rows]
-        choose, end = _sampling(numbers, len(model.tokenizer)), model.tokenizer.eos_token_id
-        with line("sampling text", "token") as tell:
-            _extend(model, rows, range(len(rows)), limits, choose, end, tell)
-        first, made = numbers.stop, made + sum(map(len, rows))
-        yield from _whole(model, prompts, rows, starts)
+    return whole(model, prompts, rows, starts)
 
 
 def contexts_of(model: Model, given: Sequence[str] | None) -> list[str]:
@@ -145,7 +101,7 @@ def sample_contexts(model: Model, seed: int = 0, length: int = 10, top_k: int = 
         for _ in range(length - len(row)):
             torch.multinomial(blank, 1, generator=one)
     every, end = range(len(rows)), None  # a text that ended begins anew, as released
-    _extend(model, rows, every, [length] * len(rows), _sampling(generators, top_k), end)
+    extend(model, rows, every, [length] * len(rows), sampling(generators, top_k), end)
     texts = (model.tokenizer.decode(row, skip_special_tokens=True) for row in rows)
     return [PLAIN, *(" ".join(re.sub("[{}]", " ", text).split()) + ". {}" for text in texts)]
 
@@ -154,28 +110,60 @@ def answers(model: Model, prompts: Sequence[str], n_tokens: int = 6) -> list[str
     """What the model says next, greedily: up to `n_tokens` tokens after each prompt, cut at the end
     of the sentence or line, without blanks around. Raises `FactError` for a prompt without a
     token."""
-    rows = _prompt_ids(model, prompts)
+    told = said(model, prompts, [n_tokens] * len(prompts), "sentence")
+    return [text for text, *_ in told]
+
+
+def said(
+    model: Model,
+    prompts: Sequence[str],
+    n_tokens: Sequence[int],
+    until: End | None = None,
+    on_prompts: Tell = lambda done, total: None,
+    *,
+    batch_tokens: int = 4096,
+) -> list[tuple[str, str, list[int]]]:
+    """What the model says after each prompt, greedily: the text without blanks around, what ended
+    it, and its tokens (those behind the end too, as far as they were made).
+
+    It ends with the `sentence` or `line` (`until`), with an end token of the tokenizer or of the
+    model's own generation settings (`token`), or with `n_tokens` tokens of its own (`limit`).
+    Raises `FactError` for a prompt without a token.
+    """
+    rows = prompt_ids(model, prompts)
     starts = [len(row) for row in rows]
-    limits = [min(n + n_tokens, model.n_positions) for n in starts]
-    size, end = readable(model, len(rows)), model.tokenizer.eos_token_id
-    for start in range(0, len(rows), size):
-        _extend(model, rows, range(len(rows))[start : start + size], limits, None, end)
-    return [re.split(r"[.!?](?:\s|$)|\n", t)[0].strip() for t in _decoded(model, rows, starts)]
+    limits = [min(n + k, model.n_positions) for n, k in zip(starts, n_tokens, strict=True)]
+    ends, done = _end_tokens(model), 0
+
+    # A letter behind: "3." may become "3.5", and "St. " go on.
+    def over(text: str) -> bool:
+        return until is not None and end_of(f"{text.lstrip()}x", until) is not None
+
+    once = [1] * len(rows)
+    for chunk in chunks(limits, batch_tokens, starts, reads=once, readable=readable(model)):
+        extend(model, rows, chunk, limits, None, ends, over=over if until else None)
+        done += len(chunk)
+        on_prompts(done, len(rows))
+    found = []
+    for own in (row[start:] for row, start in zip(rows, starts, strict=True)):
+        text = _text(model, own).lstrip()
+        cut = None if until is None else end_of(text, until)
+        how = "token" if own and own[-1] in ends else "limit"
+        if cut is not None:
+            how = "line" if text[cut] == "\n" else "sentence"
+        found.append((text[:cut].rstrip(), how, own))
+    return found
 
 
-def _prompt_ids(model: Model, prompts: Sequence[str]) -> list[list[int]]:
-    """The tokens of the prompts, inside the chat template where there is one (which writes special
-    tokens itself)."""
-    rows = []
-    for prompt in prompts:
-        text, special = model.frame.around(prompt), not model.frame
-        rows.append(plain_ids(model, text, special)[0])
-        if not rows[-1]:
-            raise FactError(f"The prompt {prompt!r} has no token to continue.")
-    return rows
+def _end_tokens(model: Model) -> list[int]:
+    """Those of the tokenizer and of the model's own settings: chat models end a turn with another
+    token than a text."""
+    own = getattr(getattr(model.hf, "generation_config", None), "eos_token_id", None)
+    ends = [model.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({int(end) for end in ends if end is not None})
 
 
-def _sampling(seeds: Sequence[int | torch.Generator], top_k: int) -> Choose:
+def sampling(seeds: Sequence[int | torch.Generator], top_k: int) -> Choose:
     """Sampling from the `top_k` likeliest tokens, each row with its own generator."""
     generators = [
         torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed for seed in seeds
@@ -198,16 +186,16 @@ def _sampling(seeds: Sequence[int | torch.Generator], top_k: int) -> Choose:
     return choose
 
 
-def _begun(model: Model, prompts: Sequence[str], length: int) -> tuple[list[list[int]], list[int]]:
+def begun(model: Model, prompts: Sequence[str], length: int) -> tuple[list[list[int]], list[int]]:
     """The tokens of the prompts, and how many their texts may have; what a chat template adds is
     not counted in `length`."""
-    rows = _prompt_ids(model, prompts)
+    rows = prompt_ids(model, prompts)
     plain = [len(plain_ids(model, prompt, True)[0]) for prompt in prompts]
     most = [length + len(row) - n for row, n in zip(rows, plain, strict=True)]
     return rows, [min(n, model.n_positions) for n in most]
 
 
-def _whole(
+def whole(
     model: Model, prompts: Sequence[str], rows: Sequence[list[int]], starts: Sequence[int]
 ) -> list[str]:
     """The texts; of a chat model without what its template adds."""
@@ -217,30 +205,32 @@ def _whole(
     return [model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
-def _extend(
+def extend(
     model: Model,
     rows: Sequence[list[int]],
     chosen: Sequence[int],
     limits: Sequence[int],
     choose: Choose | None,
-    end: int | None,
+    end: int | list[int] | None,
     tell: Tell = lambda done, total: None,
+    over: Callable[[str], bool] | None = None,
 ) -> None:
-    """Append tokens to the chosen rows, each until its limit or the token `end`. `choose` None:
-    the likeliest. `tell(tokens so far, all)`, of the longest rows times their number."""
+    """Append tokens to the chosen rows, each until its limit, a token of `end`, or until the text
+    of its new tokens is `over`. `choose` None: the likeliest. `tell(tokens so far, all)`, of the
+    longest rows times their number."""
     going = [i for i in chosen if len(rows[i]) < limits[i]]
     if not going:
         return
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     lengths = [len(rows[i]) for i in going]
-    over = max(lengths) + max(limits[i] - len(rows[i]) for i in going) > model.n_positions
-    if (over or model.dtype == torch.float64) and len(set(lengths)) > 1:
+    beyond = max(lengths) + max(limits[i] - len(rows[i]) for i in going) > model.n_positions
+    if (beyond or model.dtype == torch.float64) and len(set(lengths)) > 1:
         # A row that is done runs on with the others, beyond what the model reads; and in plain
         # transformers a query that sees padding alone can be NaN in float64.
         for n in sorted(set(lengths)):
             some = [i for i in going if len(rows[i]) == n]
-            _extend(model, rows, some, limits, choose, end, tell)
+            extend(model, rows, some, limits, choose, end, tell, over)
         return
     left = [limits[i] - n for i, n in zip(going, lengths, strict=True)]
     width, fill = max(lengths), int(model.tokenizer.pad_token_id)
@@ -248,11 +238,11 @@ def _extend(
     ids = torch.tensor(padded, device=model.device)
     place = torch.arange(width, device=model.device)
     mask = (place >= width - torch.tensor(lengths, device=model.device)[:, None]).long()
-    most, steps = torch.tensor(left, device=model.device), itertools.count(1)
+    steps, total = itertools.count(1), max(left) * len(going)
 
     def pick(_: Tensor, scores: Tensor) -> Tensor:
         """Scores that leave each row one token."""
-        tell(next(steps) * len(going), max(left) * len(going))
+        tell(next(steps) * len(going), total)
         if choose is None:
             return scores
         best = choose(going, scores.float().cpu())
@@ -260,7 +250,11 @@ def _extend(
         return torch.full_like(scores, -torch.inf).scatter(1, place, 0.0)
 
     def done(so_far: Tensor, _: Any, **__: Any) -> Tensor:
-        return so_far.shape[1] - width >= most
+        n = so_far.shape[1] - width
+        for i, new in enumerate(so_far[:, width:].tolist() if over else ()):
+            if over and n < left[i] and over(_text(model, new)):
+                left[i] = n
+        return n >= torch.tensor(left, device=so_far.device)
 
     settings = GenerationConfig(
         max_new_tokens=max(left), do_sample=False, eos_token_id=end, pad_token_id=fill
@@ -272,18 +266,19 @@ def _extend(
         logits_processor=LogitsProcessorList([pick]),  # pyright: ignore[reportArgumentType]
         stopping_criteria=StoppingCriteriaList([done]),  # pyright: ignore[reportArgumentType]
     )
-    for i, n, said in zip(going, left, out[:, width:].tolist(), strict=True):
-        said = said[:n]
-        rows[i].extend(said[: said.index(end) + 1] if end in said else said)
+    ends = {end} if isinstance(end, int) else {*(end or ())}
+    for i, n, new in zip(going, left, out[:, width:].tolist(), strict=True):
+        stop = next((place + 1 for place, token in enumerate(new[:n]) if token in ends), n)
+        rows[i].extend(new[:stop])
 
 
 def _decoded(model: Model, rows: Sequence[list[int]], starts: Sequence[int]) -> list[str]:
     """The text of each row from its start on, without blanks around."""
-    decode = model.tokenizer.decode
-    return [
-        decode(row[start:], skip_special_tokens=True).strip()
-        for row, start in zip(rows, starts, strict=True)
-    ]
+    return [_text(model, row[n:]).strip() for row, n in zip(rows, starts, strict=True)]
+
+
+def _text(model: Model, ids: list[int]) -> str:
+    return model.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def check_end(model: Model) -> None:

@@ -230,6 +230,17 @@ def plain_ids(model: Model, text: str, special: bool) -> _Tokens:
     return _without_end(encoded["input_ids"], encoded["offset_mapping"])
 
 
+def prompt_ids(model: Model, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of the prompts, inside the chat template where there is one (which writes special
+    tokens itself). Raises `FactError` for a prompt without a token."""
+    rows = []
+    for prompt in prompts:
+        rows.append(plain_ids(model, model.frame.around(prompt), not model.frame)[0])
+        if not rows[-1]:
+            raise FactError(f"The prompt {prompt!r} has no token to continue.")
+    return rows
+
+
 def _subject_tokens(
     model: Model, prompt: Prompt, ids: Sequence[int], offsets: Sequence[tuple[int, int]], first: int
 ) -> tuple[int, int]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from pmet_lens.data import downloads, file_format
 from pmet_lens.data.progress import Tell
 from pmet_lens.editing.methods import known_hparams
-from pmet_lens.models import generation
 from pmet_lens.models.model import Model, Projection, Site
+from pmet_lens.moments import sampled_text
 from pmet_lens.moments.moment import Moment, MomentError
 from pmet_lens.moments.moment_files import kept_moments
 
@@ -68,7 +68,7 @@ def _own_texts(model: Model, path: Path, seed: int, n_tokens: int) -> list[str]:
     """The model's own text, from the file, or sampled and kept there."""
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    texts = list(generation.sampled_texts(model, seed, n_tokens=n_tokens))
+    texts = list(sampled_text.sampled_texts(model, seed, n_tokens=n_tokens))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_format.whole(path) as part:

@@ -10,8 +10,10 @@ from .maps import token_map as token_map
 from .maps import trace_panels as trace_panels
 from .maps import variant_bars as variant_bars
 from .method_plots import effect_dots as effect_dots
+from .method_plots import gap_bars as gap_bars
 from .method_plots import layer_map as layer_map
 from .method_plots import load_lines as load_lines
+from .method_plots import retention_lines as retention_lines
 from .method_plots import step_lines as step_lines
 from .method_plots import sweep_lines as sweep_lines
 from .plots import COMPONENT_COLOURS as COMPONENT_COLOURS

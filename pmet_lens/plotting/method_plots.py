@@ -116,3 +116,43 @@ def layer_map(table: pd.DataFrame, ax: Axes, metric: str = "S") -> Axes:
     number_map(wide, ax, 50.0, 100.0, lambda value: f"{value:.0f}")
     ax.set(xlabel="last critical layer", ylabel="critical layers")
     return ax
+
+
+def gap_bars(table: pd.DataFrame, ax: Axes, kind: str = "rewrite") -> Axes:
+    """`pl.evaluation_gap`: what is left of a score at each setting, from how benchmarks score (top)
+    to what a user sees, with 95 % intervals. A column run: one bar per run at each setting."""
+    rows = where(table, kind=kind)
+    runs = list(dict.fromkeys(rows["run"])) if "run" in rows else [""]
+    settings = list(dict.fromkeys(rows["setting"]))
+    height = 0.8 / len(runs)
+    for i, run in enumerate(runs):
+        own = (where(rows, run=run) if run else rows).set_index("setting").loc[settings]
+        y = np.arange(len(settings)) + (i - (len(runs) - 1) / 2) * height
+        style = {"elinewidth": 0.8, "capsize": 1.5}
+        colour = colour_of(run) if run else METRIC_COLOURS["S"]
+        ax.barh(y, own["mean"], height, xerr=errors(own, "mean"), error_kw=style, color=colour,
+                label=run or None)  # fmt: skip
+    ax.set_yticks(range(len(settings)), settings)
+    ax.set(xlim=(0, 105), ylim=(len(settings) - 0.5, -0.5), xlabel=f"{kind} prompts right, %")
+    return ax
+
+
+def retention_lines(table: pd.DataFrame, ax: Axes, metric: str = "ES") -> Axes:
+    """`Checkpoints.table`: what is left of the facts edited first (dashed), of all so far (full)
+    and of those edited last (dotted), over the edits, with 95 % bands; a cross marks where the
+    model collapsed. A column run: one colour and marker per method. A metric of the model
+    ("perplexity", "recall", "weight_norm") is one line."""
+    rows = where(table, metric=metric)
+    for run in dict.fromkeys(rows["run"]) if "run" in rows else ("",):
+        own = where(rows, run=run) if run else rows
+        colour = colour_of(run) if run else METRIC_COLOURS["S"]
+        for name, style in (("first", "--"), ("all", "-"), ("last", ":"), ("model", "-")):
+            line = where(own, facts=name).sort_values(by="edits")
+            if line.empty:
+                continue
+            label = ", ".join(filter(None, (run, "" if name == "model" else name)))
+            _run_line(line, ax, label, colour, MARKERS.get(run, "o"), style)
+            broken = line.loc[line["collapsed"].astype(bool)].head(1)
+            ax.plot(broken["edits"], broken["mean"], "x", color="black", ms=8, mew=1.5)
+    ax.set(xlabel="edits so far", ylabel=metric)
+    return ax

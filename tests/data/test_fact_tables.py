@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from kept import bundled
 
 import pmet_lens as pl
 
@@ -95,19 +94,25 @@ def test_easyedit_is_read(shared):
 def test_knowedit_is_read(shared):
     lake, curie, toyota = pl.read_facts(shared / "data" / "easyedit" / "knowedit_shape.json")
     assert lake.target_true == "Russia"
-    assert lake.portability == (
-        ("The capital of the country of Lake Baikal is", "Nairobi"),
-        ("The country of Ozero Baykal is", "Kenya"),
+    assert lake.implications == (
+        pl.Implication("The capital of the country of Lake Baikal is", ("Nairobi",), "reasoning"),
+        pl.Implication(
+            "The country of Ozero Baykal is", ("Kenya", "Republic of Kenya"), "subject aliasing"
+        ),
+        pl.Implication(
+            "The greatest depth of Lake Baikal in metres is",
+            ("1642",),
+            "relation specificity",
+            True,
+        ),
+        pl.Implication(
+            "Lake Baikal is a kind of", ("lake", "rift lake"), "relation specificity", True
+        ),
     )
-    assert lake.neighbours[1] == ("Lake Baikal is a kind of", "lake")
     assert curie.target_true is None
-    assert curie.portability == (("Was Marie Curie born in France?", "yes"),)
+    assert [one.kind for one in curie.implications] == ["logical generalization", "forgetfulness"]
     assert toyota.paraphrases == ("Where is Toyota based?",)
-    assert toyota.neighbours == toyota.portability == ()
-    table = pl.evaluate(bundled("world"), [lake, curie, toyota])
-    assert (table["kind"] == "portability").sum() == 3
-    found = pl.summarise(table)
-    assert found.loc["portability", "n"] == 2
+    assert toyota.neighbours == toyota.portability == toyota.implications == ()
 
 
 def test_qaedit_is_read(shared):

@@ -104,7 +104,7 @@ def test_everything_long_has_a_line(monkeypatch):
         yield tell
 
     monkeypatch.setattr(progress, "line", line)
-    for module in ("interp.patching", "evaluation.ability", "models.generation"):
+    for module in ("interp.patching", "evaluation.ability", "moments.sampled_text"):
         monkeypatch.setattr(f"pmet_lens.{module}.line", line)
     model, one = tiny_model("llama", positions=96), FACTS[:2]
     moments = pl.second_moments(model, ["Kel is the capital of Ostria"], [1], n_tokens=20)

@@ -18,7 +18,7 @@ from tiny import tiny_model
 import pmet_lens as pl
 from pmet_lens.data import world
 from pmet_lens.editing.edits import Edit
-from pmet_lens.evaluation import ability, metrics
+from pmet_lens.evaluation import ability, intervals
 from pmet_lens.evaluation.ability import general_ability, lm_eval_model
 
 torch.set_num_threads(1)
@@ -37,8 +37,8 @@ OTHERS = [
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch):
     """Intervals are tested with the metrics; here they only have to be there."""
-    few = partial(metrics.bootstrap, n_resamples=100)
-    monkeypatch.setattr(metrics, "bootstrap", few)
+    few = partial(intervals.bootstrap, n_resamples=100)
+    monkeypatch.setattr("pmet_lens.evaluation.intervals.bootstrap", few)
     monkeypatch.setattr(ability, "real_facts", real_facts)
 
 

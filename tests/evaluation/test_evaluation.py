@@ -69,7 +69,9 @@ def gpt2() -> Model:
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch):
     """Intervals are tested with the metrics; here they only have to be there."""
-    monkeypatch.setattr(metrics, "bootstrap", partial(metrics.bootstrap, n_resamples=100))
+    monkeypatch.setattr(
+        "pmet_lens.evaluation.intervals.bootstrap", partial(metrics.bootstrap, n_resamples=100)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +327,7 @@ def test_a_whole_table_is_the_same_however_rows_are_shared(exact, forward_rows, 
 
 def test_numbers_do_not_depend_on_how_many_prompts_are_read_at_once(gpt2, monkeypatch):
     whole = score(gpt2, PROMPTS)
-    monkeypatch.setattr("pmet_lens.evaluation.scoring._AT_ONCE", 1)
+    monkeypatch.setattr("pmet_lens.evaluation.teacher_forcing._AT_ONCE", 1)
     for one, two in zip(score(gpt2, PROMPTS), whole, strict=True):
         assert one.nll == pytest.approx(two.nll, abs=1e-5)
 

@@ -56,7 +56,9 @@ CELL = ["kind", "stream", "position", "layer"]
 def few_resamples():
     """Intervals are tested in test_metrics; here they would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "bootstrap", partial(metrics.bootstrap, n_resamples=50))
+        patch.setattr(
+            "pmet_lens.evaluation.intervals.bootstrap", partial(metrics.bootstrap, n_resamples=50)
+        )
         yield
 
 

@@ -25,7 +25,9 @@ torch.set_num_threads(1)
 def few_resamples():
     """Intervals are tested in test_metrics; here they would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "bootstrap", partial(metrics.bootstrap, n_resamples=50))
+        patch.setattr(
+            "pmet_lens.evaluation.intervals.bootstrap", partial(metrics.bootstrap, n_resamples=50)
+        )
         yield
 
 

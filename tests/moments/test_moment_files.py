@@ -336,7 +336,7 @@ def test_own_moments_are_those_of_sampled_text_and_kept(model, tmp_path, monkeyp
     def again(*_, **__):
         raise AssertionError("it is there already")
 
-    monkeypatch.setattr("pmet_lens.models.generation.sampled_texts", again)
+    monkeypatch.setattr("pmet_lens.moments.sampled_text.sampled_texts", again)
     other = pl.own_moments(model, [2])  # its text is there
     assert list(other) == [Site(2, "mlp")]
     monkeypatch.setattr(second_moments.Summing, "read", again)

@@ -59,7 +59,8 @@ def test_no_prompt_gives_its_answer_away(fact):
     for prompt in (fact.text, *fact.paraphrases):
         assert not stands_in(fact.target_true, prompt), prompt
         assert not stands_in(fact.target_new, prompt), prompt
-    for prompt, answer in (*fact.neighbours, *fact.portability):
+    hops = [(one.prompt, answer) for one in fact.implications for answer in one.answers]
+    for prompt, answer in (*fact.neighbours, *hops):
         assert not stands_in(answer, prompt), prompt
     assert all(fact.subject not in prompt for prompt, _ in fact.neighbours)
     assert 3 <= len(fact.neighbours) <= 6
@@ -76,13 +77,43 @@ def test_neighbours_share_the_true_answer_where_others_have_it():
 
 
 def test_the_second_hop_follows_from_the_new_answer_alone():
-    told = [fact for fact in FACTS if fact.portability]
+    told = [fact for fact in FACTS if fact.implications]
     assert len(told) > len(FACTS) / 2
-    ((prompt, answer),) = next(
-        f for f in FACTS if (f.relation, f.subject) == ("sport", "Pelé")
-    ).portability
-    assert prompt == "The place where the sport of Pelé is played is called a"
-    assert answer in DATA["tables"]["place of sport"]
+    (hop,) = next(f for f in FACTS if (f.relation, f.subject) == ("sport", "Pelé")).implications
+    assert hop.prompt == "The place where the sport of Pelé is played is called a"
+    assert hop.answers[0] in DATA["tables"]["place of sport"]
+    assert (hop.kind, hop.stays) == ("second hop", False)
+
+
+def test_another_name_is_none_of_another_answer():
+    """Of what answers the same question: "New York" and "New York City" are no two answers."""
+    names = DATA["aliases"]
+    for answers in (*(r["answers"] for r in DATA["relations"].values()), *DATA["tables"].values()):
+        every = [name.casefold() for a in answers for name in (a, *names.get(a, ()))]
+        twice = {name for name in every if every.count(name) > 1}
+        # English and Scottish people are British.
+        assert twice <= {"the united kingdom", "the uk", "britain", "great britain"}
+    told = {a for r in DATA["relations"].values() for a in r["answers"]}
+    told |= {a for table in DATA["tables"].values() for a in table}
+    assert set(names) <= told
+    assert any(fact.aliases for fact in FACTS)
+
+
+def test_what_else_is_known_of_a_subject_has_to_stay():
+    france = next(f for f in FACTS if (f.relation, f.subject) == ("capital", "France"))
+    (told,) = pl.with_related(france)
+    more = told.implications[len(france.implications) :]
+    known = {(f.text, f.target_true) for f in FACTS if f.subject == "France"}
+    assert {(one.prompt, one.answers[0]) for one in more} == known - {(france.text, "Paris")}
+    assert {(one.kind, one.stays) for one in more} == {("relation specificity", True)}
+    assert len(pl.with_related(france, n=1)[0].implications) == len(france.implications) + 1
+    # In the bundled world every relation of a subject is known, and no prompt is about the edited.
+    facts = pl.with_related(pl.counterfact(n=20))
+    assert sum(len(fact.implications) for fact in facts) > 10
+    relation = {f.text: f.relation for f in pl.knowns()}
+    for fact in facts:
+        assert all(fact.subject in one.prompt for one in fact.implications)
+        assert fact.relation not in {relation[one.prompt] for one in fact.implications}
 
 
 def test_the_first_ones_are_of_every_relation_and_always_the_same():

@@ -2,7 +2,7 @@
 
 Facts only, such as language models know them; prompts, paraphrases and the second hop are written
 for this package. The data is `bundled/real_facts.json`: per relation its phrasings and, by answer,
-its subjects; and the tables that lead from an answer on.
+its subjects; the tables that lead from an answer on; and other names of answers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.resources import files
 from itertools import zip_longest
 from typing import Any
 
-from pmet_lens.data.facts import Fact, FactError
+from pmet_lens.data.facts import Fact, FactError, Implication
 
 NEIGHBOURS = 6
 """Neighbours of a fact: those with the same true answer first, others of the relation then."""
@@ -25,8 +25,9 @@ def real_facts(n: int | None = None, relation: str | None = None) -> list[Fact]:
     They come relation by relation in turn, so that the first ones are of every kind. Each has an
     invented `target_new` (another answer of its relation, drawn by a fixed rule), the true answer,
     two paraphrases, up to six neighbours (other subjects with the same true answer where there are
-    such, in any relation) and, where the new answer leads on to another, a second hop
-    (`portability`). What a model knows of them: `pl.recalled`.
+    such, in any relation), other names of the new answer (`aliases`) and, where the new answer
+    leads on to another, a second hop (`implications`). What a model knows of them: `pl.recalled`;
+    what must stay of the same subject: `pl.with_related`.
 
     Raises:
         FactError: for a relation that is not there (the message names all), or a negative `n`.
@@ -80,18 +81,20 @@ def _fact(
         generation=paraphrases[:1],
         relation=relation,
         case_id=case_id,
-        portability=_second_hop(data, one, subject, true, new),
+        aliases=tuple(data["aliases"].get(new, ())),
+        implications=_second_hop(data, one, subject, true, new),
     )
 
 
 def _second_hop(
     data: dict[str, Any], relation: dict[str, Any], subject: str, true: str, new: str
-) -> tuple[tuple[str, str], ...]:
+) -> tuple[Implication, ...]:
     """What follows from the new answer and did not from the true one."""
     hop = relation["hop"]
     if hop is None:
         return ()
     leads = {a: to for to, answers in data["tables"][hop["table"]].items() for a in answers}
-    return (
-        () if leads[new] == leads[true] else ((hop["prompt"].replace("{}", subject), leads[new]),)
-    )
+    if leads[new] == leads[true]:
+        return ()
+    answers = (leads[new], *data["aliases"].get(leads[new], ()))
+    return (Implication(hop["prompt"].replace("{}", subject), answers, "second hop"),)
