@@ -21,6 +21,8 @@ COLUMNS = ("edits", "facts", *("metric", *metrics.INTERVAL), "collapsed")
 OTHERS = 200
 """Facts that nobody edits, of which is asked how many the model still recalls."""
 
+ADVICE = "Take fewer edits, more of them at once, protect=True, or a larger λ."
+
 
 @dataclass
 class Checkpoints:
@@ -32,7 +34,8 @@ class Checkpoints:
 
     A checkpoint asks the facts edited *first*, those edited *last* and *all* so far, and looks at
     the model: perplexity of a fixed text, recall of facts that nobody edits, and how much the
-    written weights have grown. It warns, once, as soon as the model collapses.
+    written weights have grown. It warns, once each, as soon as the model collapses or a weight has
+    outgrown itself.
     """
 
     every: int | Sequence[int] = 100
@@ -51,9 +54,11 @@ class Checkpoints:
     edited; an empty list: none."""
     collapse: float = 3.0
     """The model has collapsed where perplexity is more than so many times what it was, or not
-    finite, …"""
-    growth: float = 2.0
-    """… or where a written weight has more than so many times its Frobenius norm."""
+    finite."""
+    growth: float = 10.0
+    """The Frobenius norm of a written weight, as a multiple of what it was, beyond which it also
+    warns: it foretells a collapse, and is none by itself (the bundled models keep perplexity and
+    other facts at 4 times)."""
     table: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(COLUMNS)))
     """What was found so far, one row per number of edits, facts ("first", "last", "all", or "model"
     for what is not about edited facts) and metric: edits, facts, metric, mean, ci_low, ci_high (95
@@ -85,7 +90,7 @@ class Watch:
         self.norms = {site: float(model.weight(site).norm()) for site in sites}
         self.texts = None if of.texts is None else list(of.texts)
         self.others = _others(model, facts) if of.others is None else listed(of.others)
-        self.why = ""
+        self.collapsed = self.outgrown = False
         self.first = self._model()
         self._keep(0, {"model": self.first})
 
@@ -108,14 +113,7 @@ class Watch:
             for name, facts in asked.items()
         }
         state = self._model()
-        if not self.why:
-            self.why = self._broken(state)
-            if self.why:
-                warnings.warn(
-                    f"After {done} of {len(self.facts)} facts {self.why}: the model collapses. "
-                    "Take fewer edits, more of them at once, protect=True, or a larger λ.",
-                    stacklevel=3,
-                )
+        self._warn(f"After {done} of {len(self.facts)} facts", state)
         self._keep(done, {**found, "model": state})
 
     def _model(self) -> pd.DataFrame:
@@ -129,28 +127,39 @@ class Watch:
         found.loc["weight_norm"] = [grown, grown, grown, len(self.norms)]
         return found
 
-    def _broken(self, state: pd.DataFrame) -> str:
-        """In words, what has broken; empty where nothing has."""
-        grown = float(state.loc["weight_norm", "mean"])  # type: ignore[arg-type]
-        if not grown <= self.of.growth:
-            return f"a written weight has {grown:.1f} times its norm (limit {self.of.growth:g})"
-        if "perplexity" not in state.index:
-            return ""
-        now, then = (float(t.loc["perplexity", "mean"]) for t in (state, self.first))  # type: ignore[arg-type]
-        if now <= self.of.collapse * then:
-            return ""
-        return f"perplexity is {now:.4g} and was {then:.4g} (limit {self.of.collapse:g} times)"
+    def _warn(self, when: str, state: pd.DataFrame) -> None:
+        """Say once what has broken, and once what has grown."""
+        grown = _mean(state, "weight_norm")
+        if not self.outgrown and not grown <= self.of.growth:
+            self.outgrown = True
+            warnings.warn(
+                f"{when} a written weight has {grown:.1f} times its norm (limit "
+                f"{self.of.growth:g}): a collapse may follow. {ADVICE}",
+                stacklevel=5,
+            )
+        now, then = _mean(state, "perplexity"), _mean(self.first, "perplexity")
+        if "perplexity" in state.index and not (self.collapsed or now <= self.of.collapse * then):
+            self.collapsed = True
+            warnings.warn(
+                f"{when} perplexity is {now:.4g} and was {then:.4g} (limit {self.of.collapse:g} "
+                f"times): the model collapses. {ADVICE}",
+                stacklevel=5,
+            )
 
     def _keep(self, edits: int, tables: dict[str, pd.DataFrame]) -> None:
         frames = [
             pd.DataFrame(table).rename_axis("metric").reset_index().assign(
-                edits=edits, facts=name, collapsed=bool(self.why)
+                edits=edits, facts=name, collapsed=self.collapsed
             )
             for name, table in tables.items()
         ]  # fmt: skip
         kept = [self.of.table] if len(self.of.table) else []
         table = pd.concat([*kept, *frames], ignore_index=True)
         self.of.table = table.reindex(columns=list(COLUMNS))
+
+
+def _mean(table: pd.DataFrame, metric: str) -> float:
+    return float(table["mean"].get(metric, math.nan))
 
 
 def _others(model: Model, edited: Sequence[Fact]) -> list[Fact]:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import common
+import free_answers
 import make
 import manifest
 import model_page
@@ -24,6 +25,8 @@ import redraw
 import study
 import torch
 from matplotlib.figure import Figure
+from planted import plant
+from tiny import tiny_model
 from tqdm import tqdm
 
 import pmet_lens as pl
@@ -137,6 +140,45 @@ def test_a_table_of_a_model_that_was_cut_goes_on(tmp_path, monkeypatch):
     assert file.exists()
     for name in ("trace", "scores", "checks"):
         pd.testing.assert_frame_equal(again[name], tables[name])
+
+
+def test_the_page_and_the_figure_of_free_answers_are_those_of_their_tables(tmp_path):
+    """Made from an untrained model whose free answers are planted: right, and then in a frame."""
+    facts = [
+        pl.Fact("Mira Tolan", "{} plays", "rugby", "tennis", ("The sport of Mira Tolan is",),
+                implications=(pl.Implication("Her ball is", ("oval",)),)),
+        pl.Fact("Kel", "{} is in", "Ostria", "Vell"),
+    ]  # fmt: skip
+    study = free_answers.Study.__new__(free_answers.Study)
+    study.model, study.facts, study.folder = tiny_model("gpt2"), facts, tmp_path
+    frame = "Question: {}\nAnswer:"
+    for method, said in (("unedited", " no"), ("MEMIT", " rugby")):
+        study.model = tiny_model("gpt2")
+        prompts = pl.evaluate(study.model, facts)["prompt"]
+        plant(
+            study.model,
+            dict.fromkeys(prompts, said) | {frame.replace("{}", p): " no" for p in prompts},
+        )
+        for name, how in (("as edited", pl.Asking()), ("framed", pl.Asking(frame=frame))):
+            study.kept(f"{name} {method}", lambda how=how: study.rows(how))
+        study.kept(f"gap {method}", lambda: pl.evaluation_gap(study.model, facts, pl.Asking(frame)))
+    watch = pl.Checkpoints(every=1, free=True, texts=["Mira Tolan plays."], others=())
+    look = watch.begin(study.model, facts, [pl.Site(1, "mlp")])
+    look(1)
+    look(2)
+    study.kept("retention MEMIT", lambda: watch.table)
+    study.kept("retention MEMIT", lambda: pytest.fail("it was there"))
+    table = free_answers.scores(tmp_path, ("unedited", "MEMIT"))
+    found = table.set_index(["method", "asked", "metric"])["mean"]
+    assert found["MEMIT", "as edited", "EF"] == 50
+    assert found["MEMIT", "framed", "EF"] == found["unedited", "as edited", "EF"] == 0
+    assert ("MEMIT", "framed", "ES") not in found.index
+    text = free_answers.page(table, "gpt2", 2, "made")
+    assert "of the free answers 50 % hold the new one, 0 % of those inside a frame." in text
+    assert "| free portability (second hop) | 0.0 [0.0, 0.0] | 0.0" in text
+    axes = free_answers.draw(tmp_path).axes
+    assert [len(ax.patches) for ax in axes[:2]] == [5, 5]
+    assert [*axes[2].get_lines()[0].get_xdata()] == [1, 2]
 
 
 @pytest.mark.parametrize(
