@@ -16,6 +16,10 @@ class RayActorError(RayError):
     pass
 
 
+class ActorUnavailableError(RayActorError):
+    pass
+
+
 class GetTimeoutError(RayError):
     pass
 
@@ -57,13 +61,22 @@ class Here(ModuleType):
         super().__init__("ray")
         self.__spec__ = ModuleSpec("ray", None)
         self.exceptions = SimpleNamespace(
-            RayError=RayError, RayActorError=RayActorError, GetTimeoutError=GetTimeoutError
+            RayError=RayError,
+            RayActorError=RayActorError,
+            ActorUnavailableError=ActorUnavailableError,
+            GetTimeoutError=GetTimeoutError,
         )
         self.started: list[tuple[Actor, dict[str, Any]]] = []
         self.killed: list[Actor] = []
 
     def is_initialized(self) -> bool:
         return True
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: "here")
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "NodeID": "here", "Resources": self.cluster_resources()}]
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 1.0}
@@ -85,7 +98,9 @@ class Here(ModuleType):
     def get(self, asked: Any, timeout: float | None = None) -> Any:
         return asked.value() if isinstance(asked, Reference) else [a.value() for a in asked]
 
-    def wait(self, references: Sequence[Reference], num_returns: int = 1) -> Any:
+    def wait(
+        self, references: Sequence[Reference], num_returns: int = 1, timeout: float | None = None
+    ) -> Any:
         return references[:num_returns], references[num_returns:]
 
     def kill(self, actor: Actor) -> None:

@@ -159,7 +159,8 @@ class Watch:
 
 
 def _mean(table: pd.DataFrame, metric: str) -> float:
-    return float(table["mean"].get(metric, math.nan))
+    found: pd.Series = table["mean"]
+    return float(found.to_dict().get(metric, math.nan))
 
 
 def _others(model: Model, edited: Sequence[Fact]) -> list[Fact]:

@@ -25,7 +25,14 @@ from grids import read_once as read_once
 
 import pmet_lens as pl
 from pmet_lens.data import file_format
-from pmet_lens.experiments import ray_engine, scheduler, store, target_files, worker
+from pmet_lens.experiments import (
+    ray_engine,
+    remote_worker,
+    scheduler,
+    store,
+    target_files,
+    worker,
+)
 from pmet_lens.experiments import tasks as shards
 from pmet_lens.experiments.grid import GridError
 from pmet_lens.experiments.worker import Outcome, WorkerInfo
