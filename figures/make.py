@@ -16,10 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import common
 import manifest
 import pandas as pd
+import torch
 from common import (
     EDITED,
     HERE,
@@ -107,7 +109,8 @@ def run_model(sizes: tuple[int, int], name: str, place: int) -> pd.DataFrame:
     progress.stage(f"{name}: second moments and the unedited model")
     contexts = pl.sample_contexts(model)
     layers = sorted({n for m in ("PMET", "MEMIT") for n in pl.HPARAMS[name][m].layers})
-    moments = pl.second_moments(model, pl.texts(), layers, projections=("mlp",))
+    how: Any = {"projections": ("mlp",), "dtype": torch.float32}
+    moments = pl.second_moments(model, pl.texts(), layers, **how)
     others = experiments.others_of(world, facts[:few])
     tables = {("unedited", few): experiments.measure(model, facts[:few], None, others)}
     progress.done()
