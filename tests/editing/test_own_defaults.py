@@ -128,7 +128,7 @@ def test_an_edit_tells_how_many_facts_are_answered(world_moments) -> None:
     world, facts, moments = bundled("world"), pl.counterfact(n=3), world_moments("world")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        edit = pl.edit(world, facts, moments)
+        edit = pl.edit(world, facts, moments, hparams=pl.hparams_for(world, "PMET").fast())
     with edit.applied(world):
         said = pl.evaluate(world, facts).query("kind == 'rewrite'")["correct"].sum()
     assert edit.answered == said >= 2
