@@ -149,8 +149,8 @@ def test_the_version_is_said_once():
 def test_continuous_integration_runs_the_commands_of_the_readme():
     path = ROOT / ".ci" / "run"
     assert os.access(path, os.X_OK)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    commands = [line for line in lines if line.startswith("make ")]
+    script = path.read_text(encoding="utf-8")
+    commands = re.findall(r"^ *(make [a-z-]+)", script, re.MULTILINE)
     assert {"make coverage", "make test-browser", "make docs"} <= set(commands)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [command for command in commands if f"`{command}`" not in readme] == []
