@@ -16,6 +16,11 @@ from typing import Any
 
 BEFORE = "83a39eb"
 """The commit against which the waits are measured: the package before it met a real model."""
+FIELDS = (
+    "subject", "prompt", "target_new", "target_true", "paraphrases", "neighbours", "attributes",
+    "generation", "relation", "case_id", "benchmark",
+)  # fmt: skip
+"""Of a `Fact`: what both versions know."""
 LAYERS = (2, 3, 4, 5, 6, 7)
 TOKENS = 15_000
 """About ten per dimension of a key of SmolLM2 (1,536)."""
@@ -30,10 +35,7 @@ class Waits:
         self.pl, self.path = pl, model
         self.model = pl.load(model)
         rows = json.loads(Path(facts).read_text(encoding="utf-8"))
-        pairs = ("neighbours", "paraphrases", "generation")
-        self.facts = [
-            pl.Fact(**{k: _tuples(v) if k in pairs else v for k, v in row.items()}) for row in rows
-        ]
+        self.facts = [pl.Fact(**{k: _tuples(v) for k, v in row.items()}) for row in rows]
         self.texts = Path(texts).read_text(encoding="utf-8").splitlines()
         self.hparams = pl.Hparams(layers=LAYERS, second_moment_weight=20.0)
         self.kept: dict[str, Any] = {}
