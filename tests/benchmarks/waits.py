@@ -60,12 +60,12 @@ class Waits:
         self._edit(self.some(1, round_))
 
     def edits(self, round_: int) -> None:
-        self._edit(self.some(5, round_))
+        self._edit(self.some(3, round_))
 
     def fast(self, round_: int) -> None:
         """The version before has only the published steps."""
         fast = getattr(self.hparams, "fast", lambda: self.hparams)
-        self._edit(self.some(5, round_), fast())
+        self._edit(self.some(3, round_), fast())
 
     def _edit(self, facts: list[Any], hparams: Any = None) -> None:
         if "contexts" not in self.kept:
@@ -78,13 +78,13 @@ class Waits:
         )
 
     def suggest(self, round_: int) -> None:
-        self.pl.suggest_hparams(self.model, self.some(3, round_))
+        self.pl.suggest_hparams(self.model, self.some(2, round_))
 
     def trace(self, round_: int) -> None:
         self.pl.causal_trace(self.model, self.some(1, round_))
 
     def lens(self, round_: int) -> None:
-        self.pl.lens(self.model, self.some(2, round_))
+        self.pl.lens(self.model, self.some(1, round_))
 
     def similarity(self, round_: int) -> None:
         self.pl.component_similarity(self.model, self.some(10, round_))
