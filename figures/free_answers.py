@@ -153,6 +153,20 @@ def page(table: pd.DataFrame, model: str, n: int, made: str) -> str:
     return "\n".join([head, "", *said, "", *lines, "", made, ""])
 
 
+def seen(table: pd.DataFrame, model: str, n: int, made: str) -> str:
+    """The few of the scores that the README shows: what benchmarks say, and what a user sees."""
+    columns = {name: ("as edited", name) for name in ("ES", "PS", "NS", "EA")}
+    columns |= {"free": ("as edited", "EF"), "free, in a frame": ("framed", "EF")}
+    cells = table.set_index(["method", "asked", "metric"])
+    lines = ["| method | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    for method in dict.fromkeys(table["method"]):
+        found = [cells.loc[(method, *place)] for place in columns.values()]
+        row = [f"{c['mean']:.0f} [{c['ci_low']:.0f}, {c['ci_high']:.0f}]" for c in found]
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    said = f"{model}, {n} real facts that it knows, at once; per cent, 95 % intervals over facts."
+    return "\n".join([*lines, "", f"{said} {made}", ""])
+
+
 def draw(folder: Path) -> Figure:
     """What each help is worth, on edited prompts and on paraphrases; what is left in a row."""
     methods = [p.stem.partition(" ")[2] for p in sorted(folder.glob("retention *.csv"))]
@@ -198,6 +212,8 @@ def main() -> None:
     steps = ", fast targets" * args.fast
     text = page(table, args.model + steps, len(study.facts), made)
     (study.folder / "free_answers.md").write_text(text, encoding="utf-8")
+    few = seen(table, args.model + steps, len(study.facts), made)
+    (study.folder / "seen.md").write_text(few, encoding="utf-8")
     make(draw, "fig_free_answers", study.folder, study.folder)
 
 
