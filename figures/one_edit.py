@@ -11,20 +11,21 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from textwrap import shorten
 
 import manifest
 import numpy as np
 import pandas as pd
 import real
-from common import HERE, OUT, make, read
+from common import HERE, OUT, make, of, read
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
 
-SUBJECT, METHOD, NEIGHBOURS = "Louvre", "MEMIT", 5
+SUBJECT, METHOD, SHOWN = "Louvre", "MEMIT", 7
 STATES = ("before", "with the edit", "undone")
-NEW, TRUE, SAME = "#D55E00", "#0072B2", "#555555"
-WORDS = 5
+NEW, TRUE, OTHER = "#D55E00", "#0072B2", "#555555"
+PLACES, LETTERS = (3.55, 5.75, 7.95), 29
 
 
 def study(subject: str, method: str) -> pd.DataFrame:
@@ -58,25 +59,24 @@ def draw(folder: Path) -> Figure:
     table = read(folder, "one_edit")
     new, true = table["new"].iloc[0], table["true"].iloc[0]
     prompts = list(dict.fromkeys(table["prompt"]))
-    prompts = prompts[: 2 + NEIGHBOURS]
+    prompts = prompts[:SHOWN]
     fig = Figure(figsize=(8.0, 0.5 + 0.3 * len(prompts)))
     ax = fig.subplots()
     ax.set(xlim=(0, 10), ylim=(len(prompts) - 0.4, -1.0))
     ax.axis("off")
-    places = (4.5, 6.4, 8.3)
-    for x, state in zip(places, STATES, strict=True):
+    kinds = table.drop_duplicates("prompt").set_index("prompt")["kind"]
+    for x, state in zip(PLACES, STATES, strict=True):
         ax.text(x, -0.75, state, weight="bold", va="center")
     for y, prompt in enumerate(prompts):
-        kind = table[table["prompt"] == prompt]["kind"].iloc[0]
-        ax.text(0, y, f"{prompt} …", va="center", weight="bold" if kind == "rewrite" else "normal")
-        for x, state in zip(places, STATES, strict=True):
-            row = table[(table["prompt"] == prompt) & (table["state"] == state)].iloc[0]
-            words = str(row["answer"]).split()
-            text = " ".join(words[:WORDS]) if len(" ".join(words[:WORDS])) < 22 else words[0]
-            colour = NEW if new in str(row["answer"]) else TRUE if true in text else SAME
+        weight = "bold" if kinds[prompt] == "rewrite" else "normal"
+        ax.text(0, y, f"{prompt} …", va="center", weight=weight)
+        for x, state in zip(PLACES, STATES, strict=True):
+            said = of(table, prompt=prompt, state=state)["answer"].iloc[0]
+            text = shorten(said, LETTERS, placeholder=" …")
+            colour = NEW if new in text else TRUE if true in text else OTHER
             ax.text(x, y, text, va="center", color=colour)
     ax.axhline(-0.4, color="#999999", lw=0.6)
-    ax.axhline(1.5, color="#CCCCCC", lw=0.6)
+    ax.axhline((kinds[prompts] != "neighbour").sum() - 0.5, color="#CCCCCC", lw=0.6)
     return fig
 
 
