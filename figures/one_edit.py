@@ -25,7 +25,7 @@ import pmet_lens as pl
 SUBJECT, METHOD, SHOWN = "Louvre", "MEMIT", 7
 STATES = ("before", "with the edit", "undone")
 NEW, TRUE, OTHER = "#D55E00", "#0072B2", "#555555"
-PLACES, LETTERS = (3.55, 5.75, 7.95), 29
+PLACES, LETTERS = (3.55, 5.75, 7.95), 25
 
 
 def study(subject: str, method: str) -> pd.DataFrame:
