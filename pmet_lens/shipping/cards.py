@@ -70,7 +70,7 @@ def text(
         MARK,
         f"# {plain(name)}, edited",
         f"{what} {len(facts)} fact{'' if len(facts) == 1 else 's'} of `{name}` changed with "
-        "[pmet_lens](https://arxiv.org/abs/2308.08742); every other weight is that of the base.",
+        "`pmet_lens`; every other weight is that of the base.",
         "## What was edited",
         _facts(facts),
         "## How",

@@ -132,7 +132,7 @@ def layout(path: Path) -> Layout:
     starts = sorted({offset for *_, offset in listed} | {size - data_at})
     after = dict(itertools.pairwise(starts))
     entries = {
-        name: Entry(name, dims, kind, offset, after.get(offset, 0))
+        name: Entry(name, dims, kind, offset, after.get(offset, offset) - offset)
         for name, dims, kind, offset in listed
     }
     for entry in entries.values():

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CONTEXTS, bits, unchanged
+from cases import bits, unchanged
 from safetensors.torch import load_file, save_file
 from small_gguf import written
 from tiny import refused
 
 import pmet_lens as pl
+from pmet_lens.editing.edit_files import origin
 from pmet_lens.shipping import cards, checkpoints, undoing
 
 torch.set_num_threads(1)
@@ -22,7 +23,7 @@ FACTS = (
     pl.Fact("Ilmar", "The tower of {} stands in the city of", "Ostria"),
 )
 ASKED = [fact.text for fact in FACTS] + ["Danel Orrin, whose mother tongue is"]
-HP = pl.Hparams(layers=(1, 2), n_steps=25, lr=0.5, second_moment_weight=0.01, clamp=5.0)
+SITES = (pl.Site(1, "attn"), pl.Site(2, "mlp"))
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,15 @@ def model(source) -> pl.Model:
 
 @pytest.fixture(scope="module")
 def edit(model) -> pl.Edit:
-    sites = [pl.Site(layer, "mlp") for layer in HP.layers]
-    moments = {site: torch.eye(model.d_in(site), dtype=torch.float64) for site in sites}
-    return pl.edit(model, FACTS, moments, pl.PMET, HP, CONTEXTS)
+    """Of rank two at both kinds of site, strong, and without an optimisation."""
+    generator = torch.Generator().manual_seed(0)
+    how = {"generator": generator, "dtype": torch.float64}
+    factors = {
+        site: (torch.randn(model.d_in(site), 2, **how), torch.randn(2, model.d_model, **how))
+        for site in SITES
+    }
+    made_on = origin(model, SITES)
+    return pl.Edit(factors, model.dtype, FACTS, pl.PMET, pl.Hparams((1, 2)), ("{}",), **made_on)
 
 
 def greedy(hf, tokenizer, prompt: str) -> str:

@@ -97,7 +97,7 @@ def test_what_rounding_costs_is_in_the_order_of_the_types(source, edit, tmp_path
         kind: edit.save_gguf(source, tmp_path / f"{kind}.gguf", kind)["rounded"].max()
         for kind in gguf_copies.TYPES
     }
-    assert lost["F32"] < 1e-5 < lost["F16"] < 0.02 < lost["BF16"] < lost["Q8_0"] < 0.5
+    assert lost["F32"] < 1e-5 < lost["F16"] < 0.003 < lost["BF16"] < lost["Q8_0"] < 0.1
 
 
 def test_it_is_read_again_as_the_edited_model(source, model, edit, tmp_path):
@@ -124,7 +124,7 @@ def test_it_is_taken_back_to_the_last_byte(source, edit, tmp_path):
     with refused("was changed since it was edited", pl.EditError):
         undoing.restored(out, back)
     assert not back.exists()
-    with refused("has no Q.*gguf.undo with its weights from before.*nothing to take", pl.EditError):
+    with refused("has no .*gguf.undo with its weights from before.*nothing to take", pl.EditError):
         undoing.restored(source, back)
 
 
@@ -133,15 +133,15 @@ def test_a_file_of_any_alignment_and_of_an_edited_last_tensor(tmp_path):
     path = tmp_path / "odd.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_custom_alignment(64)
-    rows = np.arange(32 * 3, dtype=np.float32).reshape(3, 32) / 100
+    rows = np.arange(36 * 3, dtype=np.float32).reshape(3, 36) / 100
     writer.add_tensor("first", rows[:, :5].copy())
     writer.add_tensor(NAMES[1], rows)
     for step in ("header", "kv_data", "tensors"):
         getattr(writer, f"write_{step}_to_file")()
     writer.close()
     whole = path.read_bytes()
-    path.write_bytes(whole[: gguf_copies.layout(path).data_at + 64 + 32 * 3 * 4])
-    factors = {SITES[1]: (torch.ones(32, 1).double(), torch.ones(1, 3).double())}
+    path.write_bytes(whole[: gguf_copies.layout(path).data_at + 64 + 36 * 3 * 4])
+    factors = {SITES[1]: (torch.ones(36, 1).double(), torch.ones(1, 3).double())}
     edit = pl.Edit(factors, torch.float32, (FACT,), pl.PMET, pl.Hparams((2,)), ("{}",))
     edit.save_gguf(path, tmp_path / "out.gguf", "F16", undoable=True)
     assert np.allclose(tensors(tmp_path / "out.gguf")[NAMES[1]].data, rows + 1, atol=2e-3)
