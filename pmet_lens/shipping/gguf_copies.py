@@ -67,11 +67,7 @@ class Layout:
             return file.read(entry.room)
 
     def floats(self, name: str) -> Float[Tensor, "d_model d_in"]:
-        """A tensor as float32.
-
-        Raises:
-            EditError: for a type that the package `gguf` cannot unpack.
-        """
+        """A tensor as float32; `EditError` for a type that the package `gguf` cannot unpack."""
         from gguf import quants
 
         entry = self.tensors[name]
