@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     def out(made: Any) -> None:
         made.add_argument("--out", required=True, help=_OUT)
         made.add_argument("--adapter", action="store_true", help="a LoRA adapter for peft instead")
-        made.add_argument("--type", help="of edited tensors of a .gguf file: F16, Q8_0, F32, BF16")
+        kinds = ("F16", "Q8_0", "F32", "BF16")
+        what = "how edited tensors of a .gguf file are stored (default: F16, or still F32)"
+        made.add_argument("--type", type=str.upper, choices=kinds, help=what)
 
     ask = command("ask", _ask, "Continue a prompt greedily.")
     ask.add_argument("prompt")

@@ -23,7 +23,6 @@ from pmet_lens.shipping import checkpoints, gguf_copies, undoing
 Say = Callable[..., None]
 _NAMED = 5
 """Facts that did not take, by name."""
-_WIDTH = 100
 
 
 def edit(args: argparse.Namespace, load: Any, facts_of: Any, texts_of: Any, say: Say) -> None:
@@ -198,8 +197,8 @@ def _taken(made: Any, receipt: Any) -> Iterator[str]:
     yield from _few(told, "DID NOT TAKE: ")
     if told:
         yield (
-            "  (other facts, more steps, a smaller second_moment_weight λ or other layers may "
-            "help: pl.Hparams, --layers, --suggest, --method)"
+            "  (another --method, other --layers or --suggest may help; from Python also more steps "
+            "or a smaller second_moment_weight)"
         )
 
 

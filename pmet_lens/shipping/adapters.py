@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def export_lora(parts: Mapping[str, Any], directory: str | Path, max_rank: int) 
             save_file(tensors, str(part), metadata={"format": "pt"})
         with file_format.whole(folder / "adapter_config.json") as part:
             part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise EditError(f"The adapter could not be written to {folder}: {error}") from error
 
 

@@ -70,7 +70,7 @@ def text(
         MARK,
         f"# {plain(name)}, edited",
         f"{what} {len(facts)} fact{'' if len(facts) == 1 else 's'} of `{name}` changed with "
-        "`pmet_lens`; every other weight is that of the base.",
+        "`pmet_lens`. Weights that are not named below are those of the base.",
         "## What was edited",
         _facts(facts),
         "## How",

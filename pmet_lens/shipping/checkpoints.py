@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pmet_lens.models.weights import EditError
 
 
@@ -30,7 +32,7 @@ def whole(directory: str | Path) -> Iterator[Path]:
             if out.is_dir():
                 out.rmdir()  # it is empty
             made.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise EditError(f"The model could not be written to {out}: {error}") from error
 
 
