@@ -12,7 +12,8 @@ _FACTS = (
     "QAEdit have it (default: bundled; for another model the real facts it knows)"
 )
 _TEXTS = (
-    'text file, one text per line; "download" (Wikipedia); "sampled" (the model\'s own words) '
+    'text file, one text per line; "download" (Wikipedia); "sampled" (the model\'s own words); '
+    '"python" (Python\'s documentation: the quickest for a real model) '
     "(default: about the bundled world, for its models)"
 )
 
@@ -175,9 +176,12 @@ def _facts(path: str | None, n: int | None, model: Any) -> Any:
 
 
 def _texts(given: str | None, model: Any) -> Any:
-    """A file, or one of the two words that stand for no file."""
+    """A file, or one of the three words that stand for no file."""
     import pmet_lens as pl
+    from pmet_lens.moments.python_text import python_text
 
+    if given == "python":
+        return python_text()
     if given == "sampled":
         return pl.sampled_texts(model)
     return pl.texts(download=True) if given == "download" else pl.texts(given)

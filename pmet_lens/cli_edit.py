@@ -33,7 +33,8 @@ def edit(args: argparse.Namespace, load: Any, facts_of: Any, texts_of: Any, say:
     began, method = time.monotonic(), pl.named(args.method)
     model = load(args)
     facts = facts_of(args.facts, args.n, model)
-    hparams = moments = contexts = None
+    hparams: Any = None
+    moments = contexts = None
     if isinstance(method, pl.Method):
         known = _settings(args, model, method, len(facts), facts_of, say)
         texts = texts_of(args.texts, model) if args.texts else None  # then what fits the model
@@ -43,6 +44,8 @@ def edit(args: argparse.Namespace, load: Any, facts_of: Any, texts_of: Any, say:
         hparams, contexts = inputs.settings(method, len(facts)), inputs.contexts()
         if args.moments:
             moments = pl.open_moments(args.moments)
+        elif args.texts == "python":  # a part of it, and kept in the cache
+            moments = pl.own_moments(model, hparams.layers, projections=method.write, text="python")
         else:
             moments, _ = inputs.needed(method, hparams)
         if args.cost:
@@ -54,7 +57,7 @@ def edit(args: argparse.Namespace, load: Any, facts_of: Any, texts_of: Any, say:
     table = write(args, made, model, receipt, effects)
     say(f"model: {model!r}")
     say(f"facts: {len(facts)} from {args.facts or 'the package'}")
-    say(f"method: {args.method}, {made.hparams}")
+    say(f"method: {args.method}, {_strengths(made.hparams)}")
     for line in (*_taken(made, receipt), *_measured(effects), *_weights(receipt, table)):
         say(line)
     say(f"time: {time.monotonic() - began:.0f} s; the model itself is as it was")
@@ -186,6 +189,15 @@ _OTHERS = 60
 """Known things that are asked before and after."""
 
 
+def _strengths(hparams: Any) -> str:
+    """The settings in a line; the card and the edit's file have them all."""
+    if not isinstance(hparams, pl.Hparams):
+        return str(hparams)
+    layers = " ".join(map(str, hparams.layers))
+    strength = f"λ {hparams.second_moment_weight:g}, at most {hparams.n_steps} steps"
+    return f"layers {layers}, {strength} of {hparams.lr:g}"
+
+
 def _taken(made: Any, receipt: Any) -> Iterator[str]:
     facts = receipt.facts
     yield f"took: {made.answered} of {len(facts)} facts have the new answer right after the prompt"
@@ -197,8 +209,8 @@ def _taken(made: Any, receipt: Any) -> Iterator[str]:
     yield from _few(told, "DID NOT TAKE: ")
     if told:
         yield (
-            "  (another --method, other --layers or --suggest may help; from Python also more steps "
-            "or a smaller second_moment_weight)"
+            "  (another --method, other --layers or --suggest may help; from Python also more "
+            "steps or a smaller second_moment_weight)"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from small_gguf import written
 
 import pmet_lens as pl
 from pmet_lens import cli, cli_edit
+from pmet_lens.shipping import gguf_copies
 
 torch.set_num_threads(1)
 
@@ -113,13 +113,14 @@ def test_a_fact_that_did_not_take_is_named(given, work, tmp_path):
     assert "may help" in lines[-1]
 
 
-def test_a_gguf_file_is_edited_and_taken_back(tmp_path):
+def test_a_gguf_file_is_edited_and_taken_back(tmp_path, monkeypatch):
+    pytest.importorskip("pydoc_data.topics")
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path / "cache"))
     source = written(tmp_path / "small.gguf")
     own = [{"subject": "Ilmar", "prompt": "The tower of {} stands in", "target_new": "Ostria"}]
     (tmp_path / "facts.json").write_text(json.dumps(own))
-    (tmp_path / "text.txt").write_text("\n".join(itertools.islice(pl.texts(), 300)), "utf-8")
     given = ("edit", "--model", source, "--facts", tmp_path / "facts.json", "--layers", 1, 2)
-    given += ("--texts", tmp_path / "text.txt", "--quick", "--out", tmp_path / "out.gguf")
+    given += ("--texts", "python", "--quick", "--out", tmp_path / "out.gguf")
     said = run(*given, "--type", "Q8_0")
     assert any(line.startswith("stored: Q4_0 → Q8_0, which loses ") for line in said)
     assert pl.load(tmp_path / "out.gguf").kind == "Q4_0"
@@ -149,6 +150,15 @@ def test_what_cannot_be_written_is_refused_before_the_work(arguments, words, tmp
     assert said[-1].startswith("pmet-lens edit: ")
     assert words in said[-1]
     assert {p.name for p in tmp_path.iterdir()} == {"full", "file"}
+
+
+@pytest.mark.parametrize("command", ("edit", "apply"))
+def test_the_types_of_a_tensor_are_those_that_can_be_written(command):
+    given = [command, "--out", "x.gguf", *(["--edit", "e"] if command == "apply" else [])]
+    for kind in gguf_copies.TYPES:
+        assert cli._parser().parse_args([*given, "--type", kind.lower()]).type == kind
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args([*given, "--type", "Q4_K"])
 
 
 @pytest.mark.slow
