@@ -54,7 +54,8 @@ def edit(args: argparse.Namespace, load: Any, facts_of: Any, texts_of: Any, say:
     receipt = made.receipt(model, None)
     made = replace(made, answered=int(receipt.facts["said"].sum()))
     effects = _effects(model, made, args.quick)
-    table = write(args, made, model, receipt, effects)
+    # A card without other things says so: what the facts score is in its receipt.
+    table = write(args, made, model, receipt, None if args.quick else effects)
     say(f"model: {model!r}")
     say(f"facts: {len(facts)} from {args.facts or 'the package'}")
     say(f"method: {args.method}, {_strengths(made.hparams)}")
