@@ -53,7 +53,7 @@ def model() -> pl.Model:
 
 @pytest.fixture(scope="module")
 def edit(model) -> pl.Edit:
-    """ROME-like in strength: what it moves beside the fact is measured below."""
+    """One fact at five layers; what it moves beside the fact is asked below."""
     texts = [f"{fact.text} {fact.target_true}." for fact in pl.real_facts()]
     moments = pl.second_moments(model, texts, LAYERS, n_tokens=4000)
     hparams = pl.Hparams(LAYERS, n_steps=12, lr=0.5, second_moment_weight=20.0)
