@@ -210,8 +210,8 @@ class Edit:
         any_base: bool = False,
         undoable: bool = False,
     ) -> None:
-        """Write the edited model as a checkpoint that transformers and vLLM open: safetensors in
-        the dtype the model has, with an index where it is cut into files of `max_shard_size`,
+        """Write the edited model as a checkpoint that transformers and, by its format, vLLM
+        open: safetensors in the dtype the model has, with an index where it is cut into files of `max_shard_size`,
         configuration, generation settings, tokenizer, and a model card. Of the edits that are on
         the model only this one goes in; the model is left as it was.
 

@@ -40,7 +40,7 @@ def checkpoint(
             checkpoints.write(model.hf, model.tokenizer, folder, max_shard_size)
             if undoable:
                 undoing.keep_checkpoint(folder, before, names, _said(edit))
-        what, more = "A checkpoint for transformers and vLLM:", cards.stated_by(model.hf)
+        what, more = "A checkpoint for transformers:", cards.stated_by(model.hf)
         card = folder / CARD
         cards.write(card, vars(edit), what, "transformers", receipt, effects, stated=more)
 
