@@ -211,9 +211,9 @@ class Edit:
         undoable: bool = False,
     ) -> None:
         """Write the edited model as a checkpoint that transformers and, by its format, vLLM
-        open: safetensors in the dtype the model has, with an index where it is cut into files of `max_shard_size`,
-        configuration, generation settings, tokenizer, and a model card. Of the edits that are on
-        the model only this one goes in; the model is left as it was.
+        open: safetensors in the dtype the model has, with an index where it is cut into files of
+        `max_shard_size`, configuration, generation settings, tokenizer, and a model card. Of the
+        edits that are on the model only this one goes in; the model is left as it was.
 
         Args:
             model: the one the edit was computed on; `any_base` takes any other of these shapes.
