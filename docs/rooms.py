@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "static" / "rooms.svg"
 ROOMS = (
     *("explorer", "plotting", "plans", "experiments", "interp", "moments"),
-    *("editing", "evaluation", "models", "data"),
+    *("editing", "evaluation", "shipping", "models", "data"),
 )
 """From the top to the bottom."""
 NAME, FILES, DOTS, ROW, LINE = 126, 640, 34, 64, 19

@@ -12,12 +12,28 @@ _FACTS = (
     "QAEdit have it (default: bundled; for another model the real facts it knows)"
 )
 _TEXTS = (
-    'text file, one text per line; "download" (Wikipedia); "sampled" (the model\'s own words) '
+    'text file, one text per line; "download" (Wikipedia); "sampled" (the model\'s own words); '
+    '"python" (Python\'s documentation: the quickest for a real model) '
     "(default: about the bundled world, for its models)"
 )
 
 _MODEL = "a name of `pmet-lens models`, directory, .gguf file or hub id"
 _MODELS = "List the models known by name: bundled, and fetched once on demand."
+_EDIT = (
+    "Edit facts: load the model, compute second moments where there are none, edit, evaluate, and "
+    "write the edited model, in one command. It says which facts did not take; the model given is "
+    "never changed."
+)
+_OUT = (
+    "what to write: NAME.safetensors, the edit alone; NAME.gguf, a copy of the .gguf file that "
+    "--model is (for llama.cpp and Ollama); else a directory, the edited model for transformers "
+    "and vLLM"
+)
+_UNDO = (
+    "take an edit back: EDITED is a .gguf file or directory that this command wrote, with the "
+    "weights of before beside it (NAME.gguf.undo, pmet_lens/undo.safetensors); --out receives it "
+    "without the edit, bit for bit, and every other option is ignored"
+)
 _RUN = "Run a grid; what is there is skipped, and what was cut goes on."
 
 
@@ -56,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--template", help='chat models: what the user says, e.g. "Complete: {}"')
         return made
 
+    def out(made: Any) -> None:
+        made.add_argument("--out", required=True, help=_OUT)
+        made.add_argument("--adapter", action="store_true", help="a LoRA adapter for peft instead")
+        kinds = ("F16", "Q8_0", "F32", "BF16")
+        what = "how edited tensors of a .gguf file are stored (default: F16, or still F32)"
+        made.add_argument("--type", type=str.upper, choices=kinds, help=what)
+
     ask = command("ask", _ask, "Continue a prompt greedily.")
     ask.add_argument("prompt")
     ask.add_argument("--tokens", type=int, default=20, help="length of the whole text in tokens")
@@ -68,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     moments.add_argument("--tokens", type=int, default=100_000)
     moments.add_argument("--out", required=True, help="file to write (.safetensors)")
 
-    edit = command("edit", _edit, "Edit facts and write the edit to a file.")
+    edit = command("edit", _edit, _EDIT)
     edit.add_argument("--facts", help=_FACTS)
     edit.add_argument("-n", type=int, default=None, help="use the first N records")
     edit.add_argument("--method", default="PMET", help="a name in pmet_lens.METHODS or ABLATIONS")
@@ -76,9 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--texts", help=f"for second moments, if none: {_TEXTS}")
     edit.add_argument("--layers", type=int, nargs="+", help="critical layers (default: known ones)")
     edit.add_argument(
-        "--suggest", metavar="FACTS", help="settings from a causal trace of facts the model knows"
+        "--suggest",
+        metavar="FACTS",
+        help="settings from a causal trace of facts the model knows (taken of the bundled real "
+        "facts, where nothing is known for a model and no --layers are given)",
     )
-    edit.add_argument("--out", required=True, help="file to write (.safetensors)")
+    edit.add_argument("--cost", action="store_true", help="first tell what it will cost")
+    edit.add_argument("--quick", action="store_true", help="do not measure side effects")
+    edit.add_argument("--undo", metavar="EDITED", help=_UNDO)
+    out(edit)
 
     evaluate = command("evaluate", _evaluate, "Score facts, with or without an edit.")
     evaluate.add_argument("--facts", help=_FACTS)
@@ -86,10 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--edit", help="file written by `pmet-lens edit`")
     evaluate.add_argument("--out", help="CSV file for the single rows")
 
-    apply = command("apply", _apply, "Write the edited model, or the edit as a LoRA adapter.")
+    apply = command("apply", _apply, "Write an edit that was saved before in another form.")
     apply.add_argument("--edit", required=True, help="file written by `pmet-lens edit`")
-    apply.add_argument("--out", required=True, help="directory to write")
-    apply.add_argument("--adapter", action="store_true", help="a LoRA adapter for peft instead")
+    out(apply)
     apply.add_argument(
         "--any-base", action="store_true", help="also on other weights than it was computed on"
     )
@@ -116,9 +144,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(args: argparse.Namespace) -> Any:
     import pmet_lens as pl
+    from pmet_lens.cli_edit import quiet_if_unwatched
 
     where = {"device": args.device, "device_map": args.device_map, "dtype": args.dtype}
-    return pl.load(args.model, **where, template=args.template)
+    with quiet_if_unwatched():
+        return pl.load(args.model, **where, template=args.template)
 
 
 def _facts(path: str | None, n: int | None, model: Any) -> Any:
@@ -146,9 +176,12 @@ def _facts(path: str | None, n: int | None, model: Any) -> Any:
 
 
 def _texts(given: str | None, model: Any) -> Any:
-    """A file, or one of the two words that stand for no file."""
+    """A file, or one of the three words that stand for no file."""
     import pmet_lens as pl
+    from pmet_lens.moments.python_text import python_text
 
+    if given == "python":
+        return python_text()
     if given == "sampled":
         return pl.sampled_texts(model)
     return pl.texts(download=True) if given == "download" else pl.texts(given)
@@ -190,34 +223,9 @@ def _moments(args: argparse.Namespace) -> None:
 
 
 def _edit(args: argparse.Namespace) -> None:
-    import pmet_lens as pl
-    from pmet_lens.moments.inputs import EditInputs
+    from pmet_lens import cli_edit
 
-    method = pl.named(args.method)
-    model = _load(args)
-    facts = _facts(args.facts, args.n, model)
-    hparams = moments = contexts = None
-    if isinstance(method, pl.Method):
-        known = pl.Hparams(tuple(args.layers)) if args.layers else None
-        if args.suggest:
-            suggested = pl.suggest_hparams(model, _facts(args.suggest, 30, model), len(facts))
-            _say(repr(suggested), sys.stderr)
-            known = suggested.hparams
-        texts = _texts(args.texts, model) if args.texts else None  # then what fits the model
-        inputs = EditInputs(model, None, known, texts, n_tokens=100_000)
-        if inputs.own_text:  # which takes longer to write than to read
-            inputs.n_tokens = None
-        hparams, contexts = inputs.settings(method, len(facts)), inputs.contexts()
-        if args.moments:
-            moments = pl.open_moments(args.moments)
-        else:
-            moments, _ = inputs.needed(method, hparams)
-        _say(str(pl.estimate(model, facts, method, hparams, contexts)), sys.stderr)
-    edit = pl.edit(model, facts, moments, method, hparams, contexts)
-    edit.save(args.out)
-    _say(f"{args.method}: {edit.hparams}", sys.stderr)
-    _say(f"the model gives the new answer for {edit.answered} of {len(facts)} facts", sys.stderr)
-    _say(f"{edit!r}: {args.out}")
+    cli_edit.edit(args, _load, _facts, _texts, _say)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -236,26 +244,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _apply(args: argparse.Namespace) -> None:
-    from pathlib import Path
+    from pmet_lens import cli_edit
 
-    import pmet_lens as pl
-
-    model = _load(args)
-    edit = pl.Edit.load(args.edit, model, any_base=args.any_base)
-    if args.adapter:
-        edit.to_peft(args.out)
-    else:
-        out = Path(args.out)
-        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-            raise pl.EditError(f"{out} is there already and not empty; name another directory.")
-        edit.apply_(model)
-        hf: Any = model.hf
-        try:
-            hf.save_pretrained(out)
-            model.tokenizer.save_pretrained(out)
-        except OSError as error:
-            raise pl.EditError(f"The model could not be written to {out}: {error}") from error
-    _say(f"{edit!r}: {args.out}")
+    cli_edit.apply(args, _load, _say)
 
 
 def _run(args: argparse.Namespace) -> None:

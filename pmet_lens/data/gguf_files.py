@@ -8,6 +8,7 @@ that were dequantised are floats like others, only coarser ones.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 import json
@@ -24,6 +25,7 @@ import numpy as np
 
 from pmet_lens.data import file_format
 from pmet_lens.data.datasets import DataError
+from pmet_lens.data.progress import AFTER
 
 _OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Types of a value in the header: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -57,44 +59,62 @@ def kind(path: Path) -> str:
     Raises:
         DataError: for a file that is no GGUF, or whose header is cut.
     """
-    _needed()
+    needed()
     from gguf import LlamaFileType
 
-    try:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise DataError(f"{path} is not a GGUF file: it does not begin with GGUF.")
-            version, _, n_values = _scalar(file, "IQQ")
-            if version < 2:
-                raise DataError(f"{path} is a GGUF file of version {version}, which is not read.")
-            for _ in range(n_values):
-                name, (of,) = _text(file), _scalar(file, "I")
-                value = _value(file, of)
-                if name == "general.file_type":
-                    known = {int(of): of.name.partition("_")[2] for of in LlamaFileType}
-                    return known.get(value, "")
-    except (OSError, struct.error, KeyError, UnicodeDecodeError) as error:
-        raise DataError(f"the header of {path} cannot be read; is it whole? {error}") from error
+    with reading(path) as file:
+        for name, value in head(file, path)[1]:
+            if name == "general.file_type":
+                known = {int(of): of.name.partition("_")[2] for of in LlamaFileType}
+                return known.get(value, "")
     return ""
 
 
-def _scalar(file: BinaryIO, of: str) -> tuple[Any, ...]:
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """The file, open for a block that reads its header; what cannot be read is a `DataError`."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except (OSError, struct.error, KeyError, UnicodeDecodeError) as error:
+        raise DataError(f"the header of {path} cannot be read; is it whole? {error}") from error
+
+
+def head(file: BinaryIO, path: Path) -> tuple[int, Iterator[tuple[str, Any]]]:
+    """How many tensors a GGUF file has, and its values one by one (None for an array); after the
+    last the file stands where the tensors are listed.
+
+    Raises:
+        DataError: for a file that is no GGUF, or of a version that is not read.
+    """
+    if file.read(4) != b"GGUF":
+        raise DataError(f"{path} is not a GGUF file: it does not begin with GGUF.")
+    version, n_tensors, n_values = scalars(file, "IQQ")
+    if version < 2:
+        raise DataError(f"{path} is a GGUF file of version {version}, which is not read.")
+    pairs = ((text(file), _value(file, *scalars(file, "I"))) for _ in range(n_values))
+    return n_tensors, pairs
+
+
+def scalars(file: BinaryIO, of: str) -> tuple[Any, ...]:
+    """Numbers of these types of `struct`, from where the file stands."""
     layout = struct.Struct(f"<{of}")
     return layout.unpack(file.read(layout.size))
 
 
-def _text(file: BinaryIO) -> str:
-    (length,) = _scalar(file, "Q")
+def text(file: BinaryIO) -> str:
+    """The string that the file stands at."""
+    (length,) = scalars(file, "Q")
     return file.read(min(length, 1 << 24)).decode("utf-8")
 
 
 def _value(file: BinaryIO, of: int) -> Any:
     """The value of a type that the file stands at; that of an array is passed over."""
     if of == _STRING:
-        return _text(file)
+        return text(file)
     if of != _ARRAY:
-        return _scalar(file, _SCALARS[of])[0]
-    of, count = _scalar(file, "IQ")
+        return scalars(file, _SCALARS[of])[0]
+    of, count = scalars(file, "IQ")
     if of in _SCALARS:
         file.seek(count * struct.calcsize(f"<{_SCALARS[of]}"), 1)
     else:
@@ -103,7 +123,8 @@ def _value(file: BinaryIO, of: int) -> Any:
     return None
 
 
-def _needed() -> None:
+def needed() -> None:
+    """Raises `DataError` where the package `gguf` is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise DataError(
             "reading a GGUF file needs the package gguf, which is not installed: "
@@ -119,7 +140,7 @@ def options(file: str | None) -> dict[str, Any]:
     """
     if file is None:
         return {}
-    _needed()
+    needed()
     return {"gguf_file": file}
 
 
@@ -148,6 +169,11 @@ def read_once(file: str | None) -> Iterator[None]:
             if plain is not None:
                 setattr(module, what, _remembering(_unmapped(plain)))
                 stack.callback(setattr, module, what, plain)
+                bar = getattr(module, "tqdm", None)
+                if bar is not None:  # as `progress.line`: none where nobody watches
+                    how = {"disable": None, "delay": AFTER, "leave": False}
+                    module.__dict__["tqdm"] = functools.partial(bar, **how)
+                    stack.callback(setattr, module, "tqdm", bar)
         yield
 
 

@@ -1,14 +1,10 @@
-"""How an edit is written: as one file of this package (safetensors with thin factors and a JSON
-header, nothing that can run), or as a LoRA adapter for `peft`, which is not needed to write it; and
-the receipt, which tells what it did to the weights and to the answers.
-
-A LoRA adapter is a weight change of low rank, and so is an edit: nothing is lost but float64.
-"""
+"""How an edit is written as one file of this package (safetensors with thin factors and a JSON
+header, nothing that can run); and the receipt, which tells what it did to the weights and to the
+answers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,16 +12,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pmet_lens.data import file_format
+from pmet_lens.data import file_format, markup
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing.method import Hparams, Method
 from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
+from pmet_lens.evaluation import scoring
+from pmet_lens.models import tokens
 from pmet_lens.models.chat import Frame
-from pmet_lens.models.model import Site
+from pmet_lens.models.model import Model, Site
 from pmet_lens.models.weights import EditError as EditError
 
 FORMATS = ("pmet_lens edit 1", "pmet_lens edit 2")
@@ -136,71 +132,6 @@ def _as_now(method: dict[str, Any], hparams: dict[str, Any]) -> tuple[dict[str, 
     return {**method, "is": "Method", "solver": solver}, {"is": name, **hparams}
 
 
-def export_lora(parts: Mapping[str, Any], directory: str | Path, max_rank: int) -> None:
-    """Write the fields of an edit as `adapter_model.safetensors` and `adapter_config.json`.
-
-    Raises:
-        EditError: for an edit that does not name its weights, where its rank exceeds `max_rank`,
-            or where the files cannot be written.
-    """
-    factors, parameters = parts["factors"], parts["parameters"]
-    if factors.keys() - parameters.keys():
-        raise EditError(
-            "This edit was saved before files named their weights: make it again, or apply it "
-            "and save the whole model with model.hf.save_pretrained."
-        )
-    thin = {site: balanced(left, right) for site, (left, right) in factors.items()}
-    rank = max([1, *(left.shape[1] for left, _ in thin.values())])
-    if rank > max_rank:
-        raise EditError(
-            f"The edit has rank {rank} (its facts at one site), an adapter at most {max_rank}: "
-            "pass a larger max_rank if what serves it can, or apply the edit and save the whole "
-            "model with model.hf.save_pretrained."
-        )
-    tensors: dict[str, Tensor] = {}
-    modules = [parameters[site].removesuffix(".weight") for site in thin]
-    for module, (left, right) in zip(modules, thin.values(), strict=True):
-        missing = rank - left.shape[1]  # peft knows one rank for all
-        down = torch.nn.functional.pad(left.T, (0, 0, 0, missing))
-        up = torch.nn.functional.pad(right.T, (0, missing))
-        tensors[f"base_model.model.{module}.lora_A.weight"] = down.float().contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = up.float().contiguous()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": parts["model"],
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,  # a scale of one
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": parts["fan_in_fan_out"],
-        "target_modules": modules,
-    }
-    folder = Path(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with file_format.whole(folder / "adapter_model.safetensors") as part:
-            save_file(tensors, str(part), metadata={"format": "pt"})
-        with file_format.whole(folder / "adapter_config.json") as part:
-            part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise EditError(f"The adapter could not be written to {folder}: {error}") from error
-
-
-def balanced(
-    left: Float[Tensor, "d_in rank"], right: Float[Tensor, "rank d_model"]
-) -> tuple[Float[Tensor, "d_in thin"], Float[Tensor, "thin d_model"]]:
-    """Two factors of the same product and of equal size, without the directions that are nothing
-    but rounding: what float32 loses least of."""
-    inner, outer = torch.linalg.qr(left.double()), torch.linalg.qr(right.double().T)
-    u, s, vh = torch.linalg.svd(inner.R @ outer.R.T, full_matrices=False)
-    eps = torch.finfo(s.dtype).eps * max(left.shape[0], right.shape[1])
-    used = s > eps * s.max().clamp(min=torch.finfo(s.dtype).tiny)
-    root = s[used].sqrt()
-    return inner.Q @ u[:, used] * root, root[:, None] * (vh[used] @ outer.Q.T)
-
-
 @dataclass(frozen=True)
 class Receipt:
     """Shows itself as two tables in a notebook; `to_frame` is the one of the facts."""
@@ -248,3 +179,88 @@ class Receipt:
         note = f"<p>{self.rounding}</p>" if self.rounding else ""
         sites = self.sites.to_html(border=0, float_format="{:.3g}".format)
         return f"{head}.</p>{facts}<p>Weights written:</p>{sites}{note}"
+
+
+def receipt(edit: Any, model: Model, n: int | None) -> Receipt:
+    """`Edit.receipt`."""
+    facts = [fact for fact in edit.facts if fact.target_new is not None][:n]
+    with model.live_edits.without(edit):
+        sites = _weights_written(edit.factors, edit.deltas, model)
+        before = _answers(model, facts)
+        with edit.applied(model):
+            after = _answers(model, facts)
+    table = pd.DataFrame(
+        {
+            "subject": [f.subject for f in facts],
+            "prompt": [f.text for f in facts],
+            "wanted": [f.target_new for f in facts],
+            "before": before["token"],
+            "after": after["token"],
+            "nll before": before["nll"],
+            "nll after": after["nll"],
+            "said": after["argmax"],
+        }
+    )
+    return Receipt(sites, table, len(edit.facts) - len(facts))
+
+
+def _weights_written(
+    factors: Mapping[Site, tuple[Tensor, Tensor]], deltas: Mapping[Site, Tensor], model: Model
+) -> pd.DataFrame:
+    """`Receipt.sites` of an edit that is not on the model."""
+    table = pd.DataFrame(
+        {
+            "weight": [model.parameter_name(site) for site in factors],
+            "site": [str(site) for site in factors],
+            "rank": [left.shape[1] for left, _ in factors.values()],
+            "norm": [float(delta.double().norm()) for delta in deltas.values()],
+        }
+    )
+    weights = [float(model.weight(site).double().norm()) for site in factors]
+    rounded: list[float] = []
+    for site, (left, right) in factors.items():
+        before, exact = model.weight(site), (left @ right).double()
+        # Rounded twice: the change to the dtype of the weights, and their sum.
+        written = (before + deltas[site].to(before)).double() - before.double()
+        rounded.append(float((written - exact.to(written)).norm() / exact.norm()))
+    return table.assign(relative=table["norm"] / weights, rounded=rounded).set_index("weight")
+
+
+def _answers(model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
+    """Per fact the likeliest next token, and the wanted answer's nll and whether it is the
+    argmax."""
+    asked = scoring.ask(model, [f.text for f in facts], k=1)
+    prompts = [tokens.Prompt(f.text, None, f.target_new, f.blank) for f in facts]
+    scores = scoring.score(model, prompts)
+    return {
+        "token": asked["token"].str.strip(),
+        "nll": [s.nll for s in scores],
+        "argmax": [s.right == 1 for s in scores],
+    }
+
+
+def shown(edit: Any) -> str:
+    """An edit as a notebook shows it."""
+    sites = [f"{site} (rank {a.shape[1]})" for site, (a, _) in edit.factors.items()]
+    facts = [f"{f.text} → {f.target_new}" for f in edit.facts]
+    rows = {"facts": markup.listed(facts, 5), "weights": ", ".join(sites)}
+    rows |= {"method": repr(edit.method), "model": edit.model or "–"}
+    title = f"Edit of {len(facts)} fact{'' if len(facts) == 1 else 's'}"
+    return markup.pairs(rows, title)
+
+
+def side_by_side(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is the sum of the products of these."""
+    left, right = zip(*factors, strict=True)
+    return torch.cat(left, dim=1), torch.cat(right)
+
+
+def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:
+    """The fields of an `Edit` of these sites that say what it was computed on."""
+    return {
+        "base": {site: file_format.digest(model.weight(site)) for site in sites},
+        "parameters": {site: model.parameter_name(site) for site in sites},
+        "fan_in_fan_out": model.fan_in_fan_out,
+        "model": model.name,
+        "frame": model.frame,
+    }

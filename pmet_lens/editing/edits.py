@@ -15,17 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pmet_lens.data import file_format, markup
+from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact
 from pmet_lens.editing import edit_files
 from pmet_lens.editing.edit_files import Receipt as Receipt
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep, Targets
-from pmet_lens.evaluation import scoring
-from pmet_lens.models import tokens
 from pmet_lens.models.chat import Frame
 from pmet_lens.models.model import Model, Site
 from pmet_lens.models.weights import EditError
+from pmet_lens.shipping import exits
+from pmet_lens.shipping.cards import Effects
 
 
 @runtime_checkable
@@ -88,12 +88,7 @@ class Edit:
         return f"Edit({len(self.facts)} facts{said}, sites {sites})"
 
     def _repr_html_(self) -> str:
-        sites = [f"{site} (rank {a.shape[1]})" for site, (a, _) in self.factors.items()]
-        facts = [f"{f.text} → {f.target_new}" for f in self.facts]
-        rows = {"facts": markup.listed(facts, 5), "weights": ", ".join(sites)}
-        rows |= {"method": repr(self.method), "model": self.model or "–"}
-        title = f"Edit of {len(facts)} fact{'' if len(facts) == 1 else 's'}"
-        return markup.pairs(rows, title)
+        return edit_files.shown(self)
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
@@ -182,67 +177,97 @@ class Edit:
         """What the edit does to the weights and to the answers about its first `n` facts (None:
         all): two tables, which show themselves in a notebook. The model may have the edit applied;
         it is left as it was."""
-        facts = [fact for fact in self.facts if fact.target_new is not None][:n]
-        with model.live_edits.without(self):
-            sites = _weights_written(self, model)
-            before = _answers(model, facts)
-            with self.applied(model):
-                after = _answers(model, facts)
-        table = pd.DataFrame(
-            {
-                "subject": [f.subject for f in facts],
-                "prompt": [f.text for f in facts],
-                "wanted": [f.target_new for f in facts],
-                "before": before["token"],
-                "after": after["token"],
-                "nll before": before["nll"],
-                "nll after": after["nll"],
-                "said": after["argmax"],
-            }
-        )
-        return Receipt(sites, table, len(self.facts) - len(facts))
+        return edit_files.receipt(self, model, n)
 
-    def to_peft(self, directory: str | Path, *, max_rank: int = 256) -> None:
+    def to_peft(
+        self,
+        directory: str | Path,
+        *,
+        max_rank: int = 256,
+        receipt: Receipt | None = None,
+        effects: Effects = None,
+    ) -> None:
         """Write a LoRA adapter that `peft.PeftModel.from_pretrained(base, directory)` puts onto the
-        model, to be served, switched off, merged or shared. peft is not needed here.
+        model, to be served, switched off, merged or shared, with a model card. peft is not needed
+        here.
+
+        `receipt`, `effects`: what the card tells, as in `save_model`.
 
         Raises:
             EditError: where its rank exceeds `max_rank`, for an edit from a file that does not name
                 the weights, or where the files cannot be written.
         """
-        edit_files.export_lora(vars(self), directory, max_rank)
+        exits.adapter(self, directory, max_rank, receipt, effects)
 
+    def save_model(
+        self,
+        model: Model,
+        directory: str | Path,
+        *,
+        receipt: Receipt | None = None,
+        effects: Effects = None,
+        max_shard_size: str = "5GB",
+        any_base: bool = False,
+        undoable: bool = False,
+    ) -> None:
+        """Write the edited model as a checkpoint that transformers and, by its format, vLLM
+        open: safetensors in the dtype the model has, with an index where it is cut into files of
+        `max_shard_size`, configuration, generation settings, tokenizer, and a model card. Of the
+        edits that are on the model only this one goes in; the model is left as it was.
 
-def _weights_written(edit: Edit, model: Model) -> pd.DataFrame:
-    table = pd.DataFrame(
-        {
-            "weight": [model.parameter_name(site) for site in edit.factors],
-            "site": [str(site) for site in edit.factors],
-            "rank": [left.shape[1] for left, _ in edit.factors.values()],
-            "norm": [float(delta.double().norm()) for delta in edit.deltas.values()],
-        }
-    )
-    weights = [float(model.weight(site).double().norm()) for site in edit.factors]
-    rounded: list[float] = []
-    for site, (left, right) in edit.factors.items():
-        before, exact = model.weight(site), (left @ right).double()
-        # Rounded twice: the change to the dtype of the weights, and their sum.
-        written = (before + edit.deltas[site].to(before)).double() - before.double()
-        rounded.append(float((written - exact.to(written)).norm() / exact.norm()))
-    return table.assign(relative=table["norm"] / weights, rounded=rounded).set_index("weight")
+        Args:
+            model: the one the edit was computed on; `any_base` takes any other of these shapes.
+            directory: a new or an empty one; it appears whole or not at all.
+            receipt: `edit.receipt(model)`, for the card.
+            effects: a table of `pl.general_ability` or `pl.summarise`, or several under their
+                headings, for the card.
+            undoable: also write the changed weights as they were (`pmet_lens/undo.safetensors`),
+                from which `pmet-lens edit --undo` makes the checkpoint of before.
 
+        Raises:
+            EditError: for another model, and where the directory is not empty or cannot be written.
+        """
+        if not any_base:
+            self.check_base(model)
+        exits.checkpoint(self, model, directory, receipt, effects, max_shard_size, undoable)
 
-def _answers(model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
-    """Per fact the likeliest next token, and the wanted answer's nll and whether it is the
-    argmax."""
-    asked = scoring.ask(model, [f.text for f in facts], k=1)
-    prompts = [tokens.Prompt(f.text, None, f.target_new, f.blank) for f in facts]
-    scores = scoring.score(model, prompts)
-    return {
-        "token": asked["token"].str.strip(),
-        "nll": [s.nll for s in scores],
-        "argmax": [s.right == 1 for s in scores],
-    }
+    def save_gguf(
+        self,
+        source: str | Path,
+        target: str | Path,
+        type: str | None = None,
+        *,
+        receipt: Receipt | None = None,
+        effects: Effects = None,
+        any_base: bool = False,
+        undoable: bool = False,
+    ) -> pd.DataFrame:
+        """Write a copy of a GGUF file in which only the edited tensors differ, for Ollama and
+        llama.cpp, and a model card beside it (`target.gguf.md`). Every other tensor and every value
+        of the header is byte for byte that of the source. Needs `pmet-lens[gguf]`.
+
+        Args:
+            source: the file the edited model was loaded from, a directory with one, or the name of
+                a fetched model. It is never changed.
+            target: a new file; it appears whole or not at all.
+            type: what edited tensors are stored as: "F16", "Q8_0", "F32" or "BF16". None: F32 where
+                they are so now, else F16, also where they were quantised: it loses 0.2 to 0.7 % of
+                the change, Q8_0 6 to 17 % (SmolLM2-135M from Q4_1, three facts by PMET).
+            receipt, effects: what the card tells, as in `save_model`.
+            any_base: also onto other weights than those the edit was computed on.
+            undoable: also write the tensors as they were (`target.gguf.undo`), from which
+                `pmet-lens edit --undo` makes the source again, bit for bit.
+
+        Returns:
+            One row per edited tensor (index: its name): site, was, stored (types), rounded (share
+            of the change, from 0, that is lost by rounding to that type), bytes (how much longer
+            it is than it was).
+
+        Raises:
+            EditError: for a source that is no GGUF file, is cut or split, is `target` itself, has
+                other weights, or lacks a tensor; where the file cannot be written.
+        """
+        return exits.gguf(self, source, target, type, receipt, effects, any_base, undoable)
 
 
 def merged(edits: Edit | Sequence[Edit]) -> Edit:
@@ -260,23 +285,8 @@ def merged(edits: Edit | Sequence[Edit]) -> Edit:
 def _sum(edits: Sequence[Edit]) -> Edit:
     """The first edit with the factors and facts of all."""
     sites = dict.fromkeys(site for e in edits for site in e.factors)
-    factors = {s: side_by_side([e.factors[s] for e in edits if s in e.factors]) for s in sites}
+    factors = {
+        s: edit_files.side_by_side([e.factors[s] for e in edits if s in e.factors]) for s in sites
+    }
     facts = tuple(f for e in edits for f in e.facts)
     return replace(edits[0], factors=factors, facts=facts, targets=None, answered=None)
-
-
-def side_by_side(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Two factors whose product is the sum of the products of these."""
-    left, right = zip(*factors, strict=True)
-    return torch.cat(left, dim=1), torch.cat(right)
-
-
-def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:
-    """The fields of an `Edit` of these sites that say what it was computed on."""
-    return {
-        "base": {site: file_format.digest(model.weight(site)) for site in sites},
-        "parameters": {site: model.parameter_name(site) for site in sites},
-        "fan_in_fan_out": model.fan_in_fan_out,
-        "model": model.name,
-        "frame": model.frame,
-    }

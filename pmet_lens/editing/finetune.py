@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pmet_lens.data import progress
 from pmet_lens.data.facts import Fact, check_editable, listed
-from pmet_lens.editing.edits import Edit, origin
+from pmet_lens.editing.edit_files import origin
+from pmet_lens.editing.edits import Edit
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep
 from pmet_lens.models import likelihood, tokens

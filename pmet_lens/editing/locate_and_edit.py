@@ -20,7 +20,8 @@ from pmet_lens.data import progress
 from pmet_lens.data.facts import Fact, check_editable, listed
 from pmet_lens.editing import keys
 from pmet_lens.editing import targets as targeting
-from pmet_lens.editing.edits import Edit, Editor, merged, origin
+from pmet_lens.editing.edit_files import origin
+from pmet_lens.editing.edits import Edit, Editor, merged
 from pmet_lens.editing.method import Hparams, Method, SettingsError, refuse
 from pmet_lens.editing.methods import PMET, resolved, settled
 from pmet_lens.editing.solvers import Dense, Factor, NullSpace, On, SecondMoment, SolveError

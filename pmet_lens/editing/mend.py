@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, check_editable, listed
-from pmet_lens.editing.edits import Edit, origin, side_by_side
+from pmet_lens.editing.edit_files import origin, side_by_side
+from pmet_lens.editing.edits import Edit
 from pmet_lens.editing.finetune import output_hooks, rewrites
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.targets import OnStep

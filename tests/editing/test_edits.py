@@ -12,8 +12,8 @@ from tiny import tiny_hf, tiny_tokenizer
 
 import pmet_lens as pl
 from pmet_lens.data import file_format
-from pmet_lens.editing import edit_files
 from pmet_lens.models.model import Model, Site
+from pmet_lens.shipping import adapters
 
 torch.set_num_threads(1)
 HP = pl.Hparams(layers=(1, 2), n_steps=25, lr=0.5, second_moment_weight=0.01, clamp=5.0)
@@ -248,11 +248,11 @@ def test_balanced_factors_have_the_same_product():
     left = 1e6 * torch.randn(20, 3, generator=generator, dtype=torch.float64)
     right = torch.randn(3, 8, generator=generator, dtype=torch.float64)
     left, right = torch.cat([left, left[:, :1]], 1), torch.cat([right, 2 * right[:1]], 0)
-    a, b = edit_files.balanced(left, right)
+    a, b = adapters.balanced(left, right)
     assert a.shape == (20, 3)  # the fourth direction was the first again
     assert torch.allclose(a @ b, left @ right, rtol=1e-12)
     assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-9)
     many = torch.randn(5, 12, generator=generator, dtype=torch.float64)
-    a, b = edit_files.balanced(many, many.T)
+    a, b = adapters.balanced(many, many.T)
     assert a.shape == (5, 5)
     assert torch.allclose(a @ b, many @ many.T)
