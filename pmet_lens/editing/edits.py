@@ -271,6 +271,13 @@ def side_by_side(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     return torch.cat(left, dim=1), torch.cat(right)
 
 
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises `SettingsError` for an argument that would not be used."""
+    for name, value in given.items():
+        if value is not None:
+            raise SettingsError(f"{name}= cannot be used here: {why}. Leave it out.")
+
+
 def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:
     """The fields of an `Edit` of these sites that say what it was computed on."""
     return {

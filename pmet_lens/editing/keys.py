@@ -60,12 +60,10 @@ class _Part:
 
 
 class Reader:
-    """Reads the keys and values of some facts' prompts, one layer after the other.
-
-    Layers can be asked for in any order; ascending ones, as in an edit, cost least. The weights
-    below the layer asked for last must not change in between (an edit writes a layer after reading
-    it), else make a new reader. `fast=False` runs the model from its first layer each time.
-    """
+    """Reads the keys and values of some facts' prompts, one layer after the other; ascending
+    layers, as in an edit, cost least. The weights below the layer asked for last must not change in
+    between (an edit writes a layer after reading it), else make a new reader. `fast=False` runs the
+    model from its first layer each time."""
 
     def __init__(
         self,
@@ -86,9 +84,9 @@ class Reader:
         limit = TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ELSEWHERE
         longest = rows.mask.sum(1).view(len(facts), -1).amax(1).tolist()
         self._parts: list[_Part] = []
-        for chunk in tokens.chunks(longest, limit // self._per_fact):
-            chosen = rows[rows_of(chunk, self._per_fact).to(model.device)]
-            self._parts.append(_Part(chunk, chosen, chosen.at(position)))
+        for some in tokens.chunks(longest, limit // self._per_fact):
+            chosen = rows[rows_of(some, self._per_fact).to(model.device)]
+            self._parts.append(_Part(some, chosen, chosen.at(position)))
 
     def keys(self, site: Site) -> Float[Tensor, "fact d_in"]:
         """½ · key on the plain prompt + ½ · mean of the keys after the context prefixes; without
@@ -128,9 +126,7 @@ class Reader:
         and nothing is kept."""
         self._prepare(layer)
         keep = None if plain or not self._fast or layer == self._layer else layer
-        parts: list[_Part] = []
-        room = KEPT_BYTES
-        seen: list[list[Tensor]] = []
+        parts, seen, room = list[_Part](), list[list[Tensor]](), KEPT_BYTES
         for part in self._parts:
 
             def run(
@@ -178,8 +174,7 @@ class Reader:
         if plain:
             rows, place = rows[chosen], place[chosen]
         row = torch.arange(len(place), device=place.device)
-        seen: list[Tensor] = []
-        entering: list[Tensor] = []
+        seen, entering = list[Tensor](), list[Tensor]()
 
         def read(value: Tensor) -> None:
             seen.append(value[row.to(value.device), place.to(value.device)])
@@ -205,19 +200,30 @@ def wanted(
     """Per stream that the method's projections follow the value it should have at `targets.layer`.
 
     Where the delta of the layer output lay before a norm (`method.optimised`): the clean output
-    and what the norm makes of the delta.
+    and what the norm makes of the delta. Where the method gathers: the value now and all deltas.
     """
     values: dict[Stream, Tensor] = {}
     streams: set[Stream] = {method.follows(projection) for projection in method.write}
     for stream in streams:
-        lies = optimised(reader.model, stream)
-        values[stream] = targets.values[lies]
-        road = reader.road(Site(targets.layer, "mlp"))
-        if lies != stream and road is not None:
-            clean = reader.values(targets.layer, stream)
-            change = road.reached(targets.values[lies]) - road.reached(targets.clean[lies])
-            values[stream] = clean + change.to(clean)
+        lies: Stream = optimised(reader.model, stream)
+        gathers = stream == method.gather
+        if not gathers:
+            values[stream] = targets.values[lies]
+        if gathers or lies != stream:
+            now = reader.values(targets.layer, stream)
+            parts = list(targets.values) if gathers else [lies]
+            change = torch.stack([_reached(reader, targets, s).double() for s in parts]).sum(0)
+            road = reader.road(Site(targets.layer, "mlp")) if stream == "mlp_out" else None
+            values[stream] = now + (road.change(now, change) if road else change).to(now)
     return values
+
+
+def _reached(reader: Reader, targets: Targets, stream: Stream) -> Float[Tensor, "fact d_model"]:
+    """What the delta of a stream changes in the residual stream."""
+    road = reader.road(Site(targets.layer, "attn" if stream == "attn_out" else "mlp"))
+    if road is None:
+        return targets.delta(stream)
+    return road.reached(targets.values[stream]) - road.reached(targets.clean[stream])
 
 
 def to_write(
@@ -229,13 +235,10 @@ def to_write(
     share: float,
 ) -> Float[Tensor, "fact d_model"]:
     """What the projection at `site` is to write more, so that it takes its share (1 / `share`) of
-    the `rest` missing in `stream` at the last critical `layer`.
-
-    Where what a projection writes enters the residual stream as it is, that is rest / share. Behind
-    a norm lengths mean nothing: a rest of what is written itself (PMET) is shared as a turn, its
-    size relative to what the site writes; one of the layer output (MEMIT) is shared in the stream,
-    and the site writes what its norm needs for it.
-    """
+    the `rest` missing in `stream` at the last critical `layer`: rest / share, where what it writes
+    enters the residual stream as it is. Behind a norm lengths mean nothing: a rest of what is
+    written itself (PMET) is shared as a turn, its size relative to what the site writes; one of the
+    layer output (MEMIT) is shared in the stream, and the site writes what its norm needs for it."""
     last = reader.road(Site(layer, site.projection))
     road = reader.road(site)
     written = STREAM_OF[site.projection]
