@@ -60,9 +60,11 @@ def compare(
     if tune_on is not None:
         refuse_overlap(listed(tune_on), listed(facts))
         budget = PER_FACT * len(listed(tune_on)) if budget is None else budget
+        goal = Goal(goal) if isinstance(goal, str) else goal
+        asked = () if goal.collateral is None else others
         for name, trial in trials.items():
             if tunable(trial.method):
-                how: dict[str, Any] = {"goal": goal, "others": others, "n_edits": len(facts)}
+                how: dict[str, Any] = {"goal": goal, "others": asked, "n_edits": len(facts)}
                 tuned[name] = tune(bench, tune_on, trial, budget, **how)
                 if on_tuned is not None:
                     on_tuned(name, tuned[name])

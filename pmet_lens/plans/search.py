@@ -138,31 +138,30 @@ class Search:
         here = self.space.scaled(hp, share)
         here = here.fast() if fast else here
         trial = Trial(self.trial.method, prefixes=self.trial.prefixes, hparams=here)
-        found = self.judge.see(trial, self.facts[:n], lambda: self._targets(trial, n))
+        # Those of a stage are optimised together, so that a run that goes on finds the same files.
+        ends = [n] if stage == PUBLISHED else [size for size, _ in self.stages if size <= n]
+        found = self.judge.see(trial, self.facts[:n], lambda: self._targets(trial, ends))
         return Row(stage, group, hp, n, found)
 
-    def _targets(self, trial: Trial, n: int) -> Targets | None:
-        """Of the first `n` facts; those of earlier stages are there already."""
-        way = trial.method
+    def _targets(self, trial: Trial, ends: Sequence[int]) -> Targets | None:
+        """Of the facts up to the last of `ends`, from one to the next; those of earlier stages are
+        there already."""
+        way, n = trial.method, ends[-1]
         if not isinstance(way, Method) or (way.at_once or n) < n:
             return None
-        key = target_files.strengths(trial.hparams)
-        parts = self._parts.setdefault(key, [])
+        parts = self._parts.setdefault(target_files.strengths(trial.hparams), [])
         done = sum(map(len, parts))
-        for size in [size for size, _ in self.stages if size > done]:
-            if size > n:
-                break
-            found = self.bench.targets(trial, self.facts[done:size])
+        for end in [end for end in ends if end > done]:
+            found = self.bench.targets(trial, self.facts[done:end])
             assert found is not None
             parts.append(found)
-            done = size
-        whole = targets.joined(parts)
-        return whole if len(whole) == n else whole[:n]
+            done = end
+        return targets.joined(parts)[:n]
 
 
 def stages(n: int, groups: int, budget: int, dear: bool, confirmed: bool) -> list[tuple[int, int]]:
     """(facts, groups of settings) of every stage: of as many groups as the budget allows on few
-    facts, then half as many on twice the facts, down to the best one and the guess on all `n`.
+    facts, then half as many on twice the facts, to the best ones and the guess on all `n`.
 
     `dear`: every stage optimises its facts anew. `confirmed`: the winner is optimised again.
 

@@ -35,6 +35,15 @@ def tunable(method: object) -> bool:
     return isinstance(method, (Method, FineTune))
 
 
+def check_tunable(method: object) -> None:
+    """Raises `SettingsError` for a method that has no settings to choose."""
+    if not tunable(method):
+        raise SettingsError(
+            f"{type(method).__name__} has nothing to tune: it was trained, and acts as its editor "
+            "does. Tune another method, or train an editor with train_editor."
+        )
+
+
 def first_guess(model: Model, facts: Sequence[Fact], method: Method | Editor) -> tuple[Any, str]:
     """Settings to begin with, and in words where they are from: those known for the model, else
     `suggest_hparams`, of which methods other than PMET take the layers.
@@ -42,11 +51,7 @@ def first_guess(model: Model, facts: Sequence[Fact], method: Method | Editor) ->
     Raises:
         SettingsError: for a method that has no settings to choose.
     """
-    if not tunable(method):
-        raise SettingsError(
-            f"{type(method).__name__} has nothing to tune: it was trained, and acts as its editor "
-            "does. Tune another method, or train an editor with train_editor."
-        )
+    check_tunable(method)
     try:
         if isinstance(method, FineTune):
             return method.settings(model), "the settings known for the model"

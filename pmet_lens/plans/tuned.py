@@ -102,14 +102,8 @@ def _line(search: Search, rows: list[Row], row: Row, chosen: Row) -> dict[str, A
     line |= {"facts": row.facts, "guess": row.hp == search.space.centre, "chosen": row is chosen}
     line["failed"] = row.seen.failed
     if row.seen.failed:
-        return (
-            line
-            | dict.fromkeys(["score", "ci_low", "ci_high", *DIFFERENCE], math.nan)
-            | {
-                "n": 0,
-                "told": True,
-            }
-        )
+        nothing = dict.fromkeys(["score", "ci_low", "ci_high", *DIFFERENCE], math.nan)
+        return line | nothing | {"n": 0, "told": True}
     best = max((r for r in rows if r.stage == row.stage), key=lambda r: r.seen.rank(goal))
     values, top = row.seen.values(goal), best.seen.values(goal)
     score = metrics.interval(values, goal.statistic)

@@ -28,7 +28,7 @@ from pmet_lens.models.model import Model, Site
 from pmet_lens.moments.inputs import EditInputs
 from pmet_lens.plans.goals import Goal
 from pmet_lens.plans.search import Search
-from pmet_lens.plans.spaces import Space, first_guess
+from pmet_lens.plans.spaces import Space, check_tunable, first_guess
 from pmet_lens.plans.tuned import Tuned, told
 
 LEAST = 8
@@ -86,6 +86,7 @@ def tune(
     trial = method if isinstance(method, Trial) else Trial(resolved(method))
     facts = listed(facts)
     goal = Goal(goal) if isinstance(goal, str) else goal
+    check_tunable(trial.method)
     check_editable(facts)
     refuse_overlap(facts, listed(edited))
     budget = PER_FACT * len(facts) if budget is None else budget

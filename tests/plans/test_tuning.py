@@ -50,9 +50,9 @@ def facts_of(n: int, start: int = 0) -> list[pl.Fact]:
 FACTS, LATER = facts_of(10), facts_of(3, 30)
 
 
-@pytest.fixture
-def bench(tmp_path) -> pl.Bench:
-    return new_bench(tmp_path)
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> pl.Bench:
+    return new_bench(tmp_path_factory.mktemp("bench"))
 
 
 def new_bench(folder: Path) -> pl.Bench:
@@ -80,9 +80,8 @@ def plant(monkeypatch, score: Any, right: Any = None) -> list[tuple[Any, int]]:
     return asked
 
 
-def λ_of_all(hp: pl.Hparams, n: int) -> float:
-    """λ as it would be for all facts."""
-    return hp.second_moment_weight * len(FACTS) / n
+def all_known(_: pl.Model, facts: list[pl.Fact], **__: object) -> pd.DataFrame:
+    return pd.DataFrame({"correct": [1.0] * len(facts)})
 
 
 # -- what is planted is found ---------------------------------------------------------------------
@@ -154,15 +153,15 @@ def test_a_floor_comes_before_the_score(bench, monkeypatch):
         lambda hp, i: 95 - 5 * math.log10(hp.second_moment_weight),
         lambda hp: [100] * 9 + [0 if hp.second_moment_weight < low / 4 else 100],
     )
-    known = pd.DataFrame({"correct": [1.0] * len(LATER)})
-    monkeypatch.setattr(goals.scoring, "recall", lambda *_: known)
+    monkeypatch.setattr(goals.scoring, "recall", all_known)
     free = pl.tune(bench, FACTS, "MEMIT", others=LATER)
     held = pl.tune(bench, FACTS, "MEMIT", goal=pl.Goal(collateral=95), others=LATER)
     assert free.hparams.second_moment_weight == pytest.approx(low / 10)
     assert held.hparams.second_moment_weight > low / 4
     assert held.table.loc[held.table["chosen"], "collateral"].iloc[0] == 100
     assert "at least 95 % of the other facts" in held.why
-    under = held.table[(held.table["missed"] > 0) & (held.table["stage"] == 1)]
+    under = held.table[held.table["missed"] > 0]
+    assert len(under) > 0
     assert under["told"].all()  # under the floor is no tie, however good the score
     none = pl.tune(bench, FACTS, "MEMIT", goal=pl.Goal(collateral=100), others=LATER)
     assert none.table.loc[none.table["chosen"], "missed"].iloc[0] == 0
@@ -170,7 +169,7 @@ def test_a_floor_comes_before_the_score(bench, monkeypatch):
 
 def test_a_floor_that_nothing_meets_is_said(bench, monkeypatch):
     plant(monkeypatch, lambda hp, i: 50.0, lambda hp: [100, 0])
-    monkeypatch.setattr(goals.scoring, "recall", lambda *_: pd.DataFrame({"correct": [1.0] * 3}))
+    monkeypatch.setattr(goals.scoring, "recall", all_known)
     found = pl.tune(bench, FACTS, "MEMIT", goal=pl.Goal(collateral=95), others=LATER)
     assert "No setting meets the floor" in found.why
     assert "45.0 short" in found.why
@@ -267,7 +266,7 @@ def test_a_plan_keeps_its_budget_and_ends_with_all_facts(n, share, dear, confirm
     assert sizes[-1] == n
     assert sizes[0] >= search.FEW or len(sizes) == 1
     assert list(groups) == sorted(groups, reverse=True)
-    assert groups[-1] == 2 or len(sizes) == 1
+    assert groups[-1] == max(2, math.ceil(groups[0] / 2 ** (len(sizes) - 1)))
     more = stages(n, 40, share * n + 10 * n, dear, confirmed)
     assert more[0][1] >= groups[0]
 
@@ -310,10 +309,9 @@ def test_groups_are_those_whose_targets_differ():
 def test_layers_without_a_second_moment_are_left_out():
     hp = replace(HP, layers=(4, 5, 6))
     few = Space(pl.PMET, hp, 30, frozenset(range(4, 8)))
-    assert {one.layers for one in few.groups()} == {(4, 5, 6)}  # 8 and 4 are two steps away
-    assert (
-        few.near(hp, False, False)[-1].layers == (4, 5, 6) or len(few.near(hp, False, False)) == 4
-    )
+    # 8, two above, has none, and below 4 nothing has.
+    assert {one.layers for one in few.groups()} == {(4, 5, 6), (4,)}
+    assert {one.layers for one in few.near(hp, False, False)} == {(4, 5, 6), (6,)}
 
 
 def test_settings_are_for_so_many_edits(bench, monkeypatch):
