@@ -14,7 +14,6 @@ from pathlib import Path
 import manifest
 import mass_edit
 import study
-import tune
 from common import HERE, OUT, make
 from make import draw as draw_main
 from paper_tables import FIGURES as PAPER
@@ -23,7 +22,6 @@ FIGURES = {
     "": {"fig_main": draw_main, **study.FIGURES},
     "paper": PAPER,
     "mass_edit": {"fig_mass_edit": mass_edit.draw},
-    "tune": tune.FIGURES,
 }
 """Folder in `figures/results` -> the figures that are drawn from its tables."""
 
