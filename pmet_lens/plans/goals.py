@@ -17,9 +17,10 @@ from pmet_lens.data.facts import Fact
 from pmet_lens.data.file_format import hash_of, to_plain, whole
 from pmet_lens.editing.edits import Edit
 from pmet_lens.editing.method import SettingsError
-from pmet_lens.editing.solvers import SolveError
+from pmet_lens.editing.solvers import SolveError, preserved
 from pmet_lens.evaluation import ability, metrics, scoring
 from pmet_lens.evaluation.free_answers import Asking
+from pmet_lens.evaluation.intervals import statistics
 from pmet_lens.experiments.trials import Bench, Trial
 
 MARGINS = ("EM", "PM", "NM")
@@ -123,7 +124,7 @@ class Seen:
         """Higher is better: first the floors, then the score, then the mean margin."""
         if self.failed:
             return (-math.inf, 0.0, 0.0)
-        score = metrics.interval(self.values(goal), goal.statistic)[0]
+        score = float(statistics(self.values(goal)[None], goal.statistic)[0])
         margins = self.table.reindex(columns=list(MARGINS)).mean().mean()
         return (-self.missed(goal), score, 0.0 if math.isnan(margins) else float(margins))
 
@@ -169,7 +170,10 @@ class Judge:
     """Measures settings for one goal, each once: what it saw lies in the bench's folder."""
 
     def __init__(self, bench: Bench, goal: Goal, others: Sequence[Fact], identity: str) -> None:
-        self.bench, self.goal, self.identity = bench, goal, identity
+        self.bench, self.goal = bench, goal
+        # The folder may be another bench's, with second moments of other text.
+        traces = {str(s): preserved(m, None, 1).matrix().trace() for s, m in bench.moments.items()}
+        self.identity = hash_of([identity, sorted((s, f"{v:.6g}") for s, v in traces.items())])
         known = scoring.recall(bench.model, others)["correct"] if len(others) else []
         self.others = [fact for fact, right in zip(others, known, strict=True) if right]
         if goal.collateral is not None and not self.others:

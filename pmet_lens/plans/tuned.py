@@ -75,7 +75,9 @@ def told(search: Search, rows: list[Row], source: str, known: str, n_edits: int)
     chosen = max((row for row in rows if row.stage == last), key=lambda row: row.seen.rank(goal))
     if chosen.seen.failed:
         raise SettingsError(f"No setting that was tried gives an edit: {chosen.seen.failed}")
-    table = pd.DataFrame([_line(search, rows, row, chosen) for row in rows])
+    ranked = sorted(rows, key=lambda row: row.seen.rank(goal), reverse=True)  # keeps ties in order
+    best = {stage: next(r for r in ranked if r.stage == stage) for stage in {r.stage for r in rows}}
+    table = pd.DataFrame([_line(search, row, best[row.stage], chosen) for row in rows])
     head = ["stage", "setting"]
     table = table[head + [c for c in table.columns if c not in head]]
     share = together(search.trial.method, n_edits, len(search.facts))
@@ -95,8 +97,8 @@ def told(search: Search, rows: list[Row], source: str, known: str, n_edits: int)
     return replace(found, why=" ".join(filter(None, (why, known))))
 
 
-def _line(search: Search, rows: list[Row], row: Row, chosen: Row) -> dict[str, Any]:
-    """A row of `Tuned.table`."""
+def _line(search: Search, row: Row, best: Row, chosen: Row) -> dict[str, Any]:
+    """A row of `Tuned.table`; `best`: of its stage."""
     goal, weight = search.goal, search.space.weight
     line = {"stage": row.stage, "setting": text_of(row.hp, weight), **fields_of(row.hp, weight)}
     line |= {"facts": row.facts, "guess": row.hp == search.space.centre, "chosen": row is chosen}
@@ -104,7 +106,6 @@ def _line(search: Search, rows: list[Row], row: Row, chosen: Row) -> dict[str, A
     if row.seen.failed:
         nothing = dict.fromkeys(["score", "ci_low", "ci_high", *DIFFERENCE], math.nan)
         return line | nothing | {"n": 0, "told": True}
-    best = max((r for r in rows if r.stage == row.stage), key=lambda r: r.seen.rank(goal))
     values, top = row.seen.values(goal), best.seen.values(goal)
     score = metrics.interval(values, goal.statistic)
     line |= dict(zip(("score", "ci_low", "ci_high", "n"), score, strict=True))

@@ -34,8 +34,7 @@ from pmet_lens.plans.tuned import Tuned, told
 LEAST = 8
 """Facts to be tuned on at least."""
 PER_FACT = 4
-"""The default budget: so many targets per fact. SmolLM2 with 40 facts: under 10 minutes on two
-cores, at 5 s for a target by the published steps and a third of it by the fast ones."""
+"""The default budget: so many targets per fact."""
 MOST_PER_FACT = 25
 """A budget of more targets per fact tries more settings than the facts can tell apart."""
 
