@@ -25,7 +25,7 @@ from pmet_lens.models.bridge import Hook
 from pmet_lens.models.likelihood import at_least_float32
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, ModelError, Site, Stream
-from pmet_lens.models.sites import Road
+from pmet_lens.models.sites import Road, turned
 from pmet_lens.models.tokens import Position
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 4096, 65536
@@ -207,15 +207,23 @@ def wanted(
     for stream in streams:
         lies: Stream = optimised(reader.model, stream)
         gathers = stream == method.gather
-        if not gathers:
-            values[stream] = targets.values[lies]
         if gathers or lies != stream:
             now = reader.values(targets.layer, stream)
-            parts = list(targets.values) if gathers else [lies]
-            change = torch.stack([_reached(reader, targets, s).double() for s in parts]).sum(0)
-            road = reader.road(Site(targets.layer, "mlp")) if stream == "mlp_out" else None
-            values[stream] = now + (road.change(now, change) if road else change).to(now)
+            how, what = (_gathered, stream) if gathers else (_reached, lies)
+            values[stream] = now + how(reader, targets, what).to(now)
+        else:
+            values[stream] = targets.values[stream]
     return values
+
+
+def _gathered(reader: Reader, targets: Targets, stream: Stream) -> Float[Tensor, "fact d_model"]:
+    """The change of `stream` with which the MLP brings all deltas, or the nearest its norm can."""
+    whole = torch.stack([_reached(reader, targets, s).double() for s in targets.values]).sum(0)
+    road, now = reader.road(Site(targets.layer, "mlp")), reader.values(targets.layer, "mlp_out")
+    if road is None:
+        return whole
+    change = road.change(now, whole)
+    return change if stream == "mlp_out" else road.reached(now + change) - road.reached(now)
 
 
 def _reached(reader: Reader, targets: Targets, stream: Stream) -> Float[Tensor, "fact d_model"]:
@@ -254,21 +262,11 @@ def to_write(
         # chord.
         now = reader.values(layer, written).double()
         goal = now + last.change(now, rest)
-        missed = last.reached(now) + rest - last.reached(_turned(now, goal, 1 - 1 / share))
+        missed = last.reached(now) + rest - last.reached(turned(now, goal, 1 - 1 / share))
     if road is None:
         return missed
     # Below `layer` what is missed is left for it, and its own norm has the last word.
     return road.change(here, missed) if site.layer == layer else road.pushed(here, missed)
-
-
-def _turned(
-    start: Float[Tensor, "fact d"], end: Float[Tensor, "fact d"], part: float
-) -> Float[Tensor, "fact d"]:
-    """The unit vector at this part of the turn from one direction to another."""
-    a, b = (v / v.norm(dim=-1, keepdim=True) for v in (start, end))
-    angle = (a * b).sum(-1, keepdim=True).clamp(-1, 1).acos()
-    turned = (((1 - part) * angle).sin() * a + (part * angle).sin() * b) / angle.sin()
-    return turned.where(angle > 0, a)
 
 
 def _averaged(keys: Float[Tensor, "fact row d_in"]) -> Float[Tensor, "fact d_in"]:

@@ -38,23 +38,20 @@ def test_fields_that_came_later_leave_old_names_as_they_were():
         for method in (pl.PMET, pl.VARIANTS["whole sum"], pl.VARIANTS["targets refreshed"])
     }
     assert len(names) == 1  # their targets are the same
-    other = ("δ^a fades", "δ^a costs ten times")
-    names |= {
-        target_files.key("w", FACTS, pl.VARIANTS[name], HP.settled(pl.PMET), CONTEXTS)
-        for name in other
-    }
-    assert len(names) == 3
+    fades = pl.VARIANTS["δ^a fades"]
+    names.add(target_files.key("w", FACTS, fades, HP.settled(pl.PMET), CONTEXTS))
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gemma3", "llama"])
 @pytest.mark.parametrize("stream", ["mlp_out", "resid_post"])
 def test_the_sum_of_both_deltas_is_written(family, stream):
-    """By an exact solver into one layer nothing of it is left over. Behind a post-norm only one
-    length comes out, so of a change of the layer output a part is left."""
+    """By an exact solver into one layer nothing of it is left over; behind a post-norm hardly
+    anything of the nearest that the norm can bring (channels of little gain are pushed less)."""
     wide = {"window": 40} if family.startswith("gemma") else {}
     model = shared_model(family, torch.float64, **wide)
     method = replace(pl.PMET, gather=stream, solver=pl.Exact())
-    most = 0.5 if family == "gemma3" and stream == "resid_post" else 1e-6
+    most = 1e-3 if family == "gemma3" else 1e-6
     assert left_over(model, FACTS, some_moments(model), method, LAST) < most
 
 
@@ -81,20 +78,6 @@ def test_a_fading_delta_is_nothing_in_the_end(rule):
     assert list(own["stopped"]) == ["", "", "", "", "goal"]  # not before it has faded
     radius = own["norm_attn_out"].to_numpy()
     assert (radius <= hp.clamp * (1 - own["step"] / 4).clip(lower=0) + 1e-9).all()
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="Adam's steps have one size: where the penalty outweighs the loss, δ^a jitters about 0",
-)
-def test_a_dear_delta_is_smaller_and_its_cost_is_told():
-    model = shared_model("gpt2", torch.float64)
-    hp = replace(LAST, n_steps=12, weight_decay=0.5, stop_loss=0.0)
-    plain = pl.optimise(model, FACTS, pl.PMET, hp, CONTEXTS)
-    dear = pl.optimise(model, FACTS, replace(pl.PMET, attn_decay=100.0), hp, CONTEXTS)
-    assert float(dear.delta("attn_out").norm()) < 0.5 * float(plain.delta("attn_out").norm())
-    same = pl.optimise(model, FACTS, replace(pl.PMET, attn_decay=1.0), hp, CONTEXTS)
-    assert torch.equal(same.values["attn_out"], plain.values["attn_out"])
 
 
 def test_refreshed_targets_are_those_of_the_model_so_far():
@@ -135,11 +118,8 @@ def test_a_variant_edits_and_its_file_is_read_again(name, tmp_path):
 
 
 def test_variants_that_contradict_themselves_are_refused():
-    with pytest.raises(pl.SettingsError, match="attn_decay must be"):
-        replace(pl.PMET, attn_decay=0.0)
-    for change in ({"attn_decay": 2.0}, {"attn_fades": True}):
-        with pytest.raises(pl.SettingsError, match="delta_at lacks attn_out"):
-            replace(pl.MEMIT, **change)
+    with pytest.raises(pl.SettingsError, match="delta_at lacks attn_out"):
+        replace(pl.MEMIT, attn_fades=True)
     with pytest.raises(pl.SettingsError, match="gather is of δ\\^a and δ\\^m"):
         replace(pl.MEMIT, gather="resid_post")
     with pytest.raises(pl.SettingsError, match="gather must be a choice"):
