@@ -1,7 +1,7 @@
 """What would mend PMET on a real sequential model: `python figures/variants.py --model MODEL`.
 
-PMET and MEMIT beside the candidates of `pl.VARIANTS` (δ^a written too, other solvers, δ^a made dear
-or faded out, targets refreshed), each tuned with the same budget on the same held-out facts, then
+PMET and MEMIT beside the candidates of `pl.VARIANTS` (δ^a written too, other solvers, δ^a faded
+out, targets refreshed), each tuned with the same budget on the same held-out facts, then
 on the same other facts, 20 and 100 at once: paired differences to MEMIT, and to PMET. Everything is
 kept in `figures/out/variants/MODEL`; a run that was cut goes on. A variant *dominates* where no
 metric is worse than that of both beyond its interval, and one is better.

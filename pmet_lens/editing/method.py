@@ -57,8 +57,6 @@ class Method:
     gather: Stream | None = field(default=None, metadata=LATER)
     """The stream that is asked for the sum of all deltas, whichever is written: "mlp_out" or
     "resid_post" (then what critical layers below have brought counts). None: see `follows`."""
-    attn_decay: float = field(default=1.0, metadata=LATER)
-    """> 0: factor on the weight decay of δ^a; large, the gain moves to the other streams."""
     attn_fades: bool = field(default=False, metadata=LATER)
     """δ^a's ball shrinks to nothing over the first half of the steps; no fact stops before."""
     refresh: bool = field(default=False, metadata=LATER)
@@ -82,10 +80,8 @@ class Method:
             raise SettingsError(f"at_once must be at least 1 or None, not {self.at_once}.")
         if self.write == ("mlp", "attn"):
             raise SettingsError("write both projections as ('attn', 'mlp'): attn comes first.")
-        if not (self.attn_decay > 0 and math.isfinite(self.attn_decay)):
-            raise SettingsError(f"attn_decay must be a number > 0, not {self.attn_decay}.")
-        if (self.attn_decay != 1 or self.attn_fades) and "attn_out" not in self.delta_at:
-            raise SettingsError("attn_decay and attn_fades are of δ^a: delta_at lacks attn_out.")
+        if self.attn_fades and "attn_out" not in self.delta_at:
+            raise SettingsError("attn_fades is of δ^a: delta_at lacks attn_out.")
         if self.gather and (self.delta_at, self.write) != (("attn_out", "mlp_out"), ("mlp",)):
             raise SettingsError("gather is of δ^a and δ^m, for methods that write the MLP alone.")
         for projection in self.write:

@@ -75,7 +75,6 @@ VARIANTS: Mapping[str, Method] = {
     "PMET, null space": replace(PMET, solver=NullSpace()),
     "PMET, exact": replace(PMET, solver=Exact()),
     "δ^m alone": ABLATIONS["w/o δ^a"],
-    "δ^a costs ten times": replace(PMET, attn_decay=10.0),
     "δ^a fades": replace(PMET, attn_fades=True),
     "targets refreshed": replace(PMET, refresh=True),
 }

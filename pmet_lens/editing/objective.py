@@ -42,13 +42,12 @@ def loss_terms(
     norms: Mapping[Stream, Float[Tensor, " fact"]],
     nll_weight: Float[Tensor, " fact"],
     hparams: Hparams,
-    attn_decay: float = 1.0,
 ) -> dict[str, Float[Tensor, " fact"]]:
     """loss = φ·NLL + μ·KL + ω·Σ_streams ‖δ‖ / ‖clean‖², per fact (released `compute_z.py`; the norm
-    above the bar is not squared, as released); δ^a's part times `attn_decay`."""
-    parts = {s: d.norm(dim=-1) / norms[s] ** 2 for s, d in deltas.items()}
-    parts |= {s: attn_decay * p for s, p in parts.items() if s == "attn_out"}
-    decay = sum(parts.values(), start=torch.zeros_like(nll))
+    above the bar is not squared, as released)."""
+    decay = sum(
+        (deltas[s].norm(dim=-1) / norms[s] ** 2 for s in deltas), start=torch.zeros_like(nll)
+    )
     loss = nll_weight * nll + hparams.kl_weight * kl + hparams.weight_decay * decay
     return {"nll": nll, "kl": kl, "decay": decay, "loss": loss}
 
@@ -96,8 +95,8 @@ def batches(
     total = lengths.view(-1, per_fact).amax(1).tolist()
     reads, most = read_by(rows, per_fact).tolist(), likelihood.readable(model, copies=2)
     pad = PADDING_ON_CPU // per_fact if _large(model) and model.device.type == "cpu" else None
-    size = budget // per_fact
-    return tokens.chunks(longest, size, total, reads=reads, readable=most, padding=pad)
+    at_once = budget // per_fact
+    return tokens.chunks(longest, at_once, total, reads=reads, readable=most, padding=pad)
 
 
 def read_by(rows: tokens.Batch, per_fact: int) -> Int[Tensor, " fact"]:
@@ -135,7 +134,8 @@ def budget(model: Model, layer: int, free: int | None = None) -> int:
 
 def values_per_token(model: Model, layer: int) -> int:
     """Numbers kept per token of a step for the backward pass from `layer` on; a generous guess."""
-    return (10 * model.d_model + 4 * model.d_in(Site(layer, "mlp"))) * (model.n_layers - layer)
+    d_in = model.d_in(Site(layer, "mlp"))
+    return (10 * model.d_model + 4 * d_in) * (model.n_layers - layer)
 
 
 def tail_of(model: Model, method: Method, layer: int) -> Tail | None:

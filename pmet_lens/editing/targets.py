@@ -162,8 +162,7 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         newest[at], said[at] = read.each.to(newest), read.said
         chosen: dict[Stream, Tensor] = {s: d[active] for s, d in deltas.items()}
         norms: dict[Stream, Tensor] = {s: v[active] for s, v in batch.norms.items()}
-        weights = (weight[active], hp, batch.method.attn_decay)
-        losses = objective.loss_terms(read.nll, read.kl, chosen, norms, *weights)
+        losses = objective.loss_terms(read.nll, read.kl, chosen, norms, weight[active], hp)
         columns: dict[str, Any] = {k: v.detach() for k, v in losses.items()}
         if some:  # whether a fact is done is for all of its prompts to tell
             mean = newest[active].nanmean(1)

@@ -76,8 +76,7 @@ def key(
         prefixes = [prefix for prefix in prefixes if prefix != tokens.PLAIN]
     asked = [(f.subject, f.prompt, f.target_new) for f in facts]
     read = asdict(strengths(hparams.settled(method)))
-    attn = [method.attn_decay, method.attn_fades]
-    later = [] if attn == [1.0, False] else [attn]  # files of before keep their names
+    later = [True] if method.attn_fades else []  # files of before keep their names
     return hash_of([weights, prefixes, method.delta_at, method.position, read, asked, *later])
 
 
