@@ -46,7 +46,8 @@ def compare(
     targets (None: 4 per fact); a trial's own settings are its first guess. Then also the columns
     budget, spent (targets; 0 for a method that has nothing to tune) and settings; `attrs` of the
     table has tuned_on (how many facts), budget and goal. `on_tuned(run, Tuned)` hears of each. The
-    bench's folder keeps what was found.
+    bench's folder keeps what was found. A floor on collateral is tuned for with every second one of
+    `others`; collateral is then of the rest.
 
     `front`: also the column front: whether the run is on the Pareto front (`pareto`) of ES, NS and
     collateral, as far as they were measured.
@@ -61,7 +62,9 @@ def compare(
         refuse_overlap(listed(tune_on), listed(facts))
         budget = PER_FACT * len(listed(tune_on)) if budget is None else budget
         goal = Goal(goal) if isinstance(goal, str) else goal
-        asked = () if goal.collateral is None else others
+        asked: Sequence[Fact] = ()
+        if goal.collateral is not None:
+            asked, others = others[::2], others[1::2]
         for name, trial in trials.items():
             if tunable(trial.method):
                 how: dict[str, Any] = {"goal": goal, "others": asked, "n_edits": len(facts)}

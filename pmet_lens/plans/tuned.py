@@ -48,8 +48,11 @@ class Tuned:
 
     @property
     def ties(self) -> pd.DataFrame:
-        """The rows of the last stage that cannot be told from the chosen one."""
-        final = self.table[self.table["stage"] == self.table["stage"].iloc[-1]]
+        """The settings of the last stage that cannot be told from the best; where only the winner
+        was confirmed by published steps, also those of the stage before."""
+        stages = list(dict.fromkeys(self.table["stage"]))
+        last = stages[-2:] if stages[-1] == PUBLISHED else stages[-1:]
+        final = self.table[self.table["stage"].isin(last)].drop_duplicates("setting", keep="last")
         return final[~final["told"] & ~final["chosen"] & (final["failed"] == "")]
 
     def for_edits(self, n: int) -> Any:
@@ -125,10 +128,10 @@ def _why(search: Search, rows: list[Row], chosen: Row, found: Tuned, source: str
     """The reasons in words."""
     goal, table = search.goal, found.table
     mine = table[table["chosen"]].iloc[0]
-    tried = table[["setting", "stage"]].drop_duplicates("setting")
+    tried = table["setting"].nunique()
     said = [
         f"{goal}: {mine['score']:.1f} [{mine['ci_low']:.1f}, {mine['ci_high']:.1f}] on "
-        f"{found.facts} facts edited at once with {mine['setting']}; {len(tried)} settings were "
+        f"{found.facts} facts edited at once with {mine['setting']}; {tried} settings were "
         f"tried with {found.spent} of {found.budget} targets around {source}."
     ]
     missed = float(mine["missed"])
@@ -151,7 +154,7 @@ def _why(search: Search, rows: list[Row], chosen: Row, found: Tuned, source: str
     if len(ties := found.ties):
         names = "; ".join(ties["setting"].head(3))
         more = f" and {len(ties) - 3} more" if len(ties) > 3 else ""
-        said.append(f"Not to be told from it in the last stage: {names}{more}.")
+        said.append(f"Not to be told from it by these facts: {names}{more}.")
     if search.fast:
         said.append("Searched with fast steps, confirmed with the method's own.")
     return " ".join(said)

@@ -128,8 +128,10 @@ def _guess(
 ) -> tuple[Any, str]:
     """The first guess, with nothing left open, and where it is from."""
     found, source = given, "the settings given"
-    if found is None and (isinstance(model, Bench) or trial.hparams is not None):
-        found = trial.hparams if not isinstance(model, Bench) else _known_at(model, trial)
+    if found is None and isinstance(model, Bench):
+        found = _known_at(model, trial)
+    elif found is None and trial.hparams is not None:
+        found = replace(trial.hparams, **trial.change)
     if found is None:
         real = model.model if isinstance(model, Bench) else model
         found, source = first_guess(real, facts, trial.method)
@@ -159,7 +161,7 @@ def _what_is_known(model: Model, facts: Sequence[Fact]) -> str:
         f"The model recalls only {right} of these {len(asked)} facts: what it does not know it "
         "does not recall at any layer, and settings for that are others. Take pl.recalled(model)."
     )
-    warnings.warn(said, stacklevel=4)
+    warnings.warn(said, stacklevel=3)
     return said
 
 
