@@ -36,6 +36,7 @@ include_patterns = [
     "docs/api/*.md",
     "notebooks/*.ipynb",
     "figures/README.md",
+    "figures/results/plan.md",
     "pmet_lens/bundled/*/README.md",
     "CHANGELOG.md",
 ]

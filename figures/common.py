@@ -139,15 +139,6 @@ def of(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
     return table
 
 
-def into_readme(marker: str, text: str) -> None:
-    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->` in the README."""
-    readme = HERE.parent / "README.md"
-    head, rest = readme.read_text(encoding="utf-8").split(f"<!-- {marker} -->")
-    tail = rest.split(f"<!-- /{marker} -->")[1]
-    whole = f"{head}<!-- {marker} -->\n{text}<!-- /{marker} -->{tail}"
-    readme.write_text(whole, encoding="utf-8")
-
-
 def samples(table: pd.DataFrame, column: str = "n") -> str:
     """The number of cases as a caption says it."""
     low, high = int(table[column].min()), int(table[column].max())

@@ -53,7 +53,9 @@ class Study:
         self.frame = args.frame or ("chat" if chat else "Question: {}\nAnswer:")
         layers = None if bundled else tuple(args.layers)
         texts = None if bundled else self._texts()
-        settings = None if bundled else lambda method: pl.Hparams(layers or ())
+        usual = pl.Hparams(layers or (0,))
+        usual = usual.fast() if args.fast else usual
+        settings = None if bundled else lambda method: usual
         self.bench = pl.Bench(self.model, self.folder, texts, args.tokens, settings, layers, SHARD)
 
     def _texts(self) -> list[str]:
@@ -151,6 +153,20 @@ def page(table: pd.DataFrame, model: str, n: int, made: str) -> str:
     return "\n".join([head, "", *said, "", *lines, "", made, ""])
 
 
+def seen(table: pd.DataFrame, model: str, n: int, made: str) -> str:
+    """The few of the scores that the README shows: what benchmarks say, and what a user sees."""
+    columns = {name: ("as edited", name) for name in ("ES", "PS", "NS", "EA")}
+    columns |= {"free": ("as edited", "EF"), "free, in a frame": ("framed", "EF")}
+    cells = table.set_index(["method", "asked", "metric"])
+    lines = ["| method | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    for method in dict.fromkeys(table["method"]):
+        found = [cells.loc[(method, *place)] for place in columns.values()]
+        row = [f"{c['mean']:.0f} [{c['ci_low']:.0f}, {c['ci_high']:.0f}]" for c in found]
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    said = f"{model}, {n} real facts that it knows, at once; per cent, 95 % intervals over facts."
+    return "\n".join([*lines, "", f"{said} {made}", ""])
+
+
 def draw(folder: Path) -> Figure:
     """What each help is worth, on edited prompts and on paraphrases; what is left in a row."""
     methods = [p.stem.partition(" ")[2] for p in sorted(folder.glob("retention *.csv"))]
@@ -173,6 +189,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=100)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--layers", nargs="+", type=int, default=real.LAYERS, help="critical ones")
+    parser.add_argument("--fast", action="store_true", help="targets of `Hparams.fast`")
     parser.add_argument("--texts", help="text file for the second moments, one text a line")
     parser.add_argument("--tokens", type=int, default=real.N_TOKENS, help="of that text")
     parser.add_argument("--frame", help='"chat", or a text with {}; None: chat where there is one')
@@ -192,8 +209,11 @@ def main() -> None:
     table = scores(study.folder, ("unedited", *args.methods))
     table.to_csv(study.folder / "scores.csv", index=False, float_format="%.6g")
     made = provenance((time.monotonic() - start) / 60, study.model.device)
-    text = page(table, args.model, len(study.facts), made)
+    steps = ", fast targets" * args.fast
+    text = page(table, args.model + steps, len(study.facts), made)
     (study.folder / "free_answers.md").write_text(text, encoding="utf-8")
+    few = seen(table, args.model + steps, len(study.facts), made)
+    (study.folder / "seen.md").write_text(few, encoding="utf-8")
     make(draw, "fig_free_answers", study.folder, study.folder)
 
 

@@ -3,7 +3,7 @@
 Per model: targets → edits (one at a time and 100 at once, with PMET, PMET with
 linear spread and MEMIT) → evaluation with 95 % intervals → `figures/out/`. With `--record` also
 300 edits at once (about three minutes more), and everything replaces `figures/results/`, which the
-README quotes; without it the rows of 300 edits are the recorded ones, and say so.
+pages quote; without it the rows of 300 edits are the recorded ones, and say so.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 import common
 import manifest
 import pandas as pd
+import quotes
 import torch
 from common import (
     EDITED,
     HERE,
     OUT,
     Progress,
-    into_readme,
     legend,
     panels,
     provenance,
@@ -89,7 +89,7 @@ def recorded(measured: int) -> pd.DataFrame:
 
 
 def record(table: pd.DataFrame, text: str, out: Path) -> None:
-    """Replace the committed results and the table in the README."""
+    """Replace the committed results, and the table on the page that quotes it."""
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     table.round(2).to_csv(results / "main.csv", index=False)
@@ -97,7 +97,7 @@ def record(table: pd.DataFrame, text: str, out: Path) -> None:
     shutil.copy(out / "fig_main.png", results / "fig_main.png")
     used = {"fig_main": ["main.csv"]}
     manifest.write("make.py", results, used, computed=True, into=manifest.RECORDED)
-    into_readme("results", text)
+    quotes.fill()
 
 
 def run_model(sizes: tuple[int, int], name: str, place: int) -> pd.DataFrame:

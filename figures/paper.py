@@ -25,7 +25,8 @@ from pathlib import Path
 
 import manifest
 import pandas as pd
-from common import EDITED, HERE, OUT, into_readme, make, provenance, submit, workers
+import quotes
+from common import EDITED, HERE, OUT, make, provenance, submit, workers
 from paper_tables import FIGURES, ablation_table, main_table
 from tqdm import tqdm
 
@@ -184,7 +185,7 @@ def code() -> str:
 
 
 def record(out: Path, used: Mapping[str, Sequence[str]]) -> None:
-    """Replace the committed tables and figures, and the README's table of ablations."""
+    """Replace the committed tables and figures, and the table on the page that quotes it."""
     kept = HERE / "results" / "paper"
     kept.mkdir(parents=True, exist_ok=True)
     for file in [*(f"{n}.csv" for n in TABLES), "provenance.txt", "main.md", "ablations.md"]:
@@ -193,7 +194,7 @@ def record(out: Path, used: Mapping[str, Sequence[str]]) -> None:
         shutil.copy(figure, kept / figure.name)
     placed = {f"paper/{name}": [f"paper/{table}" for table in own] for name, own in used.items()}
     manifest.write("paper.py", kept.parent, placed, computed=True, into=manifest.RECORDED)
-    into_readme("ablations", (out / "ablations.md").read_text(encoding="utf-8"))
+    quotes.fill()
 
 
 def run_model(size: Size, out: Path, name: str, place: int) -> dict[str, pd.DataFrame]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import manifest
 import mass_edit
+import one_edit
 import study
 from common import HERE, OUT, make
 from make import draw as draw_main
@@ -22,6 +23,7 @@ FIGURES = {
     "": {"fig_main": draw_main, **study.FIGURES},
     "paper": PAPER,
     "mass_edit": {"fig_mass_edit": mass_edit.draw},
+    "real_model": {"fig_one_edit": one_edit.draw},
 }
 """Folder in `figures/results` -> the figures that are drawn from its tables."""
 

@@ -23,13 +23,13 @@ import fig_lens
 import fig_relation_vs_subject
 import manifest
 import pandas as pd
+import quotes
 from common import (
     EDITED,
     HERE,
     OUT,
     STUDIED,
     Progress,
-    into_readme,
     make,
     provenance,
     submit,
@@ -84,7 +84,7 @@ def begin(
             for file in kept:
                 shutil.copy(out / file, RESULTS / file)
             manifest.write("study.py", RESULTS, used, computed=True, into=manifest.RECORDED)
-            into_readme("study", text)
+            quotes.fill()
 
     return finish
 

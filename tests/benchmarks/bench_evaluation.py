@@ -11,9 +11,9 @@ import pmet_lens as pl
 
 @pytest.mark.parametrize("name", ["world", "medium"])
 def test_evaluation(name, compare, device, small):
-    """100 records without generation, at the medium shape 8; the plain side some of them."""
+    """100 records without generation, at the medium shape 4; the plain side some of them."""
     model = subjects.medium(small, device) if name == "medium" else subjects.bundled(name, device)
-    facts = pl.counterfact(n=8 if small or name == "medium" else 100)
+    facts = pl.counterfact(n=4 if small or name == "medium" else 100)
     every = 4
 
     def slow(_: int) -> float:

@@ -24,7 +24,7 @@ TOKENS = (2_500, 5_000, 10_000, 20_000, 40_000, 100_000)
 def test_moments(compare, device, small):
     """Six layers of the medium shape, the MLPs, float32 on both sides, the same batches."""
     model = subjects.medium(small, device)
-    n = 512
+    n = 256
     chosen = list(islice(pl.texts(), 400))
     rows = [model.tokenizer(text)["input_ids"][:128] for text in chosen]
     kept, left = [], n

@@ -56,7 +56,7 @@ def share(model, facts, hp, own, config) -> None:
     counted = costs.estimate(model, facts, pl.PMET, hp, own)
     more = replace(hp, n_steps=6, stop_loss=0.0, kl_stop=0.0)
     times = []
-    for _ in range(3):
+    for _ in range(2):
         pair = []
         for settings in (replace(more, n_steps=2), more):
             start = time.perf_counter()

@@ -30,22 +30,21 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME = "smollm2-135m"
 ROWS = {
     # what a user does: (its function in `Waits`, rounds)
-    "load the model": ("load", 3),
+    "load the model": ("load", 2),
     "sample context prefixes": ("prefixes", 1),
-    "second moments of 15,000 tokens, six layers": ("moments", 1),
-    "edit one fact, PMET": ("edit", 2),
-    "edit 3 facts at once, PMET": ("edits", 1),
+    "second moments of 5,000 tokens, six layers": ("moments", 1),
+    "edit one fact, PMET": ("edit", 1),
     "the same, now with Hparams.fast()": ("fast", 1),
-    "be told settings, from 2 facts": ("suggest", 1),
+    "be told settings, from 1 fact": ("suggest", 1),
     "causal trace of 1 fact, every place and layer": ("trace", 1),
     "lens on 1 fact, all streams and layers": ("lens", 1),
-    "component similarity, 10 facts": ("similarity", 1),
+    "component similarity, 5 facts": ("similarity", 1),
     "variance split, all facts": ("variance", 1),
-    "patch components between 5 pairs": ("patching", 1),
-    "general ability, 40 texts": ("ability", 1),
+    "patch components between 2 pairs": ("patching", 1),
+    "general ability, 10 texts": ("ability", 1),
     "evaluate 10 facts": ("evaluate", 1),
     "ask 20 facts": ("recall", 3),
-    "write 54 tokens": ("generate", 3),
+    "write 54 tokens": ("generate", 1),
 }
 FACTS = 50
 measured: list[dict[str, str]] = []

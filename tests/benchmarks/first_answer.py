@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 MODEL, LAYERS = "smollm2-135m", (2, 3, 4, 5, 6, 7)
@@ -32,7 +33,8 @@ def first_answer() -> dict[str, float]:
     model = part("load", lambda: pl.load(MODEL))
     fact = pl.real_facts(1)[0]
     if hasattr(pl, "own_moments"):
-        moments = part("text and moments", lambda: pl.own_moments(model, LAYERS))
+        quick = {"text": "python"} if "text" in signature(pl.own_moments).parameters else {}
+        moments = part("text and moments", lambda: pl.own_moments(model, LAYERS, **quick))
     else:  # as the README said before
         from itertools import islice
 

@@ -25,6 +25,7 @@ from pmet_lens.editing import keys
 from pmet_lens.models.model import Site
 from pmet_lens.moments import moment, moment_files, second_moments
 from pmet_lens.moments.own_moments import TOKENS_PER_DIMENSION
+from pmet_lens.moments.python_text import python_text
 from pmet_lens.moments.second_moments import MomentError
 
 torch.set_num_threads(1)
@@ -354,6 +355,25 @@ def test_own_moments_are_those_of_the_unedited_model(model, tmp_path, monkeypatc
         assert same(pl.own_moments(model, [1], n_tokens=200), found)
     other = pl.own_moments(tiny_model("llama", seed=1, positions=128), [1], n_tokens=200)
     assert not same(other, found)
+
+
+def test_moments_of_python_s_documentation(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path))
+    texts = python_text()
+    assert len(set(texts)) == len(texts) > 100
+    assert all(len(text.split()) >= 25 and "\n" not in text for text in texts)
+    found = pl.own_moments(model, [1], n_tokens=300, text="python")
+    how = {"projections": ("mlp",), "n_tokens": 300}
+    assert same(found, pl.second_moments(model, texts, [1], **how))
+    assert not same(found, pl.own_moments(model, [1], n_tokens=300))  # each has its own file
+    assert same(found, pl.own_moments(model, [1], n_tokens=300, text="python"))
+    with pytest.raises(MomentError, match=r"has [\d,]+ tokens .* 9,000,000 are needed"):
+        pl.own_moments(model, [1], n_tokens=9_000_000, text="python")
+    with pytest.raises(MomentError, match="not 'wikipedia'"):
+        pl.own_moments(model, [1], text="wikipedia")
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(MomentError, match="without its documentation"):
+        pl.own_moments(model, [1], text="python")
 
 
 @pytest.mark.parametrize("at", ["text", "moments", "file"])

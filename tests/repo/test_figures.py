@@ -21,6 +21,7 @@ import pandas as pd
 import paper
 import paper_tables
 import pytest
+import quotes
 import redraw
 import study
 import torch
@@ -181,14 +182,27 @@ def test_the_page_and_the_figure_of_free_answers_are_those_of_their_tables(tmp_p
     assert [*axes[2].get_lines()[0].get_xdata()] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("marker", "file"),
-    [("results", "main.md"), ("study", "claims.md"), ("ablations", "paper/ablations.md")],
-)
-def test_the_readme_quotes_the_committed_tables(marker, file):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    quoted = readme.split(f"<!-- {marker} -->\n")[1].split(f"<!-- /{marker} -->")[0]
-    assert quoted == (RESULTS / file).read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "name"), quotes.QUOTES)
+def test_pages_quote_the_committed_tables(page, name):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert quotes.between(page, name).findall(text) == [quotes.wanted(quotes.QUOTES[page, name])]
+
+
+def test_no_page_quotes_what_nobody_fills():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    marks = {
+        (str(page.relative_to(ROOT)), name)
+        for page in pages
+        for name in re.findall(r"<!-- (\w+) -->", page.read_text(encoding="utf-8"))
+    }
+    assert marks == set(quotes.QUOTES)
+
+
+def test_the_readme_shows_the_recorded_free_answers():
+    folder = RESULTS / "free_answers"
+    text = (folder / "seen.md").read_text(encoding="utf-8")
+    found = free_answers.seen(common.read(folder, "scores"), "", 0, "")
+    assert found.split("\n\n")[0] == text.split("\n\n")[0]
 
 
 def test_the_manifest_is_of_the_committed_tables():
