@@ -181,7 +181,7 @@ def _at_bench(
     if isinstance(trial.method, Method):
         every = frozenset(range(model.n_layers - 1))
         groups = Space(trial.method, guess, model.n_layers, every).groups()
-        layers = {layer for hp in groups for layer in range(hp.layers[0] - 1, hp.layers[-1] + 1)}
+        layers = {layer for hp in groups for layer in range(hp.layers[0] - 2, hp.layers[-1] + 1)}
         sites = [Site(n, p) for n in sorted(layers & every) for p in trial.method.write]
         moments = EditInputs(model, texts=texts).moments(sites)
     with tempfile.TemporaryDirectory() as own:

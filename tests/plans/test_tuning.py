@@ -11,14 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cases import CONTEXTS, some_moments
 from cases import one_tail as one_tail
-from cases import some_moments
 from kept import shared_model
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
 from pmet_lens import plotting
 from pmet_lens.editing import targets as targeting
+from pmet_lens.models import generation
 from pmet_lens.models.model import Site
 from pmet_lens.plans import goals, search, tuning
 from pmet_lens.plans.goals import Judge, Seen
@@ -48,6 +49,14 @@ def facts_of(n: int, start: int = 0) -> list[pl.Fact]:
 
 
 FACTS, LATER = facts_of(10), facts_of(3, 30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_prefixes():
+    """As many as a statement about settings needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "sample_contexts", lambda *_, **__: list(CONTEXTS))
+        yield
 
 
 @pytest.fixture(scope="module")
