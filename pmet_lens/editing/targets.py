@@ -75,8 +75,8 @@ class Targets:
         rows = self.history[self.history["fact"].isin(chosen)]
         rows = rows.assign(fact=list(map({f: n for n, f in enumerate(chosen)}.get, rows["fact"])))
         rows = rows.sort_values(by=["fact", "step"], kind="stable", ignore_index=True)
-        both = ({s: v[chosen] for s, v in part.items()} for part in (self.values, self.clean))
-        return Targets(*both, self.layer, rows, self.position)
+        values, clean = ({s: v[chosen] for s, v in p.items()} for p in (self.values, self.clean))
+        return Targets(values, clean, self.layer, rows, self.position)
 
 
 def joined(parts: Sequence[Targets]) -> Targets:
@@ -268,7 +268,7 @@ def check(
     model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
 ) -> None:
     """Raises `SettingsError` for targets that are not those of such an edit."""
-    follows = method.delta_at if method.gather else [method.follows(p) for p in method.write]
+    follows = tuple(map(method.follows, method.write)) if not method.gather else method.delta_at
     needed = {optimised(model, stream) for stream in follows}
     if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
         raise SettingsError(

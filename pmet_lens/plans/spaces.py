@@ -55,6 +55,7 @@ def first_guess(model: Model, facts: Sequence[Fact], method: Method | Editor) ->
     try:
         if isinstance(method, FineTune):
             return method.settings(model), "the settings known for the model"
+        assert isinstance(method, Method)
         return hparams_for(model, method), "the settings known for the model"
     except SettingsError:
         suggested = suggest_hparams(model, list(facts), len(facts)).hparams
@@ -63,6 +64,7 @@ def first_guess(model: Model, facts: Sequence[Fact], method: Method | Editor) ->
     if isinstance(method, FineTune):
         bound = _FT_BOUND if method.constrained else None
         return FineTuneHparams(layer=last, norm_constraint=bound), said
+    assert isinstance(method, Method)
     kind = kind_of(method)
     if kind == "PMET":
         return suggested, said

@@ -11,6 +11,7 @@ import pandas as pd
 from pmet_lens.data import markup
 from pmet_lens.editing.edits import Editor
 from pmet_lens.editing.method import Method, SettingsError
+from pmet_lens.editing.methods import resolved
 from pmet_lens.evaluation import metrics
 from pmet_lens.plans.goals import Goal
 from pmet_lens.plans.search import PUBLISHED, Row, Search, together
@@ -52,7 +53,8 @@ class Tuned:
         was confirmed by published steps, also those of the stage before."""
         stages = list(dict.fromkeys(self.table["stage"]))
         last = stages[-2:] if stages[-1] == PUBLISHED else stages[-1:]
-        final = self.table[self.table["stage"].isin(last)].drop_duplicates("setting", keep="last")
+        final = self.table.loc[self.table["stage"].isin(last).to_numpy()]
+        final = final.drop_duplicates(subset=["setting"], keep="last")
         return final[~final["told"] & ~final["chosen"] & (final["failed"] == "")]
 
     def for_edits(self, n: int) -> Any:
@@ -82,13 +84,13 @@ def told(search: Search, rows: list[Row], source: str, known: str, n_edits: int)
     best = {stage: next(r for r in ranked if r.stage == stage) for stage in {r.stage for r in rows}}
     table = pd.DataFrame([_line(search, row, best[row.stage], chosen) for row in rows])
     head = ["stage", "setting"]
-    table = table[head + [c for c in table.columns if c not in head]]
+    table = table.reindex(columns=head + [c for c in table.columns if c not in head])
     share = together(search.trial.method, n_edits, len(search.facts))
     found = Tuned(
         search.space.scaled(chosen.hp, share),
         "",
         table,
-        search.trial.method,
+        resolved(search.trial.method),
         goal,
         len(search.facts),
         n_edits,

@@ -134,7 +134,7 @@ def _guess(
         found = replace(trial.hparams, **trial.change)
     if found is None:
         real = model.model if isinstance(model, Bench) else model
-        found, source = first_guess(real, facts, trial.method)
+        found, source = first_guess(real, facts, resolved(trial.method))
         found = replace(found, **trial.change)
     if isinstance(trial.method, Method):
         at_once = min(trial.method.at_once or len(facts), len(facts))

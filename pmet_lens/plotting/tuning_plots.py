@@ -17,8 +17,8 @@ def tuning_dots(table: pd.DataFrame, ax: Axes, most: int = 12) -> Axes:
     """`Tuned.table`: the settings of the last stage, best on top, with 95 % intervals. Full dots:
     the chosen one and those that cannot be told from it; hollow ones are worse. A cross marks what
     the setting gave in each stage before, on fewer facts. At most `most` settings."""
-    final = table[(table["stage"] == table["stage"].iloc[-1]) & (table["failed"] == "")]
-    final = final.sort_values("score", ascending=False, kind="stable").head(most)
+    final = where(table, stage=table["stage"].iloc[-1], failed="")
+    final = final.sort_values(by="score", ascending=False, kind="stable").head(most)
     for y, (_, row) in enumerate(final.iterrows()):
         colour = "#0072B2" if row["chosen"] else "#444444"
         reach = [[row["score"] - row["ci_low"]], [row["ci_high"] - row["score"]]]
