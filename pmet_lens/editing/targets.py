@@ -75,8 +75,9 @@ class Targets:
         rows = self.history[self.history["fact"].isin(chosen)]
         rows = rows.assign(fact=list(map({f: n for n, f in enumerate(chosen)}.get, rows["fact"])))
         rows = rows.sort_values(by=["fact", "step"], kind="stable", ignore_index=True)
-        values, clean = ({s: v[chosen] for s, v in p.items()} for p in (self.values, self.clean))
-        return Targets(values, clean, self.layer, rows, self.position)
+        values = {s: v[chosen] for s, v in self.values.items()}
+        clean = {s: v[chosen] for s, v in self.clean.items()}
+        return replace(self, values=values, clean=clean, history=rows)
 
 
 def joined(parts: Sequence[Targets]) -> Targets:
@@ -268,8 +269,8 @@ def check(
     model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
 ) -> None:
     """Raises `SettingsError` for targets that are not those of such an edit."""
-    follows = tuple(map(method.follows, method.write)) if not method.gather else method.delta_at
-    needed = {optimised(model, stream) for stream in follows}
+    single = tuple(map(method.follows, method.write))
+    needed = {optimised(model, s) for s in (method.delta_at if method.gather else single)}
     if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
         raise SettingsError(
             f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "

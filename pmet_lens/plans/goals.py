@@ -163,7 +163,7 @@ def seen(edit: Edit, bench: Bench, facts: Sequence[Fact], judge: Judge) -> Seen:
 
 def _perplexity(bench: Bench, edit: Edit | None = None) -> float:
     how: dict[str, Any] = {"prompts": (), "others": (), "n_texts": _TEXTS}
-    return float(ability.general_ability(bench.model, edit, **how)["mean"]["perplexity"])
+    return float(ability.general_ability(bench.model, edit, **how)["mean"]["perplexity"])  # type: ignore[arg-type]
 
 
 class Judge:

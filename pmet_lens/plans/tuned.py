@@ -68,9 +68,9 @@ class Tuned:
         return f"Tuned on {self.facts} facts: {self.hparams}\n{self.why}"
 
     def _repr_html_(self) -> str:
-        final = self.table[self.table["stage"] == self.table["stage"].iloc[-1]]
+        final = metrics.where(self.table, stage=self.table["stage"].iloc[-1])
         head = ["setting", "score", "ci_low", "ci_high", *DIFFERENCE]
-        rows = [[row[c] for c in head] for row in final[head].to_dict("records")]
+        rows = [[row[c] for c in head] for row in final.to_dict(orient="records")]
         return markup.table(rows, head, self.why, wide=40)
 
 
