@@ -34,6 +34,7 @@ from .editing.methods import MEND as MEND
 from .editing.methods import METHODS as METHODS
 from .editing.methods import PMET as PMET
 from .editing.methods import ROME as ROME
+from .editing.methods import VARIANTS as VARIANTS
 from .editing.methods import hparams_for as hparams_for
 from .editing.methods import named as named
 from .editing.methods import optimise as optimise
@@ -64,7 +65,6 @@ from .experiments.store import rows_of as rows_of
 from .experiments.trials import Bench as Bench
 from .experiments.trials import Trial as Trial
 from .experiments.trials import ablations as ablations
-from .experiments.trials import compare as compare
 from .explorer.explorer import Explorer as Explorer
 from .explorer.explorer import explore as explore
 from .explorer.session import Session as Session
@@ -109,9 +109,14 @@ from .moments.sampled_text import sampled_texts as sampled_texts
 from .moments.second_moments import Moment as Moment
 from .moments.second_moments import MomentError as MomentError
 from .moments.second_moments import second_moments as second_moments
+from .plans.comparing import compare as compare
+from .plans.comparing import pareto as pareto
 from .plans.costs import Estimate as Estimate
 from .plans.costs import estimate as estimate
+from .plans.goals import Goal as Goal
 from .plans.planning import Plan as Plan
 from .plans.planning import plan as plan
+from .plans.tuned import Tuned as Tuned
+from .plans.tuning import tune as tune
 
 __version__: str

@@ -27,9 +27,12 @@ HASHES = "sha256"
 
 def to_plain(value: Any) -> Any:
     """`value` as JSON has it: a dataclass as its fields and, under "is", the name of its class;
-    what JSON cannot hold as its text."""
+    what JSON cannot hold as its text. A field whose metadata says "later" is left out at its
+    default, so that what was written before it was there has the same digest."""
     if is_dataclass(value) and not isinstance(value, type):
-        values = {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+        own = {f: getattr(value, f.name) for f in fields(value)}
+        told = {f: v for f, v in own.items() if "later" not in f.metadata or v != f.default}
+        values = {f.name: to_plain(v) for f, v in told.items()}
         return {"is": type(value).__name__, **values}
     if isinstance(value, (tuple, list)):
         return [to_plain(v) for v in value]

@@ -290,3 +290,10 @@ def _sum(edits: Sequence[Edit]) -> Edit:
     }
     facts = tuple(f for e in edits for f in e.facts)
     return replace(edits[0], factors=factors, facts=facts, targets=None, answered=None)
+
+
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises `SettingsError` for an argument that would not be used."""
+    for name, value in given.items():
+        if value is not None:
+            raise SettingsError(f"{name}= cannot be used here: {why}. Leave it out.")

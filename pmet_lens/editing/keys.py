@@ -25,7 +25,7 @@ from pmet_lens.models.bridge import Hook
 from pmet_lens.models.likelihood import at_least_float32
 from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, ModelError, Site, Stream
-from pmet_lens.models.sites import Road
+from pmet_lens.models.sites import Road, turned
 from pmet_lens.models.tokens import Position
 
 TOKENS_ON_CPU, TOKENS_ELSEWHERE = 4096, 65536
@@ -60,12 +60,10 @@ class _Part:
 
 
 class Reader:
-    """Reads the keys and values of some facts' prompts, one layer after the other.
-
-    Layers can be asked for in any order; ascending ones, as in an edit, cost least. The weights
-    below the layer asked for last must not change in between (an edit writes a layer after reading
-    it), else make a new reader. `fast=False` runs the model from its first layer each time.
-    """
+    """Reads the keys and values of some facts' prompts, one layer after the other; ascending
+    layers, as in an edit, cost least. The weights below the layer asked for last must not change in
+    between (an edit writes a layer after reading it), else make a new reader. `fast=False` runs the
+    model from its first layer each time."""
 
     def __init__(
         self,
@@ -86,9 +84,9 @@ class Reader:
         limit = TOKENS_ON_CPU if model.device.type == "cpu" else TOKENS_ELSEWHERE
         longest = rows.mask.sum(1).view(len(facts), -1).amax(1).tolist()
         self._parts: list[_Part] = []
-        for chunk in tokens.chunks(longest, limit // self._per_fact):
-            chosen = rows[rows_of(chunk, self._per_fact).to(model.device)]
-            self._parts.append(_Part(chunk, chosen, chosen.at(position)))
+        for some in tokens.chunks(longest, limit // self._per_fact):
+            chosen = rows[rows_of(some, self._per_fact).to(model.device)]
+            self._parts.append(_Part(some, chosen, chosen.at(position)))
 
     def keys(self, site: Site) -> Float[Tensor, "fact d_in"]:
         """½ · key on the plain prompt + ½ · mean of the keys after the context prefixes; without
@@ -128,9 +126,7 @@ class Reader:
         and nothing is kept."""
         self._prepare(layer)
         keep = None if plain or not self._fast or layer == self._layer else layer
-        parts: list[_Part] = []
-        room = KEPT_BYTES
-        seen: list[list[Tensor]] = []
+        parts, seen, room = list[_Part](), list[list[Tensor]](), KEPT_BYTES
         for part in self._parts:
 
             def run(
@@ -178,8 +174,7 @@ class Reader:
         if plain:
             rows, place = rows[chosen], place[chosen]
         row = torch.arange(len(place), device=place.device)
-        seen: list[Tensor] = []
-        entering: list[Tensor] = []
+        seen, entering = list[Tensor](), list[Tensor]()
 
         def read(value: Tensor) -> None:
             seen.append(value[row.to(value.device), place.to(value.device)])
@@ -205,19 +200,38 @@ def wanted(
     """Per stream that the method's projections follow the value it should have at `targets.layer`.
 
     Where the delta of the layer output lay before a norm (`method.optimised`): the clean output
-    and what the norm makes of the delta.
+    and what the norm makes of the delta. Where the method gathers: the value now and all deltas.
     """
     values: dict[Stream, Tensor] = {}
     streams: set[Stream] = {method.follows(projection) for projection in method.write}
     for stream in streams:
-        lies = optimised(reader.model, stream)
-        values[stream] = targets.values[lies]
-        road = reader.road(Site(targets.layer, "mlp"))
-        if lies != stream and road is not None:
-            clean = reader.values(targets.layer, stream)
-            change = road.reached(targets.values[lies]) - road.reached(targets.clean[lies])
-            values[stream] = clean + change.to(clean)
+        lies: Stream = optimised(reader.model, stream)
+        gathers = stream == method.gather
+        if gathers or lies != stream:
+            now = reader.values(targets.layer, stream)
+            how, what = (_gathered, stream) if gathers else (_reached, lies)
+            values[stream] = now + how(reader, targets, what).to(now)
+        else:
+            values[stream] = targets.values[stream]
     return values
+
+
+def _gathered(reader: Reader, targets: Targets, stream: Stream) -> Float[Tensor, "fact d_model"]:
+    """The change of `stream` with which the MLP brings all deltas, or the nearest its norm can."""
+    whole = torch.stack([_reached(reader, targets, s).double() for s in targets.values]).sum(0)
+    road, now = reader.road(Site(targets.layer, "mlp")), reader.values(targets.layer, "mlp_out")
+    if road is None:
+        return whole
+    change = road.change(now, whole)
+    return change if stream == "mlp_out" else road.reached(now + change) - road.reached(now)
+
+
+def _reached(reader: Reader, targets: Targets, stream: Stream) -> Float[Tensor, "fact d_model"]:
+    """What the delta of a stream changes in the residual stream."""
+    road = reader.road(Site(targets.layer, "attn" if stream == "attn_out" else "mlp"))
+    if road is None:
+        return targets.delta(stream)
+    return road.reached(targets.values[stream]) - road.reached(targets.clean[stream])
 
 
 def to_write(
@@ -229,13 +243,10 @@ def to_write(
     share: float,
 ) -> Float[Tensor, "fact d_model"]:
     """What the projection at `site` is to write more, so that it takes its share (1 / `share`) of
-    the `rest` missing in `stream` at the last critical `layer`.
-
-    Where what a projection writes enters the residual stream as it is, that is rest / share. Behind
-    a norm lengths mean nothing: a rest of what is written itself (PMET) is shared as a turn, its
-    size relative to what the site writes; one of the layer output (MEMIT) is shared in the stream,
-    and the site writes what its norm needs for it.
-    """
+    the `rest` missing in `stream` at the last critical `layer`: rest / share, where what it writes
+    enters the residual stream as it is. Behind a norm lengths mean nothing: a rest of what is
+    written itself (PMET) is shared as a turn, its size relative to what the site writes; one of the
+    layer output (MEMIT) is shared in the stream, and the site writes what its norm needs for it."""
     last = reader.road(Site(layer, site.projection))
     road = reader.road(site)
     written = STREAM_OF[site.projection]
@@ -251,21 +262,11 @@ def to_write(
         # chord.
         now = reader.values(layer, written).double()
         goal = now + last.change(now, rest)
-        missed = last.reached(now) + rest - last.reached(_turned(now, goal, 1 - 1 / share))
+        missed = last.reached(now) + rest - last.reached(turned(now, goal, 1 - 1 / share))
     if road is None:
         return missed
     # Below `layer` what is missed is left for it, and its own norm has the last word.
     return road.change(here, missed) if site.layer == layer else road.pushed(here, missed)
-
-
-def _turned(
-    start: Float[Tensor, "fact d"], end: Float[Tensor, "fact d"], part: float
-) -> Float[Tensor, "fact d"]:
-    """The unit vector at this part of the turn from one direction to another."""
-    a, b = (v / v.norm(dim=-1, keepdim=True) for v in (start, end))
-    angle = (a * b).sum(-1, keepdim=True).clamp(-1, 1).acos()
-    turned = (((1 - part) * angle).sin() * a + (part * angle).sin() * b) / angle.sin()
-    return turned.where(angle > 0, a)
 
 
 def _averaged(keys: Float[Tensor, "fact row d_in"]) -> Float[Tensor, "fact d_in"]:

@@ -21,8 +21,8 @@ from pmet_lens.data.facts import Fact, check_editable, listed
 from pmet_lens.editing import keys
 from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.edit_files import origin
-from pmet_lens.editing.edits import Edit, Editor, merged
-from pmet_lens.editing.method import Hparams, Method, SettingsError, refuse
+from pmet_lens.editing.edits import Edit, Editor, merged, refuse
+from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import PMET, resolved, settled
 from pmet_lens.editing.solvers import Dense, Factor, NullSpace, On, SecondMoment, SolveError
 from pmet_lens.editing.targets import OnStep, Targets
@@ -142,8 +142,12 @@ def _made(
     factors: dict[Site, tuple[Tensor, Tensor]] = {}
     reader = keys.Reader(model, facts, contexts, method.position)
     wanted = keys.wanted(reader, targets, method)
+    half = len(hp.layers) // 2 if method.refresh else 0
     with model.restored(sites):
         for i, layer in enumerate(hp.layers):
+            if 0 < half == i:
+                fresh = targeting.optimise(model, facts, method, hp, contexts)
+                wanted = keys.wanted(reader, fresh, method)
             for projection in method.write:
                 site = Site(layer, projection)
                 stream = method.follows(projection)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,8 @@ Spread = Literal["sqrt", "linear"]
 ReferenceNorm = Literal["own stream", "resid_post"]
 StepRule = Literal["Adam", "falling"]
 
+LATER = {"later": True}
+"""Of fields that came later: files and digests leave them out where they are at their default."""
 STREAM_OF: dict[Projection, Stream] = {"attn": "attn_out", "mlp": "mlp_out"}
 """The stream a projection writes."""
 DELTA_AT: tuple[Stream, ...] = ("attn_out", "mlp_out", "resid_post")
@@ -48,10 +50,17 @@ class Method:
     at_once: int | None = None
     """How many facts are edited in one step; more are edited one step after the other, each on the
     model as edited so far (ROME: 1). None: all of them together."""
-
     position: Position = "last_subject"
     """The token that is edited: where the deltas are added and keys and values are read (released
     `fact_token`; the others are ablations)."""
+    # What `VARIANTS` try. Left out of files at these values, which are those of the papers.
+    gather: Stream | None = field(default=None, metadata=LATER)
+    """The stream that is asked for the sum of all deltas, whichever is written: "mlp_out" or
+    "resid_post" (then what critical layers below have brought counts). None: see `follows`."""
+    attn_fades: bool = field(default=False, metadata=LATER)
+    """δ^a's ball shrinks to nothing over the first half of the steps; no fact stops before."""
+    refresh: bool = field(default=False, metadata=LATER)
+    """Targets are optimised once more when half of the layers are written, on the model so far."""
 
     def __post_init__(self) -> None:
         for name, values, choices in (
@@ -59,47 +68,50 @@ class Method:
             ("write", self.write, get_args(Projection)),
             ("spread", (self.spread,), get_args(Spread)),
             ("position", (self.position,), get_args(Position)),
+            ("gather", (self.gather,), (None, "mlp_out", "resid_post")),
         ):
             wrong = [v for v in values if v not in choices]
             if wrong or not values or len(set(values)) != len(values):
+                known = ", ".join(map(str, choices))
                 raise SettingsError(
-                    f"{name} must be a choice of {', '.join(choices)}, each at most once; "
-                    f"got {values!r}."
+                    f"{name} must be a choice of {known}, each at most once; got {values!r}."
                 )
         if self.at_once is not None and self.at_once < 1:
             raise SettingsError(f"at_once must be at least 1 or None, not {self.at_once}.")
         if self.write == ("mlp", "attn"):
             raise SettingsError("write both projections as ('attn', 'mlp'): attn comes first.")
+        if self.attn_fades and "attn_out" not in self.delta_at:
+            raise SettingsError("attn_fades is of δ^a: delta_at lacks attn_out.")
+        if self.gather and (self.delta_at, self.write) != (("attn_out", "mlp_out"), ("mlp",)):
+            raise SettingsError("gather is of δ^a and δ^m, for methods that write the MLP alone.")
         for projection in self.write:
             self.follows(projection)
 
     def _repr_html_(self) -> str:
         write = {"attn": "W_O of attention", "mlp": "W_out of the feed-forward layer"}
-        spread = {"sqrt": "R/√n to each of n layers left", "linear": "R/n to each of n layers left"}
-        together = "all facts together" if self.at_once is None else f"{self.at_once} at a time"
-        return markup.pairs(
-            {
-                "streams that get a delta": ", ".join(self.delta_at),
-                "weights written": ", ".join(write[p] for p in self.write),
-                "residual": spread[self.spread],
-                "solver": repr(self.solver),
-                "edited token": self.position,
-                "facts": together,
-            },
-            "Method",
-        )
+        share = "√n" if self.spread == "sqrt" else "n"
+        shown = {
+            "streams that get a delta": ", ".join(self.delta_at),
+            "weights written": ", ".join(write[p] for p in self.write),
+            "residual": f"R/{share} to each of n layers left",
+            "solver": repr(self.solver),
+            "edited token": self.position,
+            "facts": f"{self.at_once} at a time" if self.at_once else "all facts together",
+        }
+        for f in fields(self):
+            if "later" in f.metadata and (value := getattr(self, f.name)) != f.default:
+                shown[f.name] = str(value)
+        return markup.pairs(shown, "Method")
 
     def follows(self, projection: Projection) -> Stream:
         """The stream whose target the projection is asked to produce: the one it writes where that
         was optimised, else `resid_post`."""
         written = STREAM_OF[projection]
-        for stream in (written, "resid_post"):
-            if stream in self.delta_at:
+        for stream in (self.gather or written, "resid_post"):
+            if stream in (*self.delta_at, self.gather):
                 return stream
-        raise SettingsError(
-            f"Nothing tells {projection} what to produce: delta_at has neither {written} nor "
-            "resid_post."
-        )
+        why = f"delta_at has neither {written} nor resid_post"
+        raise SettingsError(f"Nothing tells {projection} what to produce: {why}.")
 
     def share(self, remaining: int) -> float:
         """The divisor of the residual when `remaining` layers are still to be written."""
@@ -161,26 +173,25 @@ class Hparams:
 
     def __post_init__(self) -> None:
         layers = several(self.layers)
-        for value in (*layers, self.n_steps):
-            if not isinstance(value, Integral):
-                raise SettingsError(f"layers and n_steps are whole numbers, not {value!r}.")
+        wrong = [v for v in (*layers, self.n_steps) if not isinstance(v, Integral)]
+        if wrong:
+            raise SettingsError(f"layers and n_steps are whole numbers, not {wrong[0]!r}.")
         object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
         if not self.layers or any(b <= a for a, b in itertools.pairwise(self.layers)):
-            raise SettingsError(
-                f"layers must be ascending layer numbers without repeats, not {self.layers}."
-            )
+            what = "ascending layer numbers without repeats"
+            raise SettingsError(f"layers must be {what}, not {self.layers}.")
         if self.layers[0] < 0:
             raise SettingsError(f"layers count from 0; {self.layers[0]} is negative.")
         if self.n_steps < 1:
             raise SettingsError(f"n_steps must be at least 1, not {self.n_steps}.")
         positive = ("lr", "clamp", "nll_weight", "second_moment_weight", "easing")
         positive += ("null_space_threshold", "null_space_l2")
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if isinstance(value, (int, float)) and not (value >= 0 and math.isfinite(value)):
-                raise SettingsError(f"{field.name} must be a number ≥ 0, not {value}.")
-            if field.name in positive and value == 0:
-                raise SettingsError(f"{field.name} must be greater than 0.")
+                raise SettingsError(f"{one.name} must be a number ≥ 0, not {value}.")
+            if one.name in positive and value == 0:
+                raise SettingsError(f"{one.name} must be greater than 0.")
         if self.easing > 1:
             raise SettingsError(f"easing must be at most 1, not {self.easing}.")
         n = self.prefixes_per_step
@@ -206,14 +217,14 @@ class Hparams:
         for `method` (None: PMET) on GPT-J, λ in proportion to `n_facts` edited at once."""
         released = RELEASED["PMET" if method is None else kind_of(method)]
         values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if isinstance(value, (Open, OpenCount)):
                 plain = int(value) if isinstance(value, OpenCount) else float(value)
-                values[field.name] = released.get(field.name, plain)
+                values[one.name] = released.get(one.name, plain)
         if "second_moment_weight" in values:
-            values["second_moment_weight"] *= float(n_facts)
-            values["second_moment_weight"] /= _RELEASED_EDITS
+            of_all = values["second_moment_weight"] * float(n_facts)
+            values["second_moment_weight"] = of_all / _RELEASED_EDITS
         return replace(self, **values)
 
     def fast(self) -> Hparams:
@@ -231,10 +242,8 @@ class Hparams:
         """The solver; what it leaves open (None, as AlphaEdit may) is taken from here."""
         if not isinstance(solver, NullSpace):
             return solver
-        return NullSpace(
-            self.null_space_threshold if solver.threshold is None else solver.threshold,
-            self.null_space_l2 if solver.l2 is None else solver.l2,
-        )
+        threshold = self.null_space_threshold if solver.threshold is None else solver.threshold
+        return NullSpace(threshold, self.null_space_l2 if solver.l2 is None else solver.l2)
 
     def check(self, n_layers: int) -> None:
         """Refuse layers the model does not have, and its last one.
@@ -252,17 +261,9 @@ class Hparams:
 
 _RELEASED_EDITS = 10_000
 """Facts edited at once, for which the released λ is."""
-RELEASED: Mapping[str, Mapping[str, float]] = {
-    "PMET": {},
-    "MEMIT": {
-        "n_steps": 25,
-        "lr": 0.5,
-        "kl_weight": 0.0625,
-        "second_moment_weight": 15000.0,
-        "easing": 1.0,
-    },
-    "ROME": {"n_steps": 20, "lr": 0.5, "clamp": 4.0, "kl_weight": 0.0625, "easing": 1.0},
-}
+_ROME = {"n_steps": 20, "lr": 0.5, "clamp": 4.0, "kl_weight": 0.0625, "easing": 1.0}
+_MEMIT = _ROME | {"n_steps": 25, "clamp": 0.75, "second_moment_weight": 15000.0}
+RELEASED: Mapping[str, Mapping[str, float]] = {"PMET": {}, "MEMIT": _MEMIT, "ROME": _ROME}
 """Kind of method -> its strengths on GPT-J where they are not PMET's, which are those of `Hparams`:
 MEMIT paper, appendix B.4; ROME's released gpt2-xl.json (see `methods.HPARAMS`)."""
 
@@ -278,13 +279,6 @@ def kind_of(method: Method) -> str:
     if isinstance(method.solver, Exact):
         return "ROME"
     return "MEMIT" if method.delta_at == ("resid_post",) else "PMET"
-
-
-def refuse(given: Mapping[str, object], why: str) -> None:
-    """Raises `SettingsError` for an argument that would not be used."""
-    for name, value in given.items():
-        if value is not None:
-            raise SettingsError(f"{name}= cannot be used here: {why}. Leave it out.")
 
 
 def optimised(model: Model, stream: Stream) -> Stream:

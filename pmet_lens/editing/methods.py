@@ -66,6 +66,22 @@ ABLATIONS: Mapping[str, Method] = {
 """PMET and what is left of it without one of its parts: those of the paper's section on MHSA
 optimisation, with MEMIT as the other end, then the token that is edited."""
 
+_WHOLE = replace(PMET, gather="resid_post")
+VARIANTS: Mapping[str, Method] = {
+    "δ^a + δ^m": replace(PMET, gather="mlp_out"),
+    "δ^a + δ^m, linear spread": replace(PMET, gather="mlp_out", spread="linear"),
+    "whole sum": _WHOLE,
+    "whole sum, linear spread": replace(_WHOLE, spread="linear"),
+    "PMET, null space": replace(PMET, solver=NullSpace()),
+    "PMET, exact": replace(PMET, solver=Exact()),
+    "δ^m alone": ABLATIONS["w/o δ^a"],
+    "δ^a fades": replace(PMET, attn_fades=True),
+    "targets refreshed": replace(PMET, refresh=True),
+}
+"""What might mend PMET where attention writes before the MLP, so that what is optimised into δ^a is
+written nowhere: candidates, not methods (`figures/variants.py` compares them). "δ^a + δ^m" is asked
+of the MLP's output at the last critical layer, "whole sum" of the layer's."""
+
 SHORT_NAMES: Mapping[str, str] = {
     "no_attn_delta": "w/o δ^a",
     "write_attn": "+ W_O",
@@ -84,7 +100,7 @@ def named(name: str) -> Method | Editor:
     Raises:
         SettingsError: for another name; the message lists those there are.
     """
-    known = {**ABLATIONS, **METHODS}
+    known = {**VARIANTS, **ABLATIONS, **METHODS}
     full = SHORT_NAMES.get(name, name)
     if full not in known:
         raise SettingsError(
@@ -113,14 +129,9 @@ _LLAMA_PMET = replace(
     _GPTJ_PMET, layers=(4, 5, 6, 7, 8), n_steps=20, lr=0.5, clamp=1.0, kl_weight=0.0625
 )
 _XL_PMET = replace(
-    _GPTJ_PMET,
-    layers=(13, 14, 15, 16, 17),
-    n_steps=20,
-    lr=0.5,
-    clamp=2.0,
-    kl_weight=0.0625,
+    _GPTJ_PMET, layers=(13, 14, 15, 16, 17), n_steps=20, lr=0.5, clamp=2.0, kl_weight=0.0625,
     second_moment_weight=10000.0,
-)
+)  # fmt: skip
 
 # Chosen on records that no results table uses (figures/sweep.py, table in
 # figures/results/sweep.csv). λ: the plateau of S there; it is far below the published values
@@ -128,24 +139,16 @@ _XL_PMET = replace(
 # norms and the number of edits (100 instead of 10,000) are smaller here. The clamp is the published
 # one, but relative to the layer output, because the MLPs of these models write little.
 _WORLD_PMET = replace(
-    _GPTJ_PMET,
-    layers=(1, 2, 3),
-    weight_decay=0.02,
-    reference_norm="resid_post",
+    _GPTJ_PMET, layers=(1, 2, 3), weight_decay=0.02, reference_norm="resid_post",
     second_moment_weight=10.0,
-)
+)  # fmt: skip
 _WORLD_MEMIT = replace(_GPTJ_MEMIT, layers=(1, 2, 3), second_moment_weight=30.0, null_space_l2=0.1)
 # One layer takes everything, so the bound is wider. ROME's layer and AlphaEdit's l2 are the best of
 # few tried on records 350 to 379 (12 settings each); AlphaEdit's threshold is the released one.
 _WORLD_ROME = replace(
-    _GPTJ_PMET,
-    layers=(3,),
-    weight_decay=0.02,
-    clamp=1.5,
-    kl_weight=0.0625,
-    reference_norm="resid_post",
-    easing=1.0,
-)
+    _GPTJ_PMET, layers=(3,), weight_decay=0.02, clamp=1.5, kl_weight=0.0625,
+    reference_norm="resid_post", easing=1.0,
+)  # fmt: skip
 
 _EASY_MEMIT = replace(_GPTJ_MEMIT, layers=(4, 5, 6, 7, 8), clamp=4.0, weight_decay=1e-3)
 _EASY_ROME = replace(_GPTJ_ROME, n_steps=25, weight_decay=1e-3)
@@ -176,11 +179,7 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
     # Released hparams/PMET/EleutherAI_gpt-neox-20b.json; MEMIT paper, appendix B.4.
     "gpt-neox-20b": {
         "PMET": replace(
-            _GPTJ_PMET,
-            layers=(6, 7, 8, 9, 10),
-            lr=0.5,
-            clamp=0.8,
-            kl_weight=0.8,
+            _GPTJ_PMET, layers=(6, 7, 8, 9, 10), lr=0.5, clamp=0.8, kl_weight=0.8,
             second_moment_weight=15000.0,
         ),
         "MEMIT": replace(
@@ -230,7 +229,7 @@ HPARAMS: Mapping[str, Mapping[str, Hparams]] = {
         "PMET": replace(_LLAMA_PMET, n_steps=25, second_moment_weight=15000.0),
         "ROME": _EASY_ROME,
     },
-}
+}  # fmt: skip
 """Model name (lower case) -> kind -> settings. "ROME" serves the methods that store facts exactly
 in one layer, "PMET" those that optimise component outputs, "MEMIT" those that optimise the layer
 output. λ stays as released for any number of facts: the released programs edit 1 to 10,000 with one

@@ -159,7 +159,7 @@ class Objective:
         hparams: Hparams,
         tail: Tail | None,
     ) -> None:
-        self.model, self.streams = model, streams_of(model, method)
+        self.model, self.method, self.streams = model, method, streams_of(model, method)
         self.position: Position = method.position
         self.layer, self.tail, self.per_fact = hparams.layers[-1], tail, per_fact
         self.n = len(rows) // per_fact

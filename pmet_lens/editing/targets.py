@@ -73,15 +73,11 @@ class Targets:
         facts = [facts] if isinstance(facts, int) else facts
         chosen = list(range(len(self))[facts]) if isinstance(facts, slice) else list(facts)
         rows = self.history[self.history["fact"].isin(chosen)]
-        new_number = {old: new for new, old in enumerate(chosen)}
-        rows = rows.assign(fact=[new_number[i] for i in rows["fact"]])
-        return Targets(
-            {s: v[chosen] for s, v in self.values.items()},
-            {s: v[chosen] for s, v in self.clean.items()},
-            self.layer,
-            rows.sort_values(by=["fact", "step"], kind="stable", ignore_index=True),
-            self.position,
-        )
+        rows = rows.assign(fact=list(map({f: n for n, f in enumerate(chosen)}.get, rows["fact"])))
+        rows = rows.sort_values(by=["fact", "step"], kind="stable", ignore_index=True)
+        values = {s: v[chosen] for s, v in self.values.items()}
+        clean = {s: v[chosen] for s, v in self.clean.items()}
+        return replace(self, values=values, clean=clean, history=rows)
 
 
 def joined(parts: Sequence[Targets]) -> Targets:
@@ -90,12 +86,10 @@ def joined(parts: Sequence[Targets]) -> Targets:
     for part in parts:
         history.append(part.history.assign(fact=part.history["fact"] + start))
         start += len(part)
-    return replace(
-        first,
-        values={s: torch.cat([part.values[s] for part in parts]) for s in first.values},
-        clean={s: torch.cat([part.clean[s] for part in parts]) for s in first.clean},
-        history=pd.concat(history, ignore_index=True),
-    )
+    values = {s: torch.cat([part.values[s] for part in parts]) for s in first.values}
+    clean = {s: torch.cat([part.clean[s] for part in parts]) for s in first.clean}
+    whole = pd.concat(history, ignore_index=True)
+    return replace(first, values=values, clean=clean, history=whole)
 
 
 @torch.inference_mode(False)
@@ -182,6 +176,7 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
             full = weight.new_full((), hp.nll_weight)
             weight[active] = torch.where(eased, full * hp.easing, full)
             done = done | (eased & (hp.kl_weight * columns["kl"] <= hp.kl_stop))
+        done = done & (_attn_left(batch.method, step, hp.n_steps) in (0, math.inf))
         last = step == hp.n_steps - 1
         stopping = torch.zeros_like(active)
         stopping[active] = done | last
@@ -203,24 +198,28 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         if stopped and not some:
             batch.choose(active)
         if falling:
-            pairs = zip(gradients, deltas, strict=True)
-            gradients = tuple(
-                normalize(g, dim=-1) * batch.norms[s][:, None].to(g) for g, s in pairs
-            )
+            both = zip(gradients, deltas, strict=True)
+            gradients = tuple(normalize(g, dim=-1) * batch.norms[s][:, None].to(g) for g, s in both)
             optimiser.param_groups[0]["lr"] = hp.clamp * (1 - step / hp.n_steps)
         for delta, gradient in zip(deltas.values(), gradients, strict=True):
             delta.grad = gradient
         optimiser.step()
-        _project(deltas, batch.norms, hp.clamp)
+        _project(deltas, batch.norms, hp.clamp, _attn_left(batch.method, step + 1, hp.n_steps))
     values: dict[Stream, Tensor] = {s: batch.clean[s] + final[s] for s in final}
     return Targets(values, batch.clean, batch.layer, _history(steps), batch.position)
 
 
-def _project(deltas: Mapping[Stream, Tensor], norms: Mapping[Stream, Tensor], clamp: float) -> None:
-    """Each delta back into its ball ‖δ‖ ≤ c·‖clean‖."""
+def _attn_left(method: Method, step: int, n_steps: int) -> float:
+    """The share of its ball that δ^a has at `step` where it fades; infinite where it does not."""
+    return max(0.0, 1 - step / max(1, n_steps // 2)) if method.attn_fades else math.inf
+
+
+def _project(deltas: Mapping[Stream, Tensor], norms: Mapping[Stream, Tensor], clamp: float,
+             attn: float) -> None:  # fmt: skip
+    """Each delta back into its ball ‖δ‖ ≤ c·‖clean‖, δ^a into the share `attn` of it."""
     with torch.no_grad():
         for stream, delta in deltas.items():
-            limit = clamp * norms[stream]
+            limit = clamp * norms[stream] * (min(attn, 1.0) if stream == "attn_out" else 1.0)
             length = delta.norm(dim=-1)
             scale = torch.where(length > limit, limit / length, torch.ones_like(length))
             delta.mul_(scale[:, None])
@@ -270,7 +269,8 @@ def check(
     model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
 ) -> None:
     """Raises `SettingsError` for targets that are not those of such an edit."""
-    needed = {optimised(model, method.follows(p)) for p in method.write}
+    single = tuple(map(method.follows, method.write))
+    needed = {optimised(model, s) for s in (method.delta_at if method.gather else single)}
     if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
         raise SettingsError(
             f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "

@@ -67,6 +67,8 @@ def means(frame: pd.DataFrame, by: Sequence[str], value: str, case: str = "fact"
 _KINDS = {"E": "rewrite", "P": "paraphrase", "N": "neighbour"}
 _MEASURES = {"S": "success", "A": "correct", "M": "margin"}
 _FREE = {"F": "contains", "X": "exact", "T": "talks_on"}
+FREE = frozenset((*(k + m for m in _FREE for k in _KINDS), "free portability", "free locality"))
+"""Metrics of free answers (`evaluate(…, free=True)`)."""
 # Metric -> the kind of prompt and the column of `evaluate` that it is the mean of.
 _COLUMNS: Mapping[str, tuple[str, str]] = {
     **{
@@ -87,7 +89,8 @@ _ZSRE: Mapping[str, tuple[str, str]] = {
     "specificity": ("neighbour", "token_accuracy"),
 }
 _BY_KIND = ("portability", "free portability", "locality", "free locality")
-_SCORES: Mapping[str, tuple[str, ...]] = {"S": ("ES", "PS", "NS"), "score": tuple(_ZSRE)}
+SCORES: Mapping[str, tuple[str, ...]] = {"S": ("ES", "PS", "NS"), "score": tuple(_ZSRE)}
+"""Scores, each the harmonic mean of these metrics."""
 _ORDER = ("S", *_COLUMNS, "score", *_ZSRE)
 MEANING: Mapping[str, str] = {
     "S": "harmonic mean of ES, PS and NS, %",
@@ -157,13 +160,13 @@ def summarise(rows: pd.DataFrame, before: pd.DataFrame | None = None) -> pd.Data
     its rephrasing and on the "nq question", 0 to 100, and score, their harmonic mean (MEMIT, arXiv
     2210.07229, section 5.1). EA, PA and NA of the same prompts ask for *every* token.
     """
-    cases = _cases(rows, before)
+    cases = cases_of(rows, before)
     table = {k: interval(cases[k].to_numpy(), _statistic(k)) for k in _ordered(cases)}
     return Summary(interval_table(table))
 
 
 def _statistic(metric: str) -> str:
-    return "harmonic" if metric in _SCORES else "mean"
+    return "harmonic" if metric in SCORES else "mean"
 
 
 def _ordered(cases: Mapping[str, object]) -> list[str]:
@@ -172,7 +175,7 @@ def _ordered(cases: Mapping[str, object]) -> list[str]:
     return sorted(cases, key=lambda name: (places[name.partition(" (")[0]], name))
 
 
-def _cases(rows: pd.DataFrame, before: pd.DataFrame | None = None) -> dict[str, Any]:
+def cases_of(rows: pd.DataFrame, before: pd.DataFrame | None = None) -> dict[str, Any]:
     """Metric -> its value per fact; of a score those of its parts, side by side."""
     if before is not None:
         rows = _known_before(rows, before)
@@ -183,7 +186,7 @@ def _cases(rows: pd.DataFrame, before: pd.DataFrame | None = None) -> dict[str, 
             cases |= {f"{name} ({kind})": value for name, value in found.items()}
     if "benchmark" in rows:
         cases |= _per_fact(rows.loc[rows["benchmark"] == "zsre"], _ZSRE)
-    for name, parts in _SCORES.items():
+    for name, parts in SCORES.items():
         if set(parts) <= set(cases):
             cases[name] = pd.concat([cases[part] for part in parts], axis=1)
     return cases
@@ -214,7 +217,7 @@ def paired(
 
     Raises ValueError for tables without a fact in common.
     """
-    one, other = (_cases(table, before) for table in (rows, baseline))
+    one, other = (cases_of(table, before) for table in (rows, baseline))
     out = {}
     for name in one.keys() & other.keys():
         both = one[name].index.intersection(other[name].index)

@@ -1,5 +1,5 @@
 """Many runs: `grid.py` (what a `Run` is) first, then its tasks, the store, the engines, and
-comparisons of methods on one model (`trials.py`)."""
+trials of methods on one model (`trials.py`)."""
 
 import lazy_loader
 

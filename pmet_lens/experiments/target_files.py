@@ -76,7 +76,8 @@ def key(
         prefixes = [prefix for prefix in prefixes if prefix != tokens.PLAIN]
     asked = [(f.subject, f.prompt, f.target_new) for f in facts]
     read = asdict(strengths(hparams.settled(method)))
-    return hash_of([weights, prefixes, method.delta_at, method.position, read, asked])
+    later = [True] if method.attn_fades else []  # files of before keep their names
+    return hash_of([weights, prefixes, method.delta_at, method.position, read, asked, *later])
 
 
 def strengths(hparams: Hparams) -> Hparams:

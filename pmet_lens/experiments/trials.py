@@ -45,6 +45,8 @@ class Trial:
     """Fields of the model's `Hparams` that differ, with their values."""
     prefixes: bool = True
     """Whether prompts also come after context prefixes."""
+    hparams: Any = None
+    """All strengths, where they are not those that the bench knows (`pl.tune` found them)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", resolved(self.method))
@@ -78,6 +80,7 @@ class Bench:
         hparams: method → its settings, for a model that `pl.HPARAMS` does not know.
         layers: whose second moments are computed; None: all below the last.
         shard: facts per file of targets, which is what a run that is cut loses at most.
+        moments: second moments that are there already; then no text is read.
     """
 
     def __init__(
@@ -89,9 +92,12 @@ class Bench:
         hparams: Callable[[Any], Any] | None = None,
         layers: Sequence[int] | None = None,
         shard: int = 125,
+        moments: Mapping[Site, Any] | None = None,
     ) -> None:
         self.model, self.folder, self.shard = model, Path(folder), shard
-        self.inputs = EditInputs(model, self._read_moments(texts, n_tokens, layers))
+        if moments is None:
+            moments = self._read_moments(texts, n_tokens, layers)
+        self.inputs = EditInputs(model, moments)
         self.settings = hparams or self.inputs.settings
         self.contexts, self.moments = self.inputs.contexts(), self.inputs.moments(())
         self._drawn_from = target_files.identity(model)
@@ -113,7 +119,7 @@ class Bench:
 
     def hparams(self, trial: Trial) -> Any:
         """The strengths of a trial; None for a gradient method, which knows its settings."""
-        known_here = self.settings(trial.method)
+        known_here = self.settings(trial.method) if trial.hparams is None else trial.hparams
         if known_here is None and trial.change:
             raise SettingsError(
                 f"{trial.method} knows its settings itself: give Bench hparams= to change "
@@ -146,9 +152,11 @@ class Bench:
         factorised = None
         if isinstance(method, Method):
             hp = settled(self.model, method, hp, method.at_once or len(facts))
-            while len(self._kept) >= KEPT and (method.solver, hp) not in self._kept:
+            # All that a factor follows from beside the moment of its site.
+            way = (hp.strengthen(method.solver), hp.second_moment_weight)
+            while len(self._kept) >= KEPT and way not in self._kept:
                 self._kept.pop(next(iter(self._kept)))
-            factorised = self._kept.setdefault((method.solver, hp), {})
+            factorised = self._kept.setdefault(way, {})
         return edit(
             self.model,
             facts,
@@ -183,46 +191,7 @@ class Bench:
         return self.contexts if trial.prefixes else [tokens.PLAIN]
 
 
-def compare(
-    bench: Bench,
-    trials: Mapping[str, Trial],
-    facts: Sequence[Fact],
-    others: Sequence[Fact] = (),
-    baseline: str = "PMET",
-    on_trial: OnDone | None = None,
-) -> pd.DataFrame:
-    """Every trial on the same facts, all at once, and what it changes against `baseline`, paired.
-
-    Columns: run, metric (those of `evaluate`'s summary, and "collateral": facts `others` still
-    answered right), mean, ci_low, ci_high (95 % bootstrap over facts), n, difference,
-    difference_low, difference_high (trial − baseline, per fact; missing for the baseline itself).
-
-    Raises KeyError if `baseline` is no trial.
-    """
-    first = _measured(bench, trials[baseline], facts, others)
-    tables = []
-    for i, (name, trial) in enumerate(trials.items()):
-        rows, right = first if name == baseline else _measured(bench, trial, facts, others)
-        table = metrics.summarise(rows)
-        if len(right):
-            table.loc["collateral"] = list(metrics.interval(right))
-        if name != baseline:
-            change = metrics.paired(rows, first[0])
-            if len(right):
-                gap = right - first[1]
-                change.loc["collateral"] = list(metrics.interval(gap))
-            change = change.drop(columns="n")
-            change.columns = ["difference", "difference_low", "difference_high"]
-            table = table.join(change)
-        tables.append(table.reset_index().assign(run=name))
-        if on_trial is not None:
-            on_trial(i + 1, len(trials))
-    columns = ["run", "metric", "mean", "ci_low", "ci_high", "n"]
-    columns += ["difference", "difference_low", "difference_high"]
-    return pd.concat(tables, ignore_index=True).reindex(columns=columns).astype({"n": int})
-
-
-def _measured(
+def measured(
     bench: Bench, trial: Trial, facts: Sequence[Fact], others: Sequence[Fact]
 ) -> tuple[pd.DataFrame, metrics.Numbers]:
     """The rows of `evaluate` with the trial's edit, and per other fact 100 where it is right."""

@@ -23,7 +23,7 @@ _PER_FACT = 0.6
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What `suggest_hparams` proposes. Try it on facts you hold back before you believe it."""
+    """What `suggest_hparams` proposes: a first guess. `pl.tune` begins with it and measures."""
 
     hparams: Hparams
     why: str
@@ -36,7 +36,8 @@ class Suggestion:
 
 
 def suggest_hparams(model: Model, facts: Fact | Sequence[Fact], n_edits: int = 100) -> Suggestion:
-    """Settings of PMET for editing `n_edits` facts at once in a model without known ones.
+    """Settings of PMET for editing `n_edits` facts at once in a model without known ones: the first
+    guess of `tune`, for the cost of a causal trace.
 
     `facts`: some the model knows, with `target_true` (about 20 suffice). The last critical layer is
     the one whose hidden state at the last subject token brings most of the answer back when the
@@ -44,6 +45,13 @@ def suggest_hparams(model: Model, facts: Fact | Sequence[Fact], n_edits: int = 1
     all there, and nothing has been read yet. As many layers as a fifth of the depth, three to six,
     end there. The strengths are those released for GPT-J, λ by the number of edits; where the MLP
     writes less than a quarter of the layer output's norm, deltas are bound relative to the latter.
+
+    The rule is a rule of thumb. On the two bundled models that edits are shown on (GPT-J and GPT-2
+    blocks, 8 layers) it finds the last critical layer that a sweep of settings found. On
+    SmolLM2-135M (Llama blocks, 30 layers) the trace is a plateau over layers 0 to 12: the highest
+    point moves with the facts (layer 9 with 24 facts, 2 with 10). On Gemma-3-270M (18 layers) it is
+    layer 3 with 10 facts. Whether these are the best layers was not measured there, and nothing was
+    on other architectures.
 
     Raises:
         FactError: where no fact has `target_true`.

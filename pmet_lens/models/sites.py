@@ -140,6 +140,16 @@ class Road:
         return written.double().square().mean(-1, keepdim=True).sqrt() if self.normed else one
 
 
+def turned(
+    start: Float[Tensor, "fact d"], end: Float[Tensor, "fact d"], part: float
+) -> Float[Tensor, "fact d"]:
+    """The unit vector at this part of the turn from one direction to another."""
+    a, b = (v / v.norm(dim=-1, keepdim=True) for v in (start, end))
+    angle = (a * b).sum(-1, keepdim=True).clamp(-1, 1).acos()
+    found = (((1 - part) * angle).sin() * a + (part * angle).sin() * b) / angle.sin()
+    return found.where(angle > 0, a)
+
+
 def several(given: Any) -> list[Any]:
     """What is given as a list: a single name, number or site is a list of one."""
     return [given] if isinstance(given, (str, Integral, Site)) else list(given)

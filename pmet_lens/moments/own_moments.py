@@ -65,14 +65,14 @@ def own_moments(
     n_tokens = n_tokens or TOKENS_PER_DIMENSION * widest
     with model.live_edits.bare():
         weights = file_format.state_digest(model.hf.state_dict())
+        folder = downloads.cache() / "moments" / f"{model.name}-{weights[:16]}"
         of: dict[str, Any] = {"seed": seed, "n_tokens": n_tokens}
         if text == "python":
             texts = _enough(model, python_text(), n_tokens)
             of = {"text": hash_of(texts), "n_tokens": n_tokens}
-        sites = {"layers": sorted(set(layers)), "projections": sorted(set(projections))}
-        folder = downloads.cache() / "moments" / f"{model.name}-{weights[:16]}"
-        if text == "own":
+        else:
             texts = _own_texts(model, folder / f"text-{hash_of(of)}.json", seed, n_tokens)
+        sites = {"layers": sorted(set(layers)), "projections": sorted(set(projections))}
         return kept_moments(
             folder / f"moments-{hash_of({**of, **sites})}.safetensors",
             model,

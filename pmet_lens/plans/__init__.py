@@ -1,5 +1,7 @@
-"""What an edit or a grid costs before it runs: `costs.py` (one edit: operations and memory) first,
-then `planning.py`: `pl.plan` of a grid, by counting (`workload.py`) and a probe (`probing.py`).
+"""What comes before an edit. What it costs: `costs.py` (one edit: operations, memory) first, then
+`planning.py`: `pl.plan` of a grid, by counting (`workload.py`) and a probe (`probing.py`). Which
+settings it should have: `tuning.py`, its goals (`goals.py`), what it tries (`spaces.py`), how
+(`search.py`), what it says (`tuned.py`); `comparing.py` gives methods a fair fight.
 """
 
 import lazy_loader

@@ -1,5 +1,6 @@
 """Tables of this package as figures, in one style. `plots.py` first: the colours, what plots are
-made of, and the study; then methods (`method_plots.py`) and the explorer (`maps.py`)."""
+made of, and the study; then methods (`method_plots.py`, `tuning_plots.py`) and the explorer
+(`maps.py`)."""
 
 import lazy_loader
 

@@ -11,13 +11,14 @@ from tiny import close, tiny_model
 
 import pmet_lens as pl
 from pmet_lens.editing import keys
+from pmet_lens.models import sites
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.5, 1.0])
 def test_a_part_of_a_turn_has_that_part_of_its_angle(part):
     """Along the great circle: of length 1, in the plane of both, and as far from the start."""
     start, end = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator())
-    turned = keys._turned(start, end, part)
+    turned = sites.turned(start, end, part)
     a, b = (v / v.norm(dim=-1, keepdim=True) for v in (start, end))
     assert turned.norm(dim=-1).tolist() == pytest.approx([1.0] * 6)
     whole, there, rest = ((x * y).sum(-1).clamp(-1, 1).acos() for x, y in
@@ -28,7 +29,7 @@ def test_a_part_of_a_turn_has_that_part_of_its_angle(part):
 
 def test_a_turn_of_nothing_stays_where_it_is():
     same = torch.ones(1, 3, dtype=torch.float64)
-    assert torch.equal(keys._turned(same, 2 * same, 0.5), same / same.norm())
+    assert torch.equal(sites.turned(same, 2 * same, 0.5), same / same.norm())
 
 
 def test_with_prompts_in_turn_the_loss_is_of_what_each_gave_last():

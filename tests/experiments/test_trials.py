@@ -25,12 +25,13 @@ from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
 from pmet_lens.editing.targets import Targets, joined, optimise
 from pmet_lens.evaluation import metrics, scoring
 from pmet_lens.experiments import target_files
-from pmet_lens.experiments.trials import KEPT, Bench, Trial, ablations, compare
+from pmet_lens.experiments.trials import KEPT, Bench, Trial, ablations
 from pmet_lens.models.generation import sample_contexts
 from pmet_lens.models.model import Model, Site
 from pmet_lens.models.tokens import PLAIN
 from pmet_lens.models.weights import EditError
 from pmet_lens.moments import second_moments
+from pmet_lens.plans.comparing import compare
 
 torch.set_num_threads(1)
 KNOWN = [replace(fact, target_true=fact.target_true or "Vell") for fact in FACTS]

@@ -1,0 +1,243 @@
+"""Settings by measurement, and a fair fight: `python figures/tune.py --model world-sequential`.
+
+Every method gets the same budget of tuning on the same held-out facts of a model; then all edit the
+same other facts at once, and are compared: paired differences, and which of them no other beats in
+efficacy, locality and collateral together. Real models take `pl.recalled` of `pl.real_facts()`,
+bundled ones CounterFact's records of their world. Everything is kept in `figures/out/tune/MODEL` as
+soon as it is there: a run that was cut goes on. `--grid METHOD` also tries every combination of
+settings on the held-out facts by the published steps, to judge what `pl.tune` found. `--record`
+replaces the committed tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import manifest
+import pandas as pd
+import real
+from common import HERE, OUT, legend, make, panels, provenance, read
+from matplotlib.figure import Figure
+
+import pmet_lens as pl
+from pmet_lens import data, experiments, plotting
+
+METHODS = tuple(pl.METHODS)
+HELD_OUT = 400
+"""Records of the bundled world from here on are tuned on, the first ones are edited."""
+SHARD = 10
+"""Facts of which a run that is cut may have to optimise the targets again."""
+RESULTS = HERE / "results" / "tune"
+SHOWN = ("S", "ES", "PS", "NS", "EA", "PA", "NA", "collateral")
+EVERY = 9
+"""Of the facts an edit is not about one in so many is asked."""
+
+
+class Study:
+    """One model, its facts, and the bench that keeps what is found."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.folder = args, args.out / Path(args.model).name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.model = pl.load(args.model, device=args.device)
+        bundled = args.model.startswith("world")
+        if bundled:
+            every = pl.counterfact()
+            known = {(f.subject, f.relation) for f in pl.recalled(self.model)}
+            every = [f for f in every if (f.subject, f.relation) in known]
+            self.facts = every[: args.facts]
+            self.held_out = every[HELD_OUT : HELD_OUT + args.tuned_on]
+            self.others = experiments.others_of(pl.knowns(), [*self.facts, *self.held_out])[::EVERY]
+        else:
+            # In the list relations stand together: every list gets some of each.
+            every = pl.recalled(self.model)
+            step = max(1, len(every) // (args.facts + args.tuned_on))
+            order = [f for n in range(step) for f in every[n::step]]
+            self.facts = order[: args.facts]
+            self.held_out = order[args.facts : args.facts + args.tuned_on]
+            self.others = order[args.facts + args.tuned_on :]
+        layers = None if bundled else tuple(args.layers or ())
+        texts = None if bundled else self._texts()
+        every_layer = None if bundled else range(min(self.model.n_layers - 1, args.deepest + 1))
+        settings = None if bundled else self._guess
+        self.layers = layers
+        self.bench = pl.Bench(
+            self.model, self.folder, texts, args.tokens, settings, every_layer, SHARD
+        )
+
+    def _texts(self) -> list[str]:
+        """The user's, or what the model writes itself, once."""
+        if self.args.texts:
+            return list(pl.texts(self.args.texts))
+        path = self.folder / "own_texts.txt"
+        if not path.exists():
+            texts = pl.sampled_texts(self.model, n_tokens=self.args.tokens)
+            with data.whole(path) as part:
+                part.write_text("\n".join(" ".join(t.split()) for t in texts), encoding="utf-8")
+        return list(pl.texts(path))
+
+    def _guess(self, method: Any) -> Any:
+        """The first guess: the layers given, all else as released; without layers nothing, so that
+        `pl.tune` asks the causal trace."""
+        if not self.layers:
+            raise pl.SettingsError("no layers given")
+        one = isinstance(getattr(method, "solver", None), pl.Exact)
+        if isinstance(method, pl.FineTune):
+            bound = 5e-4 if method.constrained else None
+            return pl.FineTuneHparams(layer=self.layers[-1], norm_constraint=bound)
+        return pl.Hparams(self.layers[-1:] if one else self.layers)
+
+    def methods(self) -> dict[str, pl.Trial]:
+        """Those that can be: no MEND editor is bundled for a real model."""
+        names = [n for n in self.args.methods if n != "MEND" or self.args.model.startswith("world")]
+        return {name: pl.Trial(name) for name in names}
+
+    def table(self) -> pd.DataFrame:
+        """The fair comparison, and beside it everything that was tried."""
+        tried: list[pd.DataFrame] = []
+        start = time.monotonic()
+
+        def tell(name: str, tuned: pl.Tuned) -> None:
+            tried.append(tuned.table.assign(run=name))
+            seconds = time.monotonic() - start
+            sys.stderr.write(f"{name}, {seconds:.0f} s so far: {tuned!r}\n")
+
+        trials = self.methods()
+        baseline = "PMET" if "PMET" in trials else next(iter(trials))
+        table = pl.compare(
+            self.bench, trials, self.facts, self.others, baseline, tune_on=self.held_out,
+            budget=self.args.budget, goal=self.args.goal, front=True, on_tuned=tell,
+        )  # fmt: skip
+        self.keep("tried", pd.concat(tried, ignore_index=True))
+        found = table.assign(model=Path(self.args.model).name, edits=len(self.facts))
+        return found.assign(tuned_on=len(self.held_out))
+
+    def grid(self, method: str) -> pd.DataFrame:
+        """Every combination of last layer, clamp and λ by the published steps, on the held-out
+        facts: what the budget of `pl.tune` spares."""
+        name = f"grid {method}"
+        if (path := self.folder / f"{name}.csv").exists():
+            return read(self.folder, name)
+        tuned = pl.tune(self.bench, self.held_out, method, self.args.budget, goal=self.args.goal)
+        space, rows = tuned.space, []
+        for group in space.groups():
+            for factor in (0.1, 0.3, 1.0, 3.0, 10.0):
+                hp = space.scaled(group, factor)
+                trial = pl.Trial(method, hparams=hp)
+                edit = self.bench.edit(
+                    trial, self.held_out, self.bench.targets(trial, self.held_out)
+                )
+                with edit.applied(self.model):
+                    score = pl.summarise(pl.evaluate(self.model, self.held_out)).loc["S"]
+                rows.append({"settings": repr(hp), **score})
+        self.keep(name, pd.DataFrame(rows))
+        best = max(row["mean"] for row in rows)
+        chosen = tuned.table.loc[tuned.table["chosen"], "score"].iloc[0]
+        sys.stderr.write(f"{method}: tuned {chosen:.1f}, best of {len(rows)} {best:.1f}\n")
+        return read(self.folder, path.stem)
+
+    def keep(self, name: str, table: pd.DataFrame) -> None:
+        with data.whole(self.folder / f"{name}.csv") as part:
+            table.to_csv(part, index=False, float_format="%.6g")
+
+
+def page(table: pd.DataFrame, made: str) -> str:
+    """The comparison as Markdown: one line per method, and its difference to the baseline in S."""
+    first = table.iloc[0]
+    metrics = [m for m in SHOWN if m in set(table["metric"])]
+    lines = [["method", *metrics, "S against PMET", "front", "targets spent"]]
+    for run, own in table.groupby("run", sort=False):
+        rows = own.set_index("metric")
+        cells = [f"{rows.at[m, 'mean']:.1f}" for m in metrics]
+        row = rows.loc["S"]
+        gap = "" if pd.isna(row["difference"]) else (
+            f"{row['difference']:+.1f} [{row['difference_low']:.1f}, {row['difference_high']:.1f}]"
+        )  # fmt: skip
+        on = "yes" if row["front"] in (True, "True") else "no"
+        lines.append([str(run), *cells, gap, on, f"{int(row['spent'])} of {int(row['budget'])}"])
+    lines.insert(1, ["---"] * len(lines[0]))
+    head = (
+        f"{first['model']}: {first['edits']} facts edited at once, every method tuned on the same "
+        f"{first['tuned_on']} others. Per cent; differences paired over facts, 95 % intervals. "
+        "*front*: no other method is at least as good in ES, NS and collateral, and better in one."
+    )
+    return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines), "", made, ""])
+
+
+def draw(folder: Path) -> Figure:
+    """Efficacy against locality and against collateral, every method, one row per model."""
+    table = read(folder, "compared").assign(front=lambda t: t["front"].astype(str) == "True")
+    models = list(dict.fromkeys(table["model"]))
+    fig, axes = panels(7.5, 2.9 * len(models), len(models), 2)
+    for row, model in zip(axes, models, strict=True):
+        own = table[table["model"] == model]
+        for ax, kept in zip(row, ("NS", "collateral"), strict=True):
+            plotting.front(own, ax, "PS", kept)
+        row[0].set_title(f"{model}, {int(own['edits'].iloc[0])} facts at once", loc="left")
+    legend(fig, axes[0, 0], 8)
+    return fig
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {"fig_tune": draw}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="world-sequential", help="name, directory or hub id")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--facts", type=int, default=100, help="edited at once")
+    parser.add_argument("--tuned-on", type=int, default=40, help="facts held out")
+    parser.add_argument("--budget", type=int, help="targets per method; default 4 per fact")
+    parser.add_argument("--goal", default="S", help="a metric of pl.summarise")
+    parser.add_argument("--layers", nargs="+", type=int, help="of the first guess of a real model")
+    parser.add_argument("--deepest", type=int, default=15, help="layer with a second moment")
+    parser.add_argument("--texts", help="text file for the second moments, one text a line")
+    parser.add_argument("--tokens", type=int, help="of that text")
+    parser.add_argument("--grid", nargs="*", default=[], help="methods to judge by a full grid")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=OUT / "tune")
+    parser.add_argument("--record", action="store_true", help="replace the committed tables")
+    args = parser.parse_args()
+    bundled = args.model.startswith("world")
+    args.tokens = args.tokens or (100_000 if bundled else real.N_TOKENS)
+    start = time.monotonic()
+    try:
+        study = Study(args)
+        table = study.table()
+    except (pl.ModelError, pl.DataError, pl.FactError, pl.SettingsError) as error:
+        parser.exit(2, f"{error}\n")
+    study.keep("compared", table)
+    made = provenance((time.monotonic() - start) / 60, study.model.device)
+    (study.folder / "tune.md").write_text(page(table, made), encoding="utf-8")
+    make(draw, "fig_tune", study.folder, study.folder)
+    for method in args.grid:
+        study.grid(method)
+    if args.record:
+        record(study.folder)
+
+
+def record(folder: Path) -> None:
+    """Put the tables of this model among the committed ones, and the figure of all of them."""
+    RESULTS.mkdir(exist_ok=True)
+    for name in ("compared", "tried"):
+        new = read(folder, name)
+        new = new if "model" in new else new.assign(model=folder.name)
+        path = RESULTS / f"{name}.csv"
+        old = [read(RESULTS, name)] if path.exists() else []
+        old = [table[table["model"] != folder.name] for table in old]
+        pd.concat([*old, new], ignore_index=True).to_csv(path, index=False, float_format="%.6g")
+    text = (folder / "tune.md").read_text(encoding="utf-8")
+    (RESULTS / f"{folder.name}.md").write_text(text, encoding="utf-8")
+    used = make(draw, "fig_tune", RESULTS, folder)
+    (RESULTS / "fig_tune.png").write_bytes((folder / "fig_tune.png").read_bytes())
+    told = {"tune/fig_tune": [f"tune/{name}" for name in used]}
+    manifest.write("tune.py", HERE / "results", told, computed=True, into=manifest.RECORDED)
+
+
+if __name__ == "__main__":
+    main()
