@@ -269,8 +269,8 @@ def check(
     model: Model, targets: Targets, facts: Sequence[Fact], method: Method, hparams: Hparams
 ) -> None:
     """Raises `SettingsError` for targets that are not those of such an edit."""
-    single = tuple(map(method.follows, method.write))
-    needed = {optimised(model, s) for s in (method.delta_at if method.gather else single)}
+    follows: Sequence[Stream] = [method.follows(projection) for projection in method.write]
+    needed = {optimised(model, s) for s in (method.delta_at if method.gather else follows)}
     if len(targets) != len(facts) or targets.layer != hparams.layers[-1]:
         raise SettingsError(
             f"These targets are for {len(targets)} facts at layer {targets.layer}; the edit is "

@@ -124,7 +124,8 @@ def test_conda_and_make_install_the_project_and_only_it():
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
 def test_the_package_imports_what_it_declares(path):
-    group = {"widgets": "notebook", "gguf_files": "gguf"}.get(path.stem)
+    of_gguf = ("gguf_files", "gguf_copies")
+    group = {"widgets": "notebook", **dict.fromkeys(of_gguf, "gguf")}.get(path.stem)
     extra = PROJECT["optional-dependencies"][group] if group else []
     needs = {"dependencies": [*PROJECT["dependencies"], *extra]}
     assert undeclared(path.read_text(encoding="utf-8"), needs) == set()
