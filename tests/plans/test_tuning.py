@@ -208,6 +208,7 @@ def same(one: pl.Tuned, other: pl.Tuned) -> bool:
     return (one.hparams, one.why, one.spent) == (other.hparams, other.why, other.spent)
 
 
+@pytest.mark.slow
 def test_kept_targets_change_nothing_and_a_cut_run_goes_on(tmp_path, monkeypatch):
     calls: list[int] = []
     real = targeting.optimise
@@ -401,6 +402,7 @@ def test_what_was_seen_is_read_as_it_was_written():
 # -- a fair comparison ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_method_gets_the_same_budget(bench):
     trials = {"PMET": pl.Trial(), "FT-W": pl.Trial(pl.FT_W)}
     heard: dict[str, pl.Tuned] = {}
