@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import pmet_lens as pl
 from pmet_lens import plotting
 
 HERE = Path(__file__).parent
@@ -137,6 +138,12 @@ def of(table: pd.DataFrame, **wanted: object) -> pd.DataFrame:
     for column, value in wanted.items():
         table = table[table[column] == value]
     return table
+
+
+def known_records(model: pl.Model) -> list[pl.Fact]:
+    """The bundled CounterFact records whose facts this bundled model recalls."""
+    known = {(fact.subject, fact.relation) for fact in pl.recalled(model)}
+    return [fact for fact in pl.counterfact() if (fact.subject, fact.relation) in known]
 
 
 def samples(table: pd.DataFrame, column: str = "n") -> str:

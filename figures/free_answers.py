@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 import real
-from common import OUT, legend, make, panels, provenance, read
+from common import OUT, known_records, legend, make, panels, provenance, read
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
@@ -43,11 +43,7 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = pl.load(args.model, device=args.device)
         bundled = args.model.startswith("world")
-        if bundled:
-            known = {(f.subject, f.relation) for f in pl.recalled(self.model)}
-            facts = [f for f in pl.counterfact() if (f.subject, f.relation) in known]
-        else:
-            facts = pl.recalled(self.model, n=args.facts)
+        facts = known_records(self.model) if bundled else pl.recalled(self.model, n=args.facts)
         self.facts = pl.with_related(facts[: args.facts])
         chat = getattr(self.model.tokenizer, "chat_template", None) is not None
         self.frame = args.frame or ("chat" if chat else "Question: {}\nAnswer:")

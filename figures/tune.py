@@ -21,7 +21,7 @@ from typing import Any
 import manifest
 import pandas as pd
 import real
-from common import HERE, OUT, legend, make, panels, provenance, read
+from common import HERE, OUT, known_records, legend, make, panels, provenance, read
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
@@ -47,9 +47,7 @@ class Study:
         self.model = pl.load(args.model, device=args.device)
         bundled = args.model.startswith("world")
         if bundled:
-            every = pl.counterfact()
-            known = {(f.subject, f.relation) for f in pl.recalled(self.model)}
-            every = [f for f in every if (f.subject, f.relation) in known]
+            every = known_records(self.model)
             self.facts = every[: args.facts]
             self.held_out = every[HELD_OUT : HELD_OUT + args.tuned_on]
             self.others = experiments.others_of(pl.knowns(), [*self.facts, *self.held_out])[::EVERY]
@@ -186,11 +184,9 @@ def draw(folder: Path) -> Figure:
 FIGURES: dict[str, Callable[[Path], Figure]] = {"fig_tune": draw}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def options(parser: argparse.ArgumentParser) -> None:
+    """What a `Study` needs beside the facts that are edited."""
     parser.add_argument("--model", default="world-sequential", help="name, directory or hub id")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--facts", type=int, default=100, help="edited at once")
     parser.add_argument("--tuned-on", type=int, default=40, help="facts held out")
     parser.add_argument("--budget", type=int, help="targets per method; default 4 per fact")
     parser.add_argument("--goal", default="S", help="a metric of pl.summarise")
@@ -198,8 +194,15 @@ def main() -> None:
     parser.add_argument("--deepest", type=int, default=15, help="layer with a second moment")
     parser.add_argument("--texts", help="text file for the second moments, one text a line")
     parser.add_argument("--tokens", type=int, help="of that text")
-    parser.add_argument("--grid", nargs="*", default=[], help="methods to judge by a full grid")
     parser.add_argument("--device", default="auto")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options(parser)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--facts", type=int, default=100, help="edited at once")
+    parser.add_argument("--grid", nargs="*", default=[], help="methods to judge by a full grid")
     parser.add_argument("--out", type=Path, default=OUT / "tune")
     parser.add_argument("--record", action="store_true", help="replace the committed tables")
     args = parser.parse_args()

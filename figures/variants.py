@@ -110,17 +110,9 @@ def page(table: pd.DataFrame, told: pd.DataFrame, made: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="world-sequential", help="name, directory or hub id")
+    tune.options(parser)
     parser.add_argument("--variants", nargs="+", help="names of pl.VARIANTS; default: all")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="facts at once")
-    parser.add_argument("--tuned-on", type=int, default=40, help="facts held out")
-    parser.add_argument("--budget", type=int, help="targets per variant; default 4 per fact")
-    parser.add_argument("--goal", default="S", help="a metric of pl.summarise")
-    parser.add_argument("--layers", nargs="+", type=int, help="of the first guess of a real model")
-    parser.add_argument("--deepest", type=int, default=15, help="layer with a second moment")
-    parser.add_argument("--texts", help="text file for the second moments, one text a line")
-    parser.add_argument("--tokens", type=int, help="of that text")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT / "variants")
     args = parser.parse_args()
     args.facts, bundled = max(args.sizes), args.model.startswith("world")

@@ -144,10 +144,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(args: argparse.Namespace) -> Any:
     import pmet_lens as pl
-    from pmet_lens.cli_edit import quiet_if_unwatched
+    from pmet_lens.models.loading import quiet
 
     where = {"device": args.device, "device_map": args.device_map, "dtype": args.dtype}
-    with quiet_if_unwatched():
+    with quiet(not sys.stderr.isatty()):
         return pl.load(args.model, **where, template=args.template)
 
 

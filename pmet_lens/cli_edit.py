@@ -7,8 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pmet_lens as pl
 from pmet_lens.data import fetched
 from pmet_lens.evaluation import ability
-from pmet_lens.models.loading import of_the_world
+from pmet_lens.models.loading import of_the_world, quiet
 from pmet_lens.moments.inputs import EditInputs
 from pmet_lens.shipping import checkpoints, gguf_copies, undoing
 
@@ -138,7 +137,7 @@ def write(
     """Write the edit to `--out`; of a GGUF file the table of its tensors, else None."""
     kind, told = kind_of(args), {"receipt": receipt, "effects": effects}
     base = {"any_base": getattr(args, "any_base", False), "undoable": True}
-    with quiet_if_unwatched():
+    with quiet(not sys.stderr.isatty()):
         if kind == "edit":
             made.save(args.out)
         elif kind == "adapter":
@@ -148,21 +147,6 @@ def write(
         else:
             return made.save_gguf(args.model, args.out, args.type, **told, **base)
     return None
-
-
-@contextmanager
-def quiet_if_unwatched() -> Iterator[None]:
-    """A block without transformers' bars where nobody watches a terminal."""
-    from transformers.utils import logging
-
-    quiet = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
-    if quiet:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if quiet:
-            logging.enable_progress_bar()
 
 
 def _effects(model: Any, made: Any, quick: bool) -> dict[str, Any]:

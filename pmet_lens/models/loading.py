@@ -114,7 +114,7 @@ def _read(
 
     options = gguf_files.options(place.gguf)
     try:
-        with _quiet(place.quiet), gguf_files.read_once(place.gguf):
+        with quiet(place.quiet), gguf_files.read_once(place.gguf):
             config = AutoConfig.from_pretrained(where, **options)
             _check_plain(config, where)
             hf = AutoModelForCausalLM.from_pretrained(
@@ -157,17 +157,17 @@ def _check_plain(config: Any, where: str) -> None:
 
 
 @contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    """A block without transformers' progress bars: a bundled model loads in a moment."""
+def quiet(wanted: bool) -> Iterator[None]:
+    """A block without transformers' progress bars, where that is wanted."""
     from transformers.utils import logging
 
-    quiet = quiet and logging.is_progress_bar_enabled()
-    if quiet:
+    off = wanted and logging.is_progress_bar_enabled()
+    if off:
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        if quiet:
+        if off:
             logging.enable_progress_bar()
 
 

@@ -41,7 +41,7 @@ def own_moments(
 
     With `text="python"` they are of the English prose in Python's documentation (`python_text`),
     which need not be written first: SmolLM2-135M waits 11 s instead of a minute on two cores. The
-    price, measured there with 20 real facts at once and fast targets, own text → this: MEMIT S 90.4
+    price, seen once with 20 real facts at once and fast targets, own text → this: MEMIT S 90.4
     → 90.3 and KL on other prompts 0.17 → 0.21; PMET S 88.4 → 90.3, EA 95 → 85, KL 0.20 → 0.25.
 
     Args:
