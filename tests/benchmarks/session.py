@@ -123,7 +123,7 @@ def billion(tiny: bool = False) -> Iterator[Row]:
         torch.set_default_dtype(before)
     model = pl.load(hf, pl.load("world").tokenizer, name=BILLION)
     hparams = pl.Hparams((2,), n_steps=1, stop_loss=0.0, kl_stop=0.0)
-    n = shape["intermediate_size"] + 64
+    n = 3 * shape["intermediate_size"]
     kept: dict[str, Any] = {}
 
     def moments(_: int) -> None:
