@@ -77,7 +77,7 @@ class Study:
                     self.kept(f"{name} {method}", lambda how=how: self.rows(how))
                 self.kept(f"gap {method}", lambda how=how: pl.evaluation_gap(
                     self.model, self.facts, how))  # fmt: skip
-        for method in self.args.methods:
+        for method in self.args.methods if self.args.every else ():
             self.kept(f"retention {method}", lambda method=method: self.in_a_row(method))
 
     def kept(self, name: str, work: Callable[[], pd.DataFrame]) -> None:
@@ -165,13 +165,21 @@ def seen(table: pd.DataFrame, model: str, n: int, made: str) -> str:
 
 def draw(folder: Path) -> Figure:
     """What each help is worth, on edited prompts and on paraphrases; what is left in a row."""
-    methods = [p.stem.partition(" ")[2] for p in sorted(folder.glob("retention *.csv"))]
-    gap = pd.concat([read(folder, f"gap {name}").assign(run=name) for name in methods])
-    row = pd.concat([read(folder, f"retention {name}").assign(run=name) for name in methods])
-    fig, axes = panels(8.0, 5.0, 2, 2)
+
+    def every(what: str) -> list[pd.DataFrame]:
+        names = [path.stem for path in sorted(folder.glob(f"{what} *.csv"))]
+        runs = {name: name.partition(" ")[2] for name in names}
+        return [read(folder, n).assign(run=run) for n, run in runs.items() if run != "unedited"]
+
+    gap, in_a_row = pd.concat(every("gap")), every("retention")
+    fig, axes = panels(8.0, 5.0 if in_a_row else 2.7, 2 if in_a_row else 1, 2)
+    axes = axes.reshape(-1, 2)
     for ax, kind in zip(axes[0], ("rewrite", "paraphrase"), strict=True):
         plotting.gap_bars(gap, ax, kind)
     axes[0, 1].set_yticklabels([])
+    if not in_a_row:
+        return fig
+    row = pd.concat(in_a_row)
     for ax, metric in zip(axes[1], ("EF", "perplexity"), strict=True):
         plotting.retention_lines(row, ax, metric)
     axes[1, 0].set(ylim=(-3, 103), ylabel="free answers right, %")
@@ -192,7 +200,9 @@ def main() -> None:
     parser.add_argument("--until", default="sentence", choices=("sentence", "line", "token"))
     parser.add_argument("--limit", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--batch", type=int, default=1, help="facts of a batch in a row")
-    parser.add_argument("--every", type=int, default=20, help="facts between checkpoints")
+    parser.add_argument(
+        "--every", type=int, default=20, help="facts between checkpoints; 0: none in a row"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT / "free_answers")
     args = parser.parse_args()
