@@ -31,7 +31,7 @@ from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, Stream
 
 OnStep = Callable[[int, Mapping[str, Float[Tensor, " fact"]]], object]
-_SHOWN = 10  # facts that a notebook shows
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,8 @@ def optimise(
     layer = hparams.layers[-1]
     tail = objective.tail_of(model, method, layer) if fast else None
     rows, per_fact = objective.prompts(model, facts, contexts)
-    whole = tail is None or not tail.has_past
     limit = objective.budget(model, layer) if batch_tokens is None else batch_tokens
-    at = method.position
+    at, whole = method.position, tail is None or not tail.has_past
     chunks = objective.batches(model, rows, per_fact, at, whole=whole, budget=limit)
 
     def targets_of(chunk: Sequence[int]) -> Targets:
@@ -145,9 +144,8 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
     deltas: dict[Stream, Tensor] = {
         s: torch.zeros_like(v, requires_grad=True) for s, v in batch.clean.items()
     }
-    falling = hp.step_rule == "falling"
-    of_unit: dict[str, Any] = {"lr": hp.clamp, "momentum": 0.5, "dampening": 0.5}
-    optimiser = SGD(deltas.values(), **of_unit) if falling else Adam(deltas.values(), lr=hp.lr)
+    falling, moved = hp.step_rule == "falling", list(deltas.values())
+    optimiser = SGD(moved, 1.0, 0.5, 0.5) if falling else Adam(moved, hp.lr)
     active = torch.ones(batch.n, dtype=torch.bool, device=batch.model.device)
     weight = batch.norms[batch.streams[0]].new_full((batch.n,), hp.nll_weight)
     final: dict[Stream, Tensor] = {s: torch.zeros_like(v) for s, v in batch.clean.items()}
@@ -161,8 +159,7 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         read = batch.losses(deltas)
         at = active.nonzero(), torch.tensor(asked, device=active.device)
         newest[at], said[at] = read.each.to(newest), read.said
-        chosen: dict[Stream, Tensor] = {s: d[active] for s, d in deltas.items()}
-        norms: dict[Stream, Tensor] = {s: v[active] for s, v in batch.norms.items()}
+        chosen, norms = ({s: v[active] for s, v in x.items()} for x in (deltas, batch.norms))
         losses = objective.loss_terms(read.nll, read.kl, chosen, norms, weight[active], hp)
         columns: dict[str, Any] = {k: v.detach() for k, v in losses.items()}
         if some:  # whether a fact is done is for all of its prompts to tell
@@ -184,8 +181,7 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
             on_step(step, dict(columns))
         for stream, delta in deltas.items():
             final[stream] = torch.where(stopping[:, None], delta.detach(), final[stream])
-        left = active & ~stopping
-        stopped, over = bool(stopping.any()), not bool(left.any())
+        stopped, over = bool(stopping.any()), not bool((left := active & ~stopping).any())
         gradients: tuple[Tensor, ...] = ()
         if not over:
             gradients = torch.autograd.grad(losses["loss"].sum(), list(deltas.values()))
@@ -198,12 +194,17 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         if stopped and not some:
             batch.choose(active)
         if falling:
-            both = zip(gradients, deltas, strict=True)
-            gradients = tuple(normalize(g, dim=-1) * batch.norms[s][:, None].to(g) for g, s in both)
-            optimiser.param_groups[0]["lr"] = hp.clamp * (1 - step / hp.n_steps)
-        for delta, gradient in zip(deltas.values(), gradients, strict=True):
+            gradients = tuple(normalize(g, dim=-1) for g in gradients)
+            optimiser.param_groups[0]["lr"] = 1 - step / hp.n_steps
+        for delta, gradient in zip(moved, gradients, strict=True):
             delta.grad = gradient
+        before = [delta.detach().clone() for delta in moved]
         optimiser.step()
+        if hp.step_rule != "Adam":  # the step in radii; Adam's own is about `lr` per coordinate
+            for stream, old in zip(deltas, before, strict=True):
+                radius = hp.clamp * batch.norms[stream].to(old)[:, None]
+                unit = radius if falling else radius * old.shape[-1] ** -0.5
+                deltas[stream].data.sub_(old).mul_(unit).add_(old)
         _project(deltas, batch.norms, hp.clamp, _attn_left(batch.method, step + 1, hp.n_steps))
     values: dict[Stream, Tensor] = {s: batch.clean[s] + final[s] for s in final}
     return Targets(values, batch.clean, batch.layer, _history(steps), batch.position)
@@ -214,8 +215,7 @@ def _attn_left(method: Method, step: int, n_steps: int) -> float:
     return max(0.0, 1 - step / max(1, n_steps // 2)) if method.attn_fades else math.inf
 
 
-def _project(deltas: Mapping[Stream, Tensor], norms: Mapping[Stream, Tensor], clamp: float,
-             attn: float) -> None:  # fmt: skip
+def _project(deltas: Mapping[Stream, Tensor], norms: Any, clamp: float, attn: float) -> None:
     """Each delta back into its ball ‖δ‖ ≤ c·‖clean‖, δ^a into the share `attn` of it."""
     with torch.no_grad():
         for stream, delta in deltas.items():

@@ -148,7 +148,12 @@ def top_tokens(
 def _answers(
     model: Model, states: Float[Tensor, "fact d_model"], wanted: Int[Tensor, " fact"], k: int
 ) -> dict[str, list[Any]]:
-    """Columns: rank (from 1) and probability of each wanted token, and the `k` likeliest tokens."""
+    """Columns: rank (from 1) and probability of each wanted token, and the `k` likeliest tokens.
+
+    Equal rows are read once: what leaves a block enters the next one."""
+    asked = torch.cat([likelihood.at_least_float32(states), wanted[:, None].to(states.device)], 1)
+    distinct, place = asked.unique(dim=0, return_inverse=True)
+    states, wanted = distinct[:, :-1].to(states.dtype), distinct[:, -1].long()
     rows = max(1, VALUES_PER_CHUNK // len(model.embedding))
     columns: dict[str, list[Any]] = {"rank": [], "probability": [], "top": []}
     for some, tokens_wanted in zip(states.split(rows), wanted.split(rows), strict=True):
@@ -159,7 +164,7 @@ def _answers(
         columns["top"] += read.topk(min(k, read.shape[1])).indices.tolist()
     texts = {token: model.tokenizer.decode([token]) for row in columns["top"] for token in row}
     columns["top"] = [tuple(texts[token] for token in row) for row in columns["top"]]
-    return columns
+    return {name: [column[i] for i in place.tolist()] for name, column in columns.items()}
 
 
 def _logits(model: Model, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:

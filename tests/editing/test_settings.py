@@ -175,7 +175,7 @@ def test_zero_is_a_strength_only_where_it_means_something(name):
     [
         ({"n_steps": 0}, "n_steps must be at least 1, not 0"),
         ({"easing": 1.5}, "easing must be at most 1"),
-        ({"step_rule": "SGD"}, "step_rule must be one of Adam, falling"),
+        ({"step_rule": "SGD"}, "step_rule must be one of Adam, falling, relative"),
         ({"prefixes_per_step": 0}, "a whole number ≥ 1 or None, not 0"),
         ({"reference_norm": "resid_pre"}, "reference_norm must be one of own stream, resid_post"),
     ],

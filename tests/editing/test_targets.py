@@ -449,6 +449,24 @@ def test_steps_fall_from_the_radius_to_nothing(gpt2):
     assert (losses.last() < losses.first()).all()
 
 
+def test_relative_steps_are_a_share_of_the_radius(gpt2):
+    """Adam's first step is `lr` in every coordinate (less where the gradient is next to nothing);
+    here it is `lr` radii long."""
+    hp = replace(HP, clamp=0.3, lr=0.4, step_rule="relative", weight_decay=0.0, n_steps=2)
+    first = run(gpt2, hparams=hp)
+    for stream in ("attn_out", "mlp_out"):
+        radius = 0.3 * first.clean[stream].norm(dim=1)
+        assert torch.allclose(first.delta(stream).norm(dim=1), 0.4 * radius, rtol=0.1)
+        assert (first.delta(stream).norm(dim=1) <= 0.4 * radius).all()
+    width = first.clean["mlp_out"].shape[1] ** 0.5
+    plain = [float(0.4 * 0.3 * first.clean[s][0].norm() / width) for s in ("attn_out", "mlp_out")]
+    one_stream = {"facts": FACTS[:1], "method": replace(pl.PMET, delta_at=("mlp_out",))}
+    own = run(gpt2, hparams=replace(hp, n_steps=4), **one_stream)
+    same = run(gpt2, hparams=replace(hp, n_steps=4, step_rule="Adam", lr=plain[1]), **one_stream)
+    assert off(own, same) < 1e-9  # the released rule at the rate that this is for one fact
+    assert off(own, run(gpt2, hparams=replace(hp, n_steps=4, lr=0.2), **one_stream)) > 1e-3
+
+
 def test_a_plain_prompt_that_begins_with_the_subject_tells_the_divergence(model, monkeypatch):
     monkeypatch.setattr(objective, "FEW_PARAMETERS", 0)
     rows, per_fact = objective.prompts(model, FACTS, CONTEXTS)

@@ -67,7 +67,7 @@ def test_the_sum_is_that_of_the_deltas():
         assert torch.allclose(got, both, atol=1e-10)
 
 
-@pytest.mark.parametrize("rule", ["Adam", "falling"])
+@pytest.mark.parametrize("rule", ["Adam", "falling", "relative"])
 def test_a_fading_delta_is_nothing_in_the_end(rule):
     model = shared_model("gpt2", torch.float64)
     hp = replace(LAST, step_rule=rule, n_steps=8, stop_loss=100.0)
