@@ -2,6 +2,7 @@
 
 `python tests/benchmarks/first_answer.py` prints its parts in seconds, and the largest resident
 size. With an empty cache (`$PMET_LENS_CACHE`) it is the first time on this model, else a later one.
+`--fast` edits by `Hparams.fast()`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def first_answer() -> dict[str, float]:
             lambda: pl.second_moments(model, texts, LAYERS, projections=("mlp",), n_tokens=16_000),
         )
     contexts = part("prefixes", lambda: pl.sample_contexts(model))
-    edit = part("edit", lambda: pl.edit(model, fact, moments, "PMET", pl.Hparams(LAYERS), contexts))
+    hparams = pl.Hparams(LAYERS)
+    hparams = hparams.fast() if "--fast" in sys.argv[1:] else hparams
+    edit = part("edit", lambda: pl.edit(model, fact, moments, "PMET", hparams, contexts))
     with edit.applied(model):
         part("answer", lambda: pl.generate(model, fact.text, length=24, top_k=1))
     parts["all"] = time.perf_counter() - start
