@@ -21,6 +21,7 @@ QUOTES = {
     ("docs/performance.md", "session"): (f"{BENCH}/session.md",),
     ("docs/performance.md", "waits"): (f"{BENCH}/waits.md",),
     ("docs/performance.md", "fast_preset"): (f"{BENCH}/fast_preset_pmet.md",),
+    ("docs/performance.md", "fast_preset_memit"): (f"{BENCH}/fast_preset_memit.md",),
     ("docs/performance.md", "precision"): (f"{BENCH}/precision.md",),
     ("docs/performance.md", "gptj"): (f"{BENCH}/gptj_shapes.md",),
     ("docs/performance.md", "cuda"): (f"{BENCH}/cuda.md", f"{BENCH}/operations_cuda.md"),
