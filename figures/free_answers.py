@@ -6,7 +6,7 @@ locality per kind, and what each help of benchmarks is worth. Then the facts are
 time, and the first, the last and all so far are asked at checkpoints. Real models take
 `pl.recalled` of `pl.real_facts()`, bundled ones CounterFact's records of their world. Everything is
 kept in `figures/out/free_answers/MODEL` as soon as it is there: a run that was cut goes on, also
-inside the targets.
+inside the targets. `--record` replaces the committed tables of this model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import manifest
 import pandas as pd
 import real
-from common import OUT, known_records, legend, make, panels, provenance, read
+from common import HERE, OUT, known_records, legend, make, panels, provenance, read
 from matplotlib.figure import Figure
 
 import pmet_lens as pl
@@ -31,6 +32,8 @@ ASKED = ("as edited", "framed")
 FREE = tuple(kind + measure for measure in "FXT" for kind in "EPN")
 SHOWN = ("ES", "PS", "NS", "EA", "PA", "NA", *FREE)
 KINDS = ("portability", "free portability", "locality", "free locality")
+PARTS = ("gap", "retention")
+RESULTS = HERE / "results" / "free_answers"
 SHARD = 10
 """Facts of which a run that is cut may have to optimise the targets again."""
 
@@ -153,38 +156,60 @@ def seen(table: pd.DataFrame, model: str, n: int, made: str) -> str:
     """The few of the scores that the README shows: what benchmarks say, and what a user sees."""
     columns = {name: ("as edited", name) for name in ("ES", "PS", "NS", "EA")}
     columns |= {"free": ("as edited", "EF"), "free, in a frame": ("framed", "EF")}
+    columns |= {"what follows, free": ("as edited", "free portability")}
     cells = table.set_index(["method", "asked", "metric"])
     lines = ["| method | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
     for method in dict.fromkeys(table["method"]):
-        found = [cells.loc[(method, *place)] for place in columns.values()]
+        found = [cells.reindex([(method, *place)]).iloc[0] for place in columns.values()]
         row = [f"{c['mean']:.0f} [{c['ci_low']:.0f}, {c['ci_high']:.0f}]" for c in found]
+        row = ["" if cell.startswith("nan") else cell for cell in row]
         lines.append(f"| {method} | " + " | ".join(row) + " |")
-    said = f"{model}, {n} real facts that it knows, at once; per cent, 95 % intervals over facts."
+    said = f"{model}, {n} facts that it knows, at once; per cent, 95 % intervals over facts."
     return "\n".join([*lines, "", f"{said} {made}", ""])
+
+
+def together(folder: Path, what: str) -> None:
+    """`WHAT.csv` of this folder: the tables of its methods under each other, column run."""
+    paths = {path.stem.partition(" ")[2]: path for path in sorted(folder.glob(f"{what} *.csv"))}
+    tables = [read(folder, path.stem).assign(run=run) for run, path in paths.items()]
+    if tables:
+        table = pd.concat(tables, ignore_index=True)
+        table.to_csv(folder / f"{what}.csv", index=False, float_format="%.6g")
 
 
 def draw(folder: Path) -> Figure:
     """What each help is worth, on edited prompts and on paraphrases; what is left in a row."""
-
-    def every(what: str) -> list[pd.DataFrame]:
-        names = [path.stem for path in sorted(folder.glob(f"{what} *.csv"))]
-        runs = {name: name.partition(" ")[2] for name in names}
-        return [read(folder, n).assign(run=run) for n, run in runs.items() if run != "unedited"]
-
-    gap, in_a_row = pd.concat(every("gap")), every("retention")
+    gap = read(folder, "gap").query("run != 'unedited'")
+    in_a_row = (folder / "retention.csv").exists()
     fig, axes = panels(8.0, 5.0 if in_a_row else 2.7, 2 if in_a_row else 1, 2)
-    axes = axes.reshape(-1, 2)
     for ax, kind in zip(axes[0], ("rewrite", "paraphrase"), strict=True):
         plotting.gap_bars(gap, ax, kind)
     axes[0, 1].set_yticklabels([])
     if not in_a_row:
         return fig
-    row = pd.concat(in_a_row)
+    row = read(folder, "retention")
     for ax, metric in zip(axes[1], ("EF", "perplexity"), strict=True):
         plotting.retention_lines(row, ax, metric)
     axes[1, 0].set(ylim=(-3, 103), ylabel="free answers right, %")
     legend(fig, axes[1, 0], 3)
     return fig
+
+
+def record(folder: Path) -> None:
+    """Put the tables of this model and their figure among the committed ones."""
+    target = RESULTS / folder.name
+    target.mkdir(parents=True, exist_ok=True)
+    names = [f"{name}.csv" for name in ("scores", *PARTS) if (folder / f"{name}.csv").exists()]
+    for name in (*names, "free_answers.md", "seen.md"):
+        (target / name).write_bytes((folder / name).read_bytes())
+    told = {}
+    for place in (path for path in sorted(RESULTS.iterdir()) if (path / "gap.csv").exists()):
+        name = f"free_answers/{place.name}"
+        used = make(draw, "fig_free_answers", place, place)
+        for suffix in (".pdf", ".svg"):
+            (place / f"fig_free_answers{suffix}").unlink(missing_ok=True)
+        told[f"{name}/fig_free_answers"] = [f"{name}/{table}" for table in used]
+    manifest.write("free_answers.py", HERE / "results", told, computed=True, into=manifest.RECORDED)
 
 
 def main() -> None:
@@ -205,6 +230,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT / "free_answers")
+    parser.add_argument("--record", action="store_true", help="replace the committed tables")
     args = parser.parse_args()
     start = time.monotonic()
     try:
@@ -220,7 +246,11 @@ def main() -> None:
     (study.folder / "free_answers.md").write_text(text, encoding="utf-8")
     few = seen(table, args.model + steps, len(study.facts), made)
     (study.folder / "seen.md").write_text(few, encoding="utf-8")
+    for part in PARTS:
+        together(study.folder, part)
     make(draw, "fig_free_answers", study.folder, study.folder)
+    if args.record:
+        record(study.folder)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,8 @@ def test_the_page_and_the_figure_of_free_answers_are_those_of_their_tables(tmp_p
     text = free_answers.page(table, "gpt2", 2, "made")
     assert "of the free answers 50 % hold the new one, 0 % of those inside a frame." in text
     assert "| free portability (second hop) | 0.0 [0.0, 0.0] | 0.0" in text
+    for part in free_answers.PARTS:
+        free_answers.together(tmp_path, part)
     axes = free_answers.draw(tmp_path).axes
     assert [len(ax.patches) for ax in axes[:2]] == [5, 5]
     assert [*axes[2].get_lines()[0].get_xdata()] == [1, 2]
@@ -198,8 +200,10 @@ def test_no_page_quotes_what_nobody_fills():
     assert marks == set(quotes.QUOTES)
 
 
-def test_the_readme_shows_the_recorded_free_answers():
-    folder = RESULTS / "free_answers"
+@pytest.mark.parametrize(
+    "folder", sorted((RESULTS / "free_answers").iterdir()), ids=lambda f: f.name
+)
+def test_pages_show_the_recorded_free_answers(folder):
     text = (folder / "seen.md").read_text(encoding="utf-8")
     found = free_answers.seen(common.read(folder, "scores"), "", 0, "")
     assert found.split("\n\n")[0] == text.split("\n\n")[0]
