@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -53,7 +54,7 @@ def claims(tables: Tables) -> pd.DataFrame:
     rows = []
     for one in _claims(tables):
         number, against = one.number.mean(), one.against.mean()
-        row = {"statement": one.statement, "measured": one.measured}
+        row: dict[str, Any] = {"statement": one.statement, "measured": one.measured}
         row |= {"number": number["number"], "against": against["number"]}
         row["holds"] = bool(row["number"] > row["against"])
         row |= {end: number[end] for end in ENDS}

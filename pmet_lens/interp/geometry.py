@@ -181,7 +181,7 @@ def arrival(model: Model, edit: Edit) -> pd.DataFrame:
         deltas: dict[Stream, Tensor] = {s: own.delta(s) for s in own.values}
         asked = sum(deltas.values()) if method.gather else deltas[stream]
         clean, pushed = (_kept(model, batch, own, stream, d)[1] for d in ({}, deltas))
-        ways = {stream: torch.as_tensor(asked).double().cpu()}
+        ways: dict[Stream, Tensor] = {stream: torch.as_tensor(asked).double().cpu()}
         ways["resid_post"] = pushed["resid_post"] - clean["resid_post"]
         for written in range(len(layers) + 1):
             some = {s: f for s, f in edit.factors.items() if s.layer in layers[:written]}
