@@ -15,6 +15,7 @@ import json
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import nullcontext
@@ -175,7 +176,7 @@ class Study(tune.Study):
                 yield f"trace {stream} {first}", partial(pl.causal_trace, self.model, facts, **how)
 
     def claims(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
-        facts = phrased(self.model, spread(self.recalled, self.args.probed))
+        facts = phrased(self.model, of_several(self.recalled, self.args.probed))
         made = study.components(self.model, facts, n_pairs=self.args.probed)
         for key in ("variance", "patterns", "transfer", "component_similarity"):
             yield f"claims {key}", made[key]
@@ -361,6 +362,15 @@ class Study(tune.Study):
 def spread(facts: Sequence[pl.Fact], n: int) -> list[pl.Fact]:
     """`n` of them, evenly."""
     return list(facts[:: max(1, len(facts) // n)][:n])
+
+
+def of_several(facts: Sequence[pl.Fact], n: int) -> list[pl.Fact]:
+    """`n` of them: first those about a subject of which another is known, too, without which
+    nothing can be said of what depends on the subject; then of the others evenly."""
+    counts = Counter(fact.subject for fact in facts)
+    shared = [fact for fact in facts if counts[fact.subject] > 1][:n]
+    rest = [fact for fact in facts if counts[fact.subject] == 1]
+    return [*shared, *spread(rest, n - len(shared))] if n > len(shared) else shared
 
 
 def agreeing(facts: Sequence[pl.Fact]) -> list[pl.Fact]:

@@ -150,6 +150,12 @@ def test_facts_are_asked_in_several_phrasings_that_the_model_recalls():
     assert len(pl.recalled(model, found)) == len(facts)
 
 
+def test_subjects_with_several_facts_come_first():
+    facts = [pl.Fact(subject, "{} is", "b") for subject in "ABCDBEF"]
+    assert [f.subject for f in real_study.of_several(facts, 4)] == ["B", "B", "A", "D"]
+    assert [f.subject for f in real_study.of_several(facts, 2)] == ["B", "B"]
+
+
 def test_of_records_that_contradict_the_first_stays():
     facts = [pl.Fact("A", "{} is", "b"), pl.Fact("A", "{} is", "c"), pl.Fact("D", "{} is", "b")]
     assert real_study.agreeing(facts) == [facts[0], facts[2]]
