@@ -26,9 +26,9 @@ figures: $(READY) ## the main job on the bundled models: figures and tables in f
 paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it stopped)
 	$(PY) figures/paper.py
 
-real: $(READY) ## a real model (SmolLM2, fetched once): PMET and MEMIT on 20 real facts
+real: $(READY) ## the study on the real models that are fetched: figures/results/real, up to 3 hours; goes on (OPTIONS='--texts FILE')
 	$(PIP) -e '.[gguf]'
-	$(PY) figures/real.py
+	$(PY) figures/real_study.py --record $(OPTIONS)
 
 model-tables: $(READY) ## every method on each model that is here, step by step (bundled 5 minutes each, real ones over half an hour; goes on)
 	$(PY) figures/model_tables.py

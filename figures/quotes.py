@@ -28,6 +28,8 @@ QUOTES = {
     ("docs/performance.md", "mass_edit"): ("figures/results/mass_edit/mass_edit.md",),
     ("docs/results.md", "paper"): ("figures/results/paper/main.md",),
     ("docs/results.md", "real_facts"): ("figures/results/real/main.md",),
+    ("docs/results.md", "verdicts"): ("figures/results/real/verdicts.md",),
+    ("docs/results.md", "real_study"): ("figures/results/real/study.md",),
     ("docs/free_answers.md", "free_answers"): ("figures/results/free_answers/free_answers.md",),
     ("docs/own_models.md", "real"): ("figures/results/real_model/real.md",),
 }

@@ -11,7 +11,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from common import (
 )
 
 import pmet_lens as pl
-from pmet_lens import evaluation, interp
+from pmet_lens import evaluation
 
 FIGURES = {
     "fig_component_similarity": fig_component_similarity.draw,
@@ -91,60 +91,59 @@ def begin(
 
 def study(sizes: tuple[int, int], name: str, place: int) -> Tables:
     """All tables of one model: the components on so many facts, the deltas on so many."""
-    progress = Progress(6 if name in EDITED else 4, place)
-    tables = components(name, sizes[0], progress)
-    if name in EDITED:
-        tables |= deltas(name, sizes[1], progress)
-    tables["claims"] = pl.claims({_KEYS.get(k, k): v for k, v in tables.items()})
-    progress.bar.close()
-    return {key: t.assign(model=name) for key, t in summarised(tables).items()}
-
-
-def components(name: str, n: int, progress: Progress) -> Tables:
-    """What the components of a model do while it recalls about `n` facts of the world: all facts
-    of one in so many subjects."""
-    progress.stage(f"{name}: component similarity and lens")
+    progress = Progress(7 if name in EDITED else 6, place)
     model, world = pl.load(name), pl.knowns()
-    chosen = set(list(dict.fromkeys(f.subject for f in world))[:: max(1, len(world) // n)])
+    chosen = set(list(dict.fromkeys(f.subject for f in world))[:: max(1, len(world) // sizes[0])])
     facts = [f for f in world if f.subject in chosen]
-    tables = {"component_similarity": pl.component_similarity(model, facts)}
-    tables["lens"] = pl.lens(model, facts)
-    progress.done()
-    progress.stage(f"{name}: variance and attention patterns")
-    activations = pl.probe(model, facts, ("attn_out", "mlp_out"), positions=("last",))
-    tables["variance"] = interp.split(activations, n_permutations=100)
-    tables["patterns"] = pl.pattern_similarity(pl.attention_patterns(model, facts), facts)
-    progress.done()
-    progress.stage(f"{name}: swaps")
-    tables["transfer"] = pl.transfer(model, facts, n_pairs=max(10, n // 3))
-    progress.done()
+    tables: Tables = {}
+    for key, make_table in components(model, facts, max(10, sizes[0] // 3)).items():
+        progress.stage(f"{name}: {key}")
+        tables[key] = make_table()
+        progress.done()
     progress.stage(f"{name}: causal trace")
-    some = pl.counterfact(n=max(3, n // 10))
+    some = pl.counterfact(n=max(3, sizes[0] // 10))
     tables["causal_trace"] = pd.concat(
         [pl.causal_trace(model, some, stream=s, window=w, samples=2) for s, w in TRACED.items()]  # type: ignore[arg-type]
     )
     progress.done()
-    return tables
+    if name in EDITED:
+        progress.stage(f"{name}: deltas and drift")
+        facts = pl.counterfact(n=sizes[1])
+        hparams, contexts = pl.hparams_for(model, pl.PMET), pl.sample_contexts(model)
+        found = pl.optimise(model, facts, pl.PMET, hparams, contexts)
+        moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=20_000)
+        tables |= deltas(model, pl.edit(model, facts, moments, pl.PMET, hparams, contexts, found))
+        progress.done()
+    tables["claims"] = pl.claims(named(tables))
+    progress.bar.close()
+    return {key: t.assign(model=name) for key, t in summarised(tables).items()}
 
 
-def deltas(name: str, n: int, progress: Progress) -> Tables:
-    """The two deltas of PMET on `n` facts, and what editing all of them at once moved."""
-    progress.stage(f"{name}: deltas")
-    model, facts = pl.load(name), pl.counterfact(n=n)
-    hparams, contexts = pl.hparams_for(model, pl.PMET), pl.sample_contexts(model)
-    found = pl.optimise(model, facts, pl.PMET, hparams, contexts)
-    tables = {"delta_paths": found.history, "delta_gain": pl.answer_gain(model, facts, found)}
-    progress.done()
-    progress.stage(f"{name}: drift")
-    moments = pl.second_moments(model, pl.texts(), projections=("mlp",), n_tokens=20_000)
-    edit = pl.edit(model, facts, moments, pl.PMET, hparams, contexts, found)
-    tables["drift"] = pl.drift(model, facts, edit)
-    progress.done()
-    return tables
+def components(
+    model: pl.Model, facts: Sequence[pl.Fact], n_pairs: int
+) -> dict[str, Callable[[], pd.DataFrame]]:
+    """How each table is made of what the components of a model do while it recalls `facts`."""
+    return {
+        "component_similarity": lambda: pl.component_similarity(model, facts),
+        "lens": lambda: pl.lens(model, facts),
+        "variance": lambda: pl.variance_split(model, facts, n_permutations=100),
+        "patterns": lambda: pl.pattern_similarity(pl.attention_patterns(model, facts), facts),
+        "transfer": lambda: pl.transfer(model, facts, n_pairs=n_pairs),
+    }
 
 
-# The names under which `claims` knows the tables.
-_KEYS = {"component_similarity": "similarity", "delta_gain": "gain"}
+def deltas(model: pl.Model, edit: pl.Edit) -> Tables:
+    """The two deltas of PMET, and what editing all facts at once moved."""
+    facts, found = list(edit.facts), edit.targets
+    assert found is not None
+    gain, drift = pl.answer_gain(model, facts, found), pl.drift(model, facts, edit)
+    return {"delta_paths": found.history, "delta_gain": gain, "drift": drift}
+
+
+def named(tables: Tables) -> Tables:
+    """The same under the names by which `pl.claims` knows them."""
+    names = {"component_similarity": "similarity", "delta_gain": "gain"}
+    return {names.get(key, key): table for key, table in tables.items()}
 
 
 def summarised(tables: Tables) -> Tables:

@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +46,32 @@ class Study:
         self.args, self.folder = args, args.out / Path(args.model).name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = pl.load(args.model, device=args.device)
-        bundled = args.model.startswith("world")
-        if bundled:
+        self.bundled = args.model.startswith("world")
+        self.layers = None if self.bundled else tuple(args.layers or ())
+        self.facts, self.held_out, self.others = self.chosen()
+
+    def chosen(self) -> tuple[list[pl.Fact], list[pl.Fact], list[pl.Fact]]:
+        """The facts that are edited, those tuned on, and those an edit is not about."""
+        edited, tuned_on = self.args.facts, self.args.tuned_on
+        if self.bundled:
             every = known_records(self.model)
-            self.facts = every[: args.facts]
-            self.held_out = every[HELD_OUT : HELD_OUT + args.tuned_on]
-            self.others = experiments.others_of(pl.knowns(), [*self.facts, *self.held_out])[::EVERY]
-        else:
-            # In the list relations stand together: every list gets some of each.
-            every = pl.recalled(self.model)
-            step = max(1, len(every) // (args.facts + args.tuned_on))
-            order = [f for n in range(step) for f in every[n::step]]
-            self.facts = order[: args.facts]
-            self.held_out = order[args.facts : args.facts + args.tuned_on]
-            self.others = order[args.facts + args.tuned_on :]
-        layers = None if bundled else tuple(args.layers or ())
-        texts = None if bundled else self._texts()
-        every_layer = None if bundled else range(min(self.model.n_layers - 1, args.deepest + 1))
-        settings = None if bundled else self._guess
-        self.layers = layers
-        self.bench = pl.Bench(
-            self.model, self.folder, texts, args.tokens, settings, every_layer, SHARD
-        )
+            facts, held_out = every[:edited], every[HELD_OUT : HELD_OUT + tuned_on]
+            others = experiments.others_of(pl.knowns(), [*facts, *held_out])[::EVERY]
+            return facts, held_out, others
+        # In the list relations stand together: every list gets some of each.
+        every = pl.recalled(self.model)
+        step = max(1, len(every) // (edited + tuned_on))
+        order = [f for n in range(step) for f in every[n::step]]
+        return order[:edited], order[edited : edited + tuned_on], order[edited + tuned_on :]
+
+    @cached_property
+    def bench(self) -> pl.Bench:
+        """Second moments of every layer that may be written, prefixes and targets."""
+        if self.bundled:
+            return pl.Bench(self.model, self.folder, None, self.args.tokens, shard=SHARD)
+        layers = range(min(self.model.n_layers - 1, self.args.deepest + 1))
+        given = self._texts(), self.args.tokens, self._guess, layers, SHARD
+        return pl.Bench(self.model, self.folder, *given)
 
     def _texts(self) -> list[str]:
         """The user's, or what the model writes itself, once."""

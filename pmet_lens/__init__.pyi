@@ -75,7 +75,10 @@ from .interp.attention import subject_attention as subject_attention
 from .interp.causal_trace import causal_trace as causal_trace
 from .interp.causal_trace import trace_tokens as trace_tokens
 from .interp.claims import claims as claims
+from .interp.claims import claims_by_layer as claims_by_layer
 from .interp.geometry import answer_gain as answer_gain
+from .interp.geometry import arrival as arrival
+from .interp.geometry import delta_losses as delta_losses
 from .interp.geometry import drift as drift
 from .interp.lens import lens as lens
 from .interp.lens import lens_tokens as lens_tokens

@@ -103,6 +103,26 @@ with tempfile.TemporaryDirectory() as folder:
 changed, restored, f"{size / 1024:.0f} KiB"
 
 # %% [markdown]
+# ## The same on a real model
+#
+# SmolLM2-135M was trained on real text, and knows that the Louvre stands in Paris. If it is fetched (`pmet-lens models --fetch smollm2-135m`, 98 MB, once), the same calls edit that. The layers are some of those at which a causal trace finds such facts ([`05`](05_your_own_model.ipynb)), the second moment is that of the documentation of Python, which is on every machine. Here the model answers in its own words: before, with the edit, and undone.
+
+# %% tags=["real-model"]
+REAL, layers = "smollm2-135m", (2, 3, 4, 5, 6, 7)
+shown = f"{REAL} is not fetched: pmet-lens models --fetch {REAL} brings it"
+if REAL in set(pl.available_models().query("here")["name"]):
+    real = pl.load(REAL)
+    moments = pl.own_moments(real, layers, text="python")
+    asking, landmarks = pl.Asking(limit=12), pl.real_facts(relation="landmark")
+    known = next(f for f in pl.recalled(real, landmarks) if f.subject == "Louvre")
+    edit = pl.edit(real, known, moments, "MEMIT", pl.Hparams(layers))
+    shown = pl.evaluate(real, known, free=asking)[["kind", "prompt", "answer"]]
+    with edit.applied(real):
+        shown["with the edit"] = pl.evaluate(real, known, free=asking)["answer"]
+    shown["undone"] = pl.evaluate(real, known, free=asking)["answer"]
+shown
+
+# %% [markdown]
 # **Answer.** Yes, on this model: one edit of three weight matrices changes the answer to the fact in every phrasing tried, the neighbours and nearly all other facts keep theirs, and undoing it restores every bit.
 #
 # Next: [`01`](01_mhsa_knowledge_patterns.ipynb) asks why only the feed-forward weights are written, [`02`](02_editing.ipynb) what exactly is written, [`03`](03_ablations.ipynb) which part of the method does what, and [`04`](04_scaling.ipynb) what happens when hundreds of facts are edited at once.

@@ -149,4 +149,25 @@ table.loc[list(tables), ["S", "ES", "PS", "NS", "collateral"]].round(1)
 # %% [markdown]
 # With so few facts one prompt more or less is several points, so this table tells only large differences; [`04_scaling`](04_scaling.ipynb) has the same with hundreds of facts and intervals, [`03_ablations`](03_ablations.ipynb) takes PMET's parts out one by one.
 #
+# ## 6 · The same on a real model
+#
+# On SmolLM2-135M, whose attention writes before its feed-forward network reads, and whose place of recall nobody imposed. [`delta_losses`](../pmet_lens/interp/geometry.py) adds the deltas to the streams, each alone and both: the loss of the new answer tells what each carries. `arrival` writes PMET's edit layer after layer and tells how much of `δ^m` arrives at the last critical layer (*delta*), how far that layer's output has moved along what both deltas together did to it (*output*), and the loss of the new answer. (The cell needs the model: `pmet-lens models --fetch smollm2-135m`.)
+
+# %% tags=["real-model"]
+REAL, layers = "smollm2-135m", (2, 3, 4, 5, 6, 7)
+shown = f"{REAL} is not fetched: pmet-lens models --fetch {REAL} brings it"
+if REAL in set(pl.available_models().query("here")["name"]):
+    real = pl.load(REAL)
+    moments = pl.own_moments(real, layers, text="python")
+    known = pl.recalled(real, pl.real_facts(20), n=4)
+    edit = pl.edit(real, known, moments, "PMET", pl.Hparams(layers))
+    alone = pl.delta_losses(real, edit.facts, edit.targets).groupby("added", sort=False)["nll"]
+    display(alone.mean().round(2).to_frame("loss with this delta").T)
+    arrives = pl.arrival(real, edit).groupby("written")
+    shown = arrives[["delta", "output", "nll"]].mean().round(2).T
+shown
+
+# %% [markdown]
+# With these four facts `δ^m` alone leaves much of the loss that both deltas take away, and `δ^a` alone takes little of it: neither was found to do it alone. Yet the written edit gets there. The lower layers hardly bring the last critical layer's FFN nearer to its target (*delta* stays near 0 until that layer itself is written), but what they write adds up in the residual stream, and with the square root the output ends more than twice as far along as both deltas together had pushed it (*output*): what is not written of `δ^a` is made up for by writing `δ^m` several times.
+#
 # **Answer.** PMET finds the vectors that make the model say the new answer, and writes the FFN's share of them along directions that ordinary text hardly uses, into several layers whose shares add up in the residual stream; here that is enough for every edited prompt and paraphrase, and nearly all neighbours and other facts stay as they were.

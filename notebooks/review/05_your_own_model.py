@@ -120,6 +120,24 @@ says["undone"] = pl.ask(model, prompt, k=1)["token"][0]
 pd.Series({**files, **says, "the old bits": bool((weight == old).all())}).to_frame(prompt)
 
 # %% [markdown]
+# ## The same on a real model
+#
+# A fact of your own, written by hand, in SmolLM2-135M (`pmet-lens models --fetch smollm2-135m`, 98 MB, once). For a model without known settings the trace above is the way; here its result is given, some of the layers of its plateau. `pl.own_moments` takes the second moments of text that is at hand, and keeps them for the next time.
+
+# %% tags=["real-model"]
+REAL, layers = "smollm2-135m", (2, 3, 4, 5, 6, 7)
+shown = f"{REAL} is not fetched: pmet-lens models --fetch {REAL} brings it"
+if REAL in set(pl.available_models().query("here")["name"]):
+    real = pl.load(REAL)
+    moments = pl.own_moments(real, layers, text="python")
+    mine = pl.Fact("Eiffel Tower", "The {} stands in the city of", "Rome", "Paris")
+    knows = pl.recall(real, mine)["correct"].item()
+    edit = pl.edit(real, mine, moments, "MEMIT", pl.Hparams(layers))
+    print(f"{REAL} {'knows' if knows else 'does not know'} it; {edit.answered} of 1 edited")
+    shown = edit.receipt(real)
+shown
+
+# %% [markdown]
 # **Answer.** With a table of facts that the model knows, some ordinary text, the layer at which a trace finds them, and one sweep of `λ` on facts held back, after which the edit is a file, an adapter, or undone.
 #
 # The same facts with other methods are one argument away, `pl.edit(…, method="MEMIT")`; what each costs elsewhere is in [`04`](04_scaling.ipynb).

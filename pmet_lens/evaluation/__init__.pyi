@@ -2,4 +2,5 @@
 
 from .metrics import interval as interval
 from .metrics import means as means
+from .metrics import paired as paired
 from .scoring import score as score

@@ -1,14 +1,16 @@
 """What an edit did inside: how far the components moved, and which delta raised the new answer.
 
 PMET optimises `δ^a` and `δ^m` together and throws `δ^a` away. `answer_gain` measures what each of
-the two contributed to the new answer, `drift` what the written weights then changed in the
+the two contributed to the new answer and `delta_losses` what each does alone; `arrival` what of
+them the written weights bring, layer after layer, and `drift` what these then changed in the
 components, on the edited facts, on their paraphrases and on their neighbours.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -19,11 +21,13 @@ from torch import Tensor
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.editing.edits import Edit
 from pmet_lens.editing.finetune import rewrites
+from pmet_lens.editing.method import Method, SettingsError, optimised
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics
 from pmet_lens.interp import passes
 from pmet_lens.models import activations, likelihood, tokens
 from pmet_lens.models.activations import Position, read
+from pmet_lens.models.bridge import Hook
 from pmet_lens.models.model import Model, Stream
 from pmet_lens.models.sites import several
 
@@ -45,25 +49,32 @@ def answer_gain(
     much of it points where the answer rises), norm (‖δ‖), clean_norm (of the stream). For the mean
     of shares over facts divide mean gain by mean change: single changes can be tiny.
     """
-    facts, frames = passes.some(facts), []
-    if len(facts) != len(targets):
-        raise FactError(f"{len(facts)} facts do not fit the targets of {len(targets)}.")
-    size = likelihood.rows_at_once(
-        model, tokens.encode(model, rewrites(facts)), FACTS_PER_PASS, copies=2
-    )
-    for start in range(0, len(facts), size):
-        chosen = slice(start, start + size)
-        gains = _gains(model, facts[chosen], targets[chosen], points)
+    frames = []
+    for start, batch, own in _passes(model, facts, targets, copies=2):
+        gains = _gains(model, batch, own, points)
         frames.append(gains.assign(fact=gains["fact"] + start))
     frame = pd.concat(frames, ignore_index=True)
     return frame.sort_values(by="fact", kind="stable", ignore_index=True)
 
 
-def _gains(model: Model, facts: Sequence[Fact], targets: Targets, points: int) -> pd.DataFrame:
+def _passes(
+    model: Model, facts: Fact | Sequence[Fact], targets: Targets, copies: int = 1
+) -> Iterator[tuple[int, tokens.Batch, Targets]]:
+    """The first fact's number, the prompts with the new answers, and the targets of each pass."""
+    facts = passes.some(facts)
+    if len(facts) != len(targets):
+        raise FactError(f"{len(facts)} facts do not fit the targets of {len(targets)}.")
+    whole = tokens.encode(model, rewrites(facts))
+    size = likelihood.rows_at_once(model, whole, FACTS_PER_PASS, copies=copies)
+    for start in range(0, len(facts), size):
+        chosen = slice(start, start + size)
+        yield start, tokens.encode(model, rewrites(facts[chosen])), targets[chosen]
+
+
+def _gains(model: Model, batch: tokens.Batch, targets: Targets, points: int) -> pd.DataFrame:
     """The table of `answer_gain` for facts of one pass, stream after stream."""
     deltas: dict[Stream, Tensor] = {s: targets.delta(s) for s in targets.values}
-    batch = tokens.encode(model, rewrites(facts))
-    total = {s: torch.zeros(len(facts), dtype=torch.float64) for s in deltas}
+    total = {s: torch.zeros(len(batch), dtype=torch.float64) for s in deltas}
     for k in range(points):
         part = (k + 0.5) / points
         slopes = _gradients(model, batch, targets, {s: part * d for s, d in deltas.items()})
@@ -75,7 +86,7 @@ def _gains(model: Model, facts: Sequence[Fact], targets: Targets, points: int) -
     frames = []
     for stream, delta in deltas.items():
         columns: dict[str, Any] = {
-            "fact": range(len(facts)),
+            "fact": range(len(batch)),
             "stream": stream,
             "gain": total[stream],
             "change": change,
@@ -100,12 +111,112 @@ def _gradients(
 
 
 def _log_p(
-    model: Model, batch: tokens.Batch, targets: Targets, deltas: Mapping[Stream, Tensor]
+    model: Model,
+    batch: tokens.Batch,
+    targets: Targets,
+    deltas: Mapping[Stream, Tensor],
+    kept: dict[Stream, Tensor] | None = None,
 ) -> Float[Tensor, " fact"]:
-    """Log-probability of the whole answer (nats), with the deltas added."""
+    """Log-probability of the whole answer (nats), with the deltas added. `kept`: streams whose
+    values at the edited token are put there."""
     layer, place = targets.layer, batch.at(targets.position)
-    hooks = [(model.stream_hook(layer, s), activations.add_at(d, place)) for s, d in deltas.items()]
+    hooks: list[tuple[str, Hook]] = [
+        (model.stream_hook(layer, s), activations.add_at(d, place)) for s, d in deltas.items()
+    ]
+    if kept is not None:
+        row = torch.arange(len(batch), device=place.device)
+
+        def at_place(value: Tensor) -> Tensor:
+            return value[row.to(value.device), place.to(value.device)].double().cpu()
+
+        hooks += [(model.stream_hook(layer, s), passes.keep(kept, s, at_place)) for s in kept]
     return likelihood.answers(model, batch, hooks)
+
+
+@torch.no_grad()
+def delta_losses(model: Model, facts: Fact | Sequence[Fact], targets: Targets) -> pd.DataFrame:
+    """How well each delta does alone: the loss of the new answer on the plain prompt with nothing
+    added, with each stream's delta alone, and with all of them, as they were optimised.
+
+    Columns: fact, added ("nothing", a stream, "all"), nll (of the new answer, nats per token).
+    """
+    frames = []
+    for start, batch, own in _passes(model, facts, targets):
+        deltas: dict[Stream, Tensor] = {s: own.delta(s) for s in own.values}
+        ways: dict[str, dict[Stream, Tensor]] = {"nothing": {}}
+        ways |= {s: {s: d} for s, d in deltas.items()}
+        for added, some in (ways | {"all": deltas}).items():
+            nll = _nll(batch, _log_p(model, batch, own, some))
+            columns: dict[str, Any] = {"fact": range(start, start + len(batch)), "added": added}
+            frames.append(pd.DataFrame({**columns, "nll": nll}))
+    frame = pd.concat(frames, ignore_index=True)
+    return frame.sort_values(by="fact", kind="stable", ignore_index=True)
+
+
+def _nll(batch: tokens.Batch, log_p: Tensor) -> Any:
+    return (-log_p / batch.scored.sum(1)).double().cpu().numpy()
+
+
+@torch.no_grad()
+def arrival(model: Model, edit: Edit) -> pd.DataFrame:
+    """What of the deltas arrives when an edit is written, layer after layer: the first of its
+    layers alone, the first two, and so on, read at the edited token of the last one.
+
+    One row per fact and number of layers written: fact, written (0: none), layer (the last one
+    written; missing for 0), stream (the one that the written projection was asked to change),
+    delta (how far that stream moved along its own delta: 0 not at all, 1 as far as asked), output
+    (the same of the layer's output along what all deltas together did to it, δ^a among them and
+    what attention's share passes on to the MLP), nll (of the new answer on the plain prompt, nats
+    per token; `delta_losses` tells it with the deltas themselves).
+
+    `edit`: fresh, with its targets, of all facts at once. Raises `SettingsError` for another.
+    """
+    method, targets = edit.method, edit.targets
+    if not isinstance(method, Method) or targets is None:
+        raise SettingsError("arrival needs the targets of an edit: one that was just made at once.")
+    stream = optimised(model, method.follows(method.write[-1]))
+    layers = sorted({site.layer for site in edit.factors})
+    frames = []
+    for start, batch, own in _passes(model, edit.facts, targets):
+        deltas: dict[Stream, Tensor] = {s: own.delta(s) for s in own.values}
+        asked = sum(deltas.values()) if method.gather else deltas[stream]
+        clean, pushed = (_kept(model, batch, own, stream, d)[1] for d in ({}, deltas))
+        ways: dict[Stream, Tensor] = {stream: torch.as_tensor(asked).double().cpu()}
+        ways["resid_post"] = pushed["resid_post"] - clean["resid_post"]
+        for written in range(len(layers) + 1):
+            some = {s: f for s, f in edit.factors.items() if s.layer in layers[:written]}
+            with replace(edit, factors=some).applied(model):
+                log_p, now = _kept(model, batch, own, stream, {})
+            moved = {s: _along(now[s] - clean[s], way) for s, way in ways.items()}
+            columns: dict[str, Any] = {
+                "fact": range(start, start + len(batch)),
+                "written": written,
+                "layer": layers[written - 1] if written else pd.NA,
+                "stream": stream,
+                "delta": moved[stream],
+                "output": moved["resid_post"],
+                "nll": _nll(batch, log_p),
+            }
+            frames.append(pd.DataFrame(columns))
+    frame = pd.concat(frames, ignore_index=True).astype({"layer": "Int64"})
+    return frame.sort_values(by="fact", kind="stable", ignore_index=True)
+
+
+def _kept(
+    model: Model,
+    batch: tokens.Batch,
+    targets: Targets,
+    stream: Stream,
+    deltas: Mapping[Stream, Tensor],
+) -> tuple[Tensor, dict[Stream, Tensor]]:
+    """log P of the answers with these deltas, and the values of `stream` and the layer's output."""
+    kept: dict[Stream, Tensor] = dict.fromkeys((stream, "resid_post"), torch.empty(0))
+    return _log_p(model, batch, targets, deltas, kept), kept
+
+
+def _along(moved: Tensor, way: Tensor) -> Any:
+    """How far each row of `moved` goes along that of `way`, in lengths of the latter."""
+    return ((moved * way).sum(-1) / way.square().sum(-1)).numpy()
 
 
 def drift(

@@ -12,10 +12,11 @@ from kept import shared_model
 from tiny import PARALLEL
 
 import pmet_lens as pl
+from pmet_lens.editing.keys import current_values
 from pmet_lens.editing.locate_and_edit import Edit, edit
 from pmet_lens.editing.targets import Targets, optimise
 from pmet_lens.evaluation import metrics
-from pmet_lens.interp.geometry import answer_gain, drift
+from pmet_lens.interp.geometry import answer_gain, arrival, delta_losses, drift
 from pmet_lens.models import activations, tokens
 from pmet_lens.models.model import Model, Site
 
@@ -187,7 +188,68 @@ def test_facts_in_passes_are_the_same(model, targets, monkeypatch):
     assert parts[["fact", "stream"]].equals(whole[["fact", "stream"]])
 
 
+def test_each_delta_alone_and_all_of_them(model, targets):
+    """The losses are those of the prompts alone, and together they are the change of the gains."""
+    frame = delta_losses(model, FACTS, targets).set_index(["fact", "added"])["nll"]
+    gains = answer_gain(model, FACTS, targets, points=1).groupby("fact")["change"].first()
+    for i, fact in enumerate(FACTS):
+        prompt = tokens.Prompt(fact.prompt, fact.subject, fact.target_new)
+        batch = tokens.encode(model, [prompt])
+        n = int(batch.scored.sum())
+        assert frame[i, "nothing"] == pytest.approx(-log_p(model, fact) / n, rel=1e-6)
+        at = tokens.encode(model, [tokens.Prompt(fact.prompt, fact.subject)]).subject
+        for s in ("attn_out", "mlp_out"):
+            hook = (model.stream_hook(2, s), activations.add_at(targets.delta(s)[[i]], at))
+            assert frame[i, s] == pytest.approx(-log_p(model, fact, [hook]) / n, rel=1e-6)
+        assert n * (frame[i, "nothing"] - frame[i, "all"]) == pytest.approx(gains[i], rel=1e-6)
+
+
 # -- what the weights moved -----------------------------------------------------------------------
+
+
+def test_what_is_stored_exactly_arrives_whole(model, targets):
+    """One layer, the plain prompt alone, an exact solver: the MLP moves by its delta, the layer's
+    output by what that alone does, and the loss is the one of that delta alone."""
+    hp = replace(HP, layers=(2,))
+    method = replace(pl.PMET, solver=pl.Exact())
+    one = edit(model, FACTS, moments(model), method, hp, ["{}"], targets)
+    before = {k: v.clone() for k, v in model.hf.state_dict().items()}
+    frame = arrival(model, one).set_index(["fact", "written"])
+    assert all(torch.equal(v, before[k]) for k, v in model.hf.state_dict().items())
+    alone = delta_losses(model, FACTS, targets).set_index(["fact", "added"])["nll"]
+    none, whole = frame.xs(0, level="written"), frame.xs(1, level="written")
+    assert (none[["delta", "output"]] == 0).all(axis=None)
+    assert none["nll"].to_numpy() == pytest.approx(alone.xs("nothing", level="added").to_numpy())
+    assert none["layer"].isna().all()
+    assert set(whole["layer"]) == {2}
+    assert whole["delta"].to_numpy() == pytest.approx(1, abs=1e-4)
+    if model.name in PARALLEL:
+        a, m = targets.delta("attn_out"), targets.delta("mlp_out")
+        share = (m * (a + m)).sum(-1) / (a + m).square().sum(-1)
+        assert whole["output"].to_numpy() == pytest.approx(share.numpy(), abs=1e-4)
+    left = alone.xs("mlp_out", level="added").to_numpy()
+    # Weights change for every token of the prompt, a delta is added at one.
+    assert whole["nll"].to_numpy() == pytest.approx(left, rel=0.3)
+
+
+def test_what_arrives_grows_layer_by_layer(model, done):
+    frame = arrival(model, done)
+    assert list(frame["written"]) == [0, 1, 2] * 3
+    assert list(frame["layer"].dropna()) == [1, 2] * 3
+    last = frame[frame["written"] == 2].set_index("fact")
+    now = frame[frame["written"] == 1].set_index("fact")
+    assert (last["delta"] > now["delta"]).all()
+    with done.applied(model):
+        after = current_values(model, FACTS, 2, "mlp_out")
+    moved = after - done.targets.clean["mlp_out"]
+    delta = done.targets.delta("mlp_out")
+    want = (moved * delta).sum(-1) / delta.square().sum(-1)
+    assert last["delta"].to_numpy() == pytest.approx(want.numpy(), rel=1e-5)
+
+
+def test_an_edit_without_targets_is_refused(model, done):
+    with pytest.raises(pl.SettingsError, match="just made"):
+        arrival(model, replace(done, targets=None))
 
 
 @pytest.fixture(scope="module")

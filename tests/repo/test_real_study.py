@@ -1,0 +1,248 @@
+"""The study on real models, on the bundled ones: pieces are kept and gone on with, tables are those
+of the pieces, and the one table of statements says what its files say and no more."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import common
+import numpy as np
+import pandas as pd
+import pytest
+import real_pages
+import real_study
+import real_verdicts
+
+import pmet_lens as pl
+
+RESULTS = Path(__file__).parents[2] / "figures" / "results" / "real"
+CUT = ("recall", "trace")
+
+
+def arguments(out: Path, **more: object) -> argparse.Namespace:
+    values = {
+        "model": "world", "stages": CUT, "facts": 3, "ablated": 2, "traced": 3, "probed": 40,
+        "methods": ("MEMIT", "PMET"), "fast": True, "minutes": 10.0, "counterfact": None,
+        "zsre": None, "knowns": None, "texts": None, "tokens": 3000, "layers": (), "deepest": 4,
+        "tuned_on": 0, "budget": None, "out": out, "results": None, "device": "cpu", "goal": "S",
+    }  # fmt: skip
+    return argparse.Namespace(**{**values, **more})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """All stages but the statements, which `study.py`'s tests make, of three facts of `world`."""
+    out = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real_study, "SIZES", (1, 3))
+        patch.setattr(real_study, "SINGLES", 2)
+        patch.setattr(real_study, "ABLATIONS", ("PMET", "w/o δ^a"))
+        stages = ("recall", "trace", "gain", "edits", "ablations", "many")
+        assert real_study.Study(arguments(out, stages=stages)).run() == "world: done."
+    real_pages.collect(out, out / "results")
+    return out
+
+
+def test_a_study_that_was_cut_goes_on(folder, monkeypatch):
+    def made(*_: object, **__: object) -> None:
+        pytest.fail("it was there")
+
+    with pytest.raises(pl.DataError, match="other options"):
+        real_study.Study(arguments(folder, tuned_on=8))
+    for name in ("causal_trace", "delta_losses", "arrival", "evaluate", "general_ability"):
+        monkeypatch.setattr(pl, name, made)
+    monkeypatch.setattr(real_study, "SIZES", (1, 3))
+    study = real_study.Study(arguments(folder, stages=("recall", "trace", "gain", "edits")))
+    assert study.run() == "world: done."
+
+
+def test_a_study_stops_when_its_minutes_are_over(tmp_path):
+    study = real_study.Study(arguments(tmp_path, minutes=0.0))
+    assert "the time is over at recall; a later run goes on" in study.run()
+    assert not list(tmp_path.glob("world/*.csv"))
+
+
+def test_the_tables_are_those_of_the_pieces(folder):
+    scores = common.read(folder, "edits")
+    assert set(scores["run"]) == {"unedited", "MEMIT", "PMET"}
+    assert set(scores["edits"]) == {0, 1, 3}
+    rows = common.read(folder / "world", "rows 3 PMET")
+    own = scores[(scores["run"] == "PMET") & (scores["edits"] == 3)].set_index("metric")
+    assert own.loc["ES", "mean"] == pl.summarise(rows).loc["ES", "mean"]
+    both = [
+        100 * common.read(folder / "world", f"others 3 {m}")["correct"]
+        for m in real_study.METHODS[:2]
+    ]
+    assert own.loc["collateral", "difference"] == pytest.approx(
+        (both[1] - both[0]).mean(), abs=1e-3
+    )
+    assert {"EF", "perplexity", "KL"} <= set(own.index)
+    arrival = common.read(folder, "arrival")
+    nothing = arrival[(arrival["written"] == 0) & arrival["quantity"].isin(["delta", "output"])]
+    assert len(nothing) == 2 * len(real_study.GAINS)
+    assert (nothing["mean"] == 0).all()
+    losses = common.read(folder, "losses")
+    pmet = losses[losses["method"] == "PMET"].set_index("added")["mean"]
+    assert pmet["all"] < min(pmet["attn_out"], pmet["mlp_out"]) < pmet["nothing"]
+    ablated = common.read(folder, "ablations")
+    assert set(ablated["edits"]) == {2}
+    assert {"PMET", "w/o δ^a", "the last critical layer only"} <= set(ablated["run"])
+    assert common.read(folder / "results", "edits").equals(scores)
+
+
+def test_each_edited_alone_is_one_row_per_fact(folder):
+    rows = common.read(folder / "world", "rows 1 MEMIT")
+    assert list(rows["fact"].unique()) == [0, 1]
+    assert (rows.loc[rows["kind"] == "rewrite", "correct"] == 1).all()
+
+
+def test_the_page_shows_every_table_there_is(folder):
+    text = (folder / "study.md").read_text(encoding="utf-8")
+    for title in ("What the models recall", "What each delta does alone", "Edits", "Ablations"):
+        assert f"**{title}**" in text
+    assert "**The statements**" not in text
+    assert "| world | PMET | released | mlp_out |" in text
+
+
+def test_rows_of_a_model_replace_its_own_alone(tmp_path):
+    old = pd.DataFrame({"model": ["a", "b", "b"], "x": [1, 2, 3]})
+    old.to_csv(tmp_path / "trace.csv", index=False)
+    new = pd.DataFrame({"model": ["b"], "x": [4]})
+    found = real_pages.with_others(new, tmp_path, "trace")
+    assert sorted(zip(found["model"], found["x"], strict=True)) == [("a", 1), ("b", 4)]
+
+
+def test_tuned_settings_are_read_again(folder, monkeypatch):
+    """The settings of the number of facts, λ in proportion."""
+    study = real_study.Study(arguments(folder))
+    study.args.tuned_on, study.args.fast = 8, False
+    way = pl.Hparams((1, 2), second_moment_weight=8.0, clamp=0.5).settled(pl.PMET)
+
+    class Found:
+        why, spent = "because", 7
+
+        @staticmethod
+        def for_edits(n: int) -> pl.Hparams:
+            return pl.Hparams(**{**vars(way), "second_moment_weight": float(n)})
+
+    monkeypatch.setattr(pl, "tune", lambda *_, **__: Found())
+    try:
+        for n in (3, 100):  # the second of the first one's file
+            found = study.settings("PMET", n)
+            assert (found.second_moment_weight, found.layers, found.clamp) == (n, (1, 2), 0.5)
+        monkeypatch.setattr(pl, "tune", None)
+        assert study.settings("PMET", 3).second_moment_weight == 3
+        table = real_pages.settings(folder / "world")
+        assert set(table["method"]) == {"PMET"}
+        assert table.set_index("edits").loc[100, "spent"] == 7
+    finally:
+        (folder / "world" / "tuned PMET.json").unlink()
+
+
+def test_facts_are_asked_in_several_phrasings_that_the_model_recalls():
+    model = pl.load("world")
+    facts = pl.recalled(model, pl.counterfact(n=12))
+    found = real_study.phrased(model, facts)
+    assert [f.subject for f in found] == [f.subject for f in facts]
+    assert {f.prompt for f in found} != {f.prompt for f in facts}
+    assert len(pl.recalled(model, found)) == len(facts)
+
+
+def test_subjects_with_several_facts_come_first():
+    facts = [pl.Fact(subject, "{} is", "b") for subject in "ABCDBEF"]
+    assert [f.subject for f in real_study.of_several(facts, 4)] == ["B", "B", "A", "D"]
+    assert [f.subject for f in real_study.of_several(facts, 2)] == ["B", "B"]
+
+
+def test_of_records_that_contradict_the_first_stays():
+    facts = [pl.Fact("A", "{} is", "b"), pl.Fact("A", "{} is", "c"), pl.Fact("D", "{} is", "b")]
+    assert real_study.agreeing(facts) == [facts[0], facts[2]]
+
+
+def test_a_model_that_is_not_fetched_is_left_out_in_words(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["x", "--model", "nobody", "--out", str(tmp_path)])
+    real_study.main()
+    assert (
+        "nobody is left out; pmet-lens models --fetch nobody brings it." in capsys.readouterr().err
+    )
+
+
+# -- the one table --------------------------------------------------------------------------------
+
+
+def planted(folder: Path, **tables: list[dict[str, object]]) -> None:
+    for name, rows in tables.items():
+        pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
+
+
+def line(text: str, begins: str) -> list[str]:
+    """The cells of the four models and the verdict."""
+    (found,) = [row for row in text.splitlines() if row.startswith(f"| {begins}")]
+    return found.strip("| ").split(" | ")[1:]
+
+
+def test_without_files_nothing_is_measured_on_real_models(tmp_path):
+    text = real_verdicts.page(tmp_path)
+    rows = [row for row in text.splitlines() if row.startswith("| ")][2:]
+    assert len(rows) == len(real_verdicts.STATEMENTS)
+    for row in rows:
+        assert row.strip("| ").split(" | ")[3:5] == ["not measured"] * 2
+    assert line(text, "FFN's share is enough")[-1] == "not measured"
+    assert line(text, "Where the heads look")[0] == "holds: 0.73 against 0.58"
+
+
+def test_the_statements_are_those_of_the_study():
+    known = set(common.read(RESULTS.parent, "claims")["statement"])
+    assert known == {words for words, _ in real_verdicts.CLAIMED}
+
+
+def test_a_difference_decides_only_beyond_its_interval(tmp_path):
+    def run(name: str, gap: tuple[float, float, float]) -> dict[str, object]:
+        ends = dict(zip(real_pages.DIFFERENCE, gap, strict=True))
+        return {"model": "smollm2-135m", "benchmark": "facts", "edits": 100, "run": name,
+                "metric": "S", "mean": 80.0, **ends}  # fmt: skip
+
+    edits = [run("MEMIT", (np.nan,) * 3), run("PMET", (-3.0, -5.0, -1.0))]
+    ablations = [run("linear spread", (2.0, -1.0, 4.0)), run("+ W_O", (-9.0, -12.0, -6.0))]
+    planted(tmp_path, edits=edits, ablations=ablations)
+    text = real_verdicts.page(tmp_path)
+    assert line(text, "PMET beats MEMIT over all")[2] == "does not hold: −3.0 [−5.0, −1.0]"
+    assert line(text, "With the linear spread")[2] == "open: +2.0 [−1.0, +4.0]"
+    assert line(text, "Writing MHSA's weights")[2] == "holds: −9.0 [−12.0, −6.0]"
+
+
+def test_a_share_of_the_gain_is_that_of_the_losses(tmp_path):
+    nll = {"nothing": 10.0, "attn_out": 6.0, "mlp_out": 4.0, "all": 0.0}
+    rows = [
+        {"model": "gemma-3-270m", "method": "PMET", "settings": "released", "added": a, "mean": v}
+        for a, v in nll.items()
+    ]
+    planted(tmp_path, losses=rows)
+    cells = line(real_verdicts.page(tmp_path), "FFN's share is enough")
+    assert cells[3] == "does not hold: 0.60 (NLL 4.00 against 0.00)"
+    assert cells[-1] == "**does not hold**"
+
+
+@pytest.mark.parametrize(
+    ("told", "verdict"),
+    [
+        (["holds", "open", "not measured"], "**holds**"),
+        (["holds", "does not hold"], "**differs**"),
+        (["open", "not measured"], "**open**"),
+        (["not measured"] * 2, "not measured"),
+    ],
+)
+def test_the_verdict_is_that_of_all_models_that_say_something(told, verdict):
+    assert real_verdicts.verdict(told) == verdict
+
+
+@pytest.mark.parametrize("made", [real_verdicts, real_pages])
+def test_the_committed_pages_are_those_of_the_committed_tables(made):
+    name = {real_verdicts: "verdicts", real_pages: "study"}[made]
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == made.page(RESULTS)
+
+
+def test_spans():
+    assert real_pages.spans([3, 1, 2, 7, 9, 10]) == "1–3, 7, 9–10"
