@@ -12,8 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = "tests/benchmarks/results"
+FREE = "figures/results/free_answers"
 QUOTES = {
-    ("README.md", "seen"): ("figures/results/free_answers/seen.md",),
+    ("README.md", "seen"): (f"{FREE}/smollm2-135m/seen.md",),
     ("docs/results.md", "results"): ("figures/results/main.md",),
     ("docs/results.md", "study"): ("figures/results/claims.md",),
     ("docs/ablations.md", "ablations"): ("figures/results/paper/ablations.md",),
@@ -30,7 +31,10 @@ QUOTES = {
     ("docs/results.md", "real_facts"): ("figures/results/real/main.md",),
     ("docs/results.md", "verdicts"): ("figures/results/real/verdicts.md",),
     ("docs/results.md", "real_study"): ("figures/results/real/study.md",),
-    ("docs/free_answers.md", "free_answers"): ("figures/results/free_answers/free_answers.md",),
+    ("docs/free_answers.md", "free_answers"): (f"{FREE}/smollm2-135m/free_answers.md",),
+    ("docs/free_answers.md", "seen_others"): tuple(
+        f"{FREE}/{model}/seen.md" for model in ("gemma-3-270m", "world-sequential", "world")
+    ),
     ("docs/own_models.md", "real"): ("figures/results/real_model/real.md",),
 }
 """(page, name) -> the files that it quotes there, one after the other."""
