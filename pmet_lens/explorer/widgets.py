@@ -23,9 +23,11 @@ def available() -> bool:
     return True
 
 
-def text(label: str, value: str = "", tip: str = "", hint: str = "", wide: str = WIDE) -> Any:
-    """One line of text; `hint` shows while it is empty."""
-    return _make("Text", label, tip, wide, value=value, placeholder=hint, continuous_update=False)
+def text(label: str, value: str = "", tip: str = "", hint: str = "", live: bool = False) -> Any:
+    """One line of text; `hint` shows while it is empty. `live`: every letter is told, not only what
+    stands there when somebody leaves the field."""
+    options = {"value": value, "placeholder": hint, "continuous_update": live}
+    return _make("Text", label, tip, WIDE, **options)
 
 
 def area(label: str, value: str = "", tip: str = "", rows: int = 3) -> Any:
@@ -52,9 +54,38 @@ def number(label: str, low: int, high: int, value: int, tip: str = "") -> Any:
     return _slider("IntSlider", label, tip, low, high, value)
 
 
-def span(label: str, low: int, high: int, value: tuple[int, int], tip: str = "") -> Any:
-    """From one whole number to another, both on one slider."""
-    return _slider("IntRangeSlider", label, tip, low, high, value)
+class Span:
+    """From one whole number to another, on two sliders, because the handles of a range slider have
+    no names; the one that is moved takes the other along."""
+
+    def __init__(self, what: str, low: int, high: int, tip: str = "") -> None:
+        self.first = number(f"First {what}", low, high, low, tip)
+        self.last = number(f"Last {what}", low, high, high, tip)
+        self.first.observe(lambda _: self._follow(self.last, max), names="value")
+        self.last.observe(lambda _: self._follow(self.first, min), names="value")
+
+    def _follow(self, other: Any, of: Callable[[int, int], int]) -> None:
+        other.value = of(self.first.value, self.last.value)
+
+    @property
+    def value(self) -> tuple[int, int]:
+        """Both numbers, the smaller one first."""
+        return self.first.value, self.last.value
+
+    @value.setter
+    def value(self, both: tuple[int, int]) -> None:
+        self.last.value = both[1]  # may take the first along, down
+        self.first.value = both[0]
+        self.last.value = both[1]
+
+    @property
+    def disabled(self) -> bool:
+        """Whether neither can be moved."""
+        return self.first.disabled
+
+    @disabled.setter
+    def disabled(self, off: bool) -> None:
+        self.first.disabled = self.last.disabled = off
 
 
 def strength(label: str, low: float, high: float, value: float, step: float, tip: str = "") -> Any:
@@ -75,9 +106,12 @@ def tick(label: str, value: bool = False, tip: str = "") -> Any:
 
 
 def button(label: str, tip: str, on_click: Callable[[], object], style: str = "") -> Any:
-    """A button; `style`: "primary", "warning" or nothing."""
+    """A button; `style`: "primary", "warning" or nothing. Their colours can be read on themselves
+    (contrast at least 7), which those of the widgets cannot."""
     layout = {"width": "auto", "min_width": "6rem", "flex": "0 0 auto"}
-    made = _new("Button", layout, description=label, tooltip=tip, button_style=style)
+    ground = {"primary": "#0d47a1", "warning": "#8a3200"}.get(style)
+    colours = {} if ground is None else {"button_color": ground, "text_color": "#ffffff"}
+    made = _new("Button", layout, description=label, tooltip=tip, style=colours)
     made.on_click(lambda _: on_click())
     return made
 
@@ -123,8 +157,9 @@ def folded(title: str, child: Any) -> Any:
 
 
 def message(text: str, kind: str = "") -> str:
-    """HTML of a line of status, read out by a screen reader; `kind` "error" is marked so."""
-    role = "alert" if kind == "error" else "status"
+    """HTML of a line of status, read out by a screen reader; `kind` "error" is marked so, and
+    "progress", which changes every second, is not read out."""
+    role = {"error": "alert", "progress": "presentation"}.get(kind, "status")
     mark = "<b>Not done.</b> " if kind == "error" else ""
     return f'<div role="{role}" style="line-height: 1.35">{mark}{escape(text)}</div>'
 
