@@ -68,8 +68,11 @@ class EditTab(Tab):
         def work(tick: Tick) -> Step:
             fact = self._shell.fact.read(new=True)
             curve = _Curve(self, tick, n_steps)
-            session.on_made = partial(self._made, tick)
-            return session.edit(fact, name, change, curve.on_step, tick)
+            before, session.on_made = session.on_made, partial(self._made, tick)
+            try:
+                return session.edit(fact, name, change, curve.on_step, tick)
+            finally:
+                session.on_made = before
 
         return title, work
 

@@ -18,7 +18,10 @@ class Page:
         page.on("console", self._hear)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.goto(address)
-        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        # JupyterLab says in its status bar that the kernel is there; Notebook 7 has only the sign.
+        lab = "/lab/" in address
+        sign = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
+        page.wait_for_selector("text=/Python 3 .ipykernel. . Idle/" if lab else sign)
 
     def _hear(self, message: Any) -> None:
         if message.type == "error":
