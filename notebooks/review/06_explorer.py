@@ -25,7 +25,7 @@ explorer
 # - **Ask**: the likeliest next tokens, without and with the edits that are on the model.
 # - **Look**: what a component says at each token (the lens), where the answer is recalled (the causal trace), who looks at the subject (attention).
 # - **Edit**: a method, its layers and strengths, the losses while they fall, and the answers before and after. Every edit can be undone, in any order. *Stop* ends a step at once and leaves the model as it was.
-# - **Two edits**: the same fact by two methods, or with two settings, side by side in full sentences: the fact, other words for it, what follows from it, and ten prompts about other things, with ≠ where an answer changed. Either edit can be kept.
+# - **Side by side**: the same fact by two methods, or with two settings, side by side in full sentences: the fact, other words for it, what follows from it, and ten prompts about other things, with ≠ where an answer changed. Either edit can be kept.
 # - **Ablate**: the same fact under variations of PMET.
 #
 # What you type is checked while you type: the tokens, where the subject ends, and what the model says now. A step shows how far it is and what remains; results of before can be chosen again. *Models*, at the top, lists what else can be opened, real models included.

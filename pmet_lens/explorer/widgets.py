@@ -50,13 +50,14 @@ def suggestion(label: str, options: Sequence[str], tip: str = "", hint: str = ""
 
 
 def number(label: str, low: int, high: int, value: int, tip: str = "") -> Any:
-    """A whole number on a slider."""
-    return _slider("IntSlider", label, tip, low, high, value)
+    """A whole number within bounds. Numbers are fields, not sliders, whose handles have no name for
+    a screen reader."""
+    return _number("BoundedIntText", label, tip, low, high, value)
 
 
 class Span:
-    """From one whole number to another, on two sliders, because the handles of a range slider have
-    no names; the one that is moved takes the other along."""
+    """From one whole number to another, in two fields; the one that is changed takes the other
+    along."""
 
     def __init__(self, what: str, low: int, high: int, tip: str = "") -> None:
         self.first = number(f"First {what}", low, high, low, tip)
@@ -80,7 +81,7 @@ class Span:
 
     @property
     def disabled(self) -> bool:
-        """Whether neither can be moved."""
+        """Whether neither can be changed."""
         return self.first.disabled
 
     @disabled.setter
@@ -89,13 +90,13 @@ class Span:
 
 
 def strength(label: str, low: float, high: float, value: float, step: float, tip: str = "") -> Any:
-    """A number on a slider."""
-    return _slider("FloatSlider", label, tip, low, high, value, step=step, readout_format=".3g")
+    """A number within bounds."""
+    return _number("BoundedFloatText", label, tip, low, high, value, step=step)
 
 
 def magnitude(label: str, low: int, high: int, value: float, tip: str = "") -> Any:
-    """A number on a logarithmic slider; `low` and `high` are powers of ten."""
-    return _slider("FloatLogSlider", label, tip, low, high, value, step=0.05, readout_format=".3g")
+    """A number whose size counts; `low` and `high` are powers of ten."""
+    return _number("BoundedFloatText", label, tip, 10.0**low, 10.0**high, value)
 
 
 def tick(label: str, value: bool = False, tip: str = "") -> Any:
@@ -164,7 +165,7 @@ def message(text: str, kind: str = "") -> str:
     return f'<div role="{role}" style="line-height: 1.35">{mark}{escape(text)}</div>'
 
 
-def _slider(
+def _number(
     kind: str, label: str, tip: str, low: Any, high: Any, value: Any, **options: Any
 ) -> Any:
     options |= {"min": low, "max": high, "value": value, "continuous_update": False}

@@ -144,7 +144,7 @@ class Explorer(Shell):
         page.edit, page.ablate = EditTab(page), AblateTab(page)
         page.two = TwoTab(page, page.edit)
         tabs = {"Ask": page.ask, "Look": page.look, "Edit": page.edit}
-        tabs |= {"Two edits": page.two, "Ablate": page.ablate}
+        tabs |= {"Side by side": page.two, "Ablate": page.ablate}
         page.tabs = widgets.tabs({title: tab.box for title, tab in tabs.items()})
         return page
 

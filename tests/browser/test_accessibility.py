@@ -12,7 +12,7 @@ from pages import Page
 
 EXPLORER = ".jp-OutputArea-output .jupyter-widgets"
 """The panel; what is around it is JupyterLab's own."""
-TABS = ("Ask", "Look", "Edit", "Two edits", "Ablate")
+TABS = ("Ask", "Look", "Edit", "Side by side", "Ablate")
 SERIOUS = ("serious", "critical")
 ZOOM = 2
 RUN = """async where => {
@@ -126,7 +126,7 @@ def test_tab_goes_through_the_controls_in_the_order_they_are_read(panel):
 
 
 def test_two_edits_and_their_harm_are_shown(panel):
-    panel.tab("Two edits")
+    panel.tab("Side by side")
     page = panel.page
     captions = page.locator("caption").locator("visible=true").all_inner_texts()
     assert any("Ten prompts about other things" in text for text in captions)

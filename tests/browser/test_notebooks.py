@@ -43,12 +43,13 @@ def test_a_fact_is_typed_edited_and_undone(opened):
     notebook.picture("look")
 
     notebook.tab("Edit")
-    handle = page.locator(".widget-slider", has_text="Steps").locator("[role=slider]")
-    assert handle.get_attribute("aria-valuenow") == "30.0"
-    handle.focus()
+    steps = page.get_by_label("Steps", exact=True).locator("visible=true")
+    assert steps.input_value() == "30"
+    steps.focus()
     for _ in range(5):
-        page.keyboard.press("ArrowRight")
-    page.locator(".widget-slider", has_text="Steps").locator("text=35").wait_for()
+        page.keyboard.press("ArrowUp")
+    page.keyboard.press("Tab")
+    assert steps.input_value() == "35"
 
     notebook.click("Edit")  # stopped, and then let go
     notebook.click("Stop")
