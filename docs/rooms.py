@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "static" / "rooms.svg"
 ROOMS = (
-    *("explorer", "plotting", "plans", "experiments", "interp", "moments"),
+    *("panel", "explorer", "plotting", "plans", "experiments", "interp", "moments"),
     *("editing", "evaluation", "shipping", "models", "data"),
 )
 """From the top to the bottom."""

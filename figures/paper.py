@@ -176,7 +176,9 @@ def spent(out: Path) -> float:
 def code() -> str:
     """Digest of what the results follow from: the package (without its pictures) and this file."""
     package = Path(pl.__file__).parent
-    rooms = (p for p in package.rglob("*.py") if p.parent.name not in ("plotting", "explorer"))
+    rooms = (
+        p for p in package.rglob("*.py") if p.parent.name not in ("plotting", "explorer", "panel")
+    )
     files = [*rooms, *package.rglob("*.safetensors"), package / "bundled/world.json"]
     digest = hashlib.sha256()
     for file in [*sorted(files), Path(__file__)]:

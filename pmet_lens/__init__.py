@@ -7,7 +7,7 @@
 
 The public names are listed in `__init__.pyi`; each is imported on first use. The folders, from the
 bottom to the top: data, models, evaluation, editing, moments, interp, experiments, plans,
-plotting, explorer. A folder imports only from those before it.
+plotting, explorer, panel. A folder imports only from those before it.
 """
 
 import lazy_loader

@@ -65,8 +65,7 @@ from .experiments.store import rows_of as rows_of
 from .experiments.trials import Bench as Bench
 from .experiments.trials import Trial as Trial
 from .experiments.trials import ablations as ablations
-from .explorer.explorer import Explorer as Explorer
-from .explorer.explorer import explore as explore
+from .explorer.effects import side_by_side as side_by_side
 from .explorer.session import Session as Session
 from .explorer.variants import ablate as ablate
 from .interp.attention import attention_patterns as attention_patterns
@@ -112,6 +111,8 @@ from .moments.sampled_text import sampled_texts as sampled_texts
 from .moments.second_moments import Moment as Moment
 from .moments.second_moments import MomentError as MomentError
 from .moments.second_moments import second_moments as second_moments
+from .panel.explorer import Explorer as Explorer
+from .panel.explorer import explore as explore
 from .plans.comparing import compare as compare
 from .plans.comparing import pareto as pareto
 from .plans.costs import Estimate as Estimate

@@ -5,7 +5,9 @@
 #
 # Training a model again because one fact is wrong is dear, and fine-tuning on that one fact changes much else. *Model editing* writes the new answer into a few weight matrices directly. PMET ("Precise Model Editing in a Transformer", arXiv [2308.08742](https://arxiv.org/abs/2308.08742)) is one way to do so. We load a small bundled model that knows a few thousand facts, ask it one, edit that fact, ask again, look at what changed and what did not, and undo it. *Run time: under a minute on two CPU cores.*
 #
-# The bundled models know an invented world: real answers ("piano", "New Zealand"), invented subjects. The same notebook runs on any Hugging Face model: change `MODEL`, and the fact ([`05`](05_your_own_model.ipynb) tells how).
+# The bundled models know an invented world: real answers ("piano", "New Zealand"), invented subjects.
+#
+# **Your own model.** Change `MODEL` to a name, directory or hub id, and `fact` to one that it knows (`pl.recalled(model, n=1)[0]`); where nobody published settings for it, pass `hparams=pl.suggest_hparams(model, facts).hparams` to `pl.edit`. [`05`](05_your_own_model.ipynb) tells every step.
 
 # %% tags=["parameters"]
 MODEL = "world"  # a bundled name, a directory, or a hub id

@@ -7,6 +7,8 @@
 #
 # We watch the components of a model while it recalls facts: how they change their input, whether their output depends on what is asked (the relation) or on whom it is asked about (the subject), what happens when outputs are swapped between facts, and what an edit moves. Source: PMET, arXiv [2308.08742](https://arxiv.org/abs/2308.08742), the sections on its motivation. *Run time: about two minutes on two CPU cores.*
 #
+# **Your own model.** Change `MODEL`, and `knowns` to facts that it knows: `knowns = pl.recalled(model)` for one of the real world, or your own (`pl.read_facts`). The last two cells edit; they take `hparams=` where nobody published settings.
+#
 # **Read this first.** The bundled models `world` and `world-sequential` were trained so that they recall through the last subject token from layer 4 on; what is seen of *where* they recall was put there. They show that the instruments work. `world-unmasked` was trained without that constraint, and is shown at the end. The evidence about large models is this same notebook with `MODEL` set to one.
 
 # %% tags=["parameters"]

@@ -5,6 +5,8 @@
 #
 # [`00_quickstart`](00_quickstart.ipynb) edited a fact with one call. Here the call is taken apart: find out what a component *should have produced* (the targets), look at what it *reads* (the keys) and at what else it reads all day (the second moment), write the difference into a few layers, and look at the answers before and after. Source: PMET, arXiv [2308.08742](https://arxiv.org/abs/2308.08742), its section on the method; the closed-form write is that of MEMIT, arXiv [2210.07229](https://arxiv.org/abs/2210.07229), section 4. *Run time: about a minute on two CPU cores.*
 #
+# **Your own model.** Change `MODEL`, `facts` to `pl.recalled(model, n=FACTS)`, the settings to `pl.Hparams(layers)` (or `pl.suggest_hparams(model, facts).hparams`), and the text to yours: `pl.texts("file.txt")`, or `pl.own_moments(model, layers)` in place of `pl.second_moments`.
+#
 # Words used below:
 #
 # - **Fact**: a subject ("Thea Junlow"), a prompt with a place for it ("{}'s mother tongue is"), the answer the model gives (*true*), the answer an edit should produce (*new*).

@@ -7,6 +7,8 @@
 #
 # Words, as in [`00`](00_quickstart.ipynb) and [`02`](02_editing.ipynb): a *fact* is edited by finding vectors `δ` that, added to *streams* of the last *critical layer* at the last token of the subject, make the model say the new answer (the *targets*), and by writing what is missing (the *residual*) into the weights of all critical layers, weighed by `λ` against the *second moment* of the keys of ordinary text. **ES, PS, NS**: share of edited prompts, paraphrases and neighbours on which the right side wins; **S** their harmonic mean; **collateral**: other facts of the world still answered right.
 #
+# **Your own model.** The tables are of the bundled models. The last part runs anew: there change `MODEL`, take `pl.recalled(model)` for `facts` and `others`, `pl.Hparams(layers)` for `pl.hparams_for(…)`, and give `pl.Bench` your `texts=`. `make model-tables` does every method on each real model that was fetched.
+#
 # The two models know the same world. `world` has *parallel* blocks (as GPT-J): attention (MHSA) and feed-forward (FFN) read the same state and are added side by side. `world-sequential` has *sequential* blocks (as GPT-2, Llama): FFN reads what MHSA has just written. The paper has parallel models only.
 
 # %% tags=["parameters"]

@@ -5,6 +5,8 @@
 #
 # One edited fact is easy ([`00`](00_quickstart.ipynb)). Thousands share the same few matrices, and each is asked not to disturb the others nor anything else. The large run is read from tables that `make paper` made ([`figures/paper.py`](../figures/paper.py)); one point of it is run again at the end. Source: PMET, arXiv [2308.08742](https://arxiv.org/abs/2308.08742), its section on scaling (1 to 10,000 edits); the grid is the one of MEMIT, arXiv [2210.07229](https://arxiv.org/abs/2210.07229). *Run time: about half a minute on two CPU cores.*
 #
+# **Your own model.** The tables are of the bundled models. The last part runs anew: there change `MODEL`, take `pl.recalled(model)` for `facts` and `others`, `pl.own_moments(model, layers)` for the second moments, and pass `pl.Hparams(layers)` to `pl.edit`. Before a large run, `pl.plan` tells what it costs.
+#
 # Words, as in [`00`](00_quickstart.ipynb) and [`02`](02_editing.ipynb): **ES** (edited prompts), **PS** (their paraphrases), **NS** (neighbours: other subjects with the same true answer), all as the share on which the right answer is likelier; **S** their harmonic mean; **collateral**: other facts of the world still answered right. **Load**: edits per dimension of the keys that the written matrix reads (`d_mlp`). A matrix cannot tell more keys apart than it has dimensions, so the load, not the number, is what can be compared across models: the published 10,000 edits of GPT-J (`d_mlp` 16,384) are a load of 0.61.
 
 # %% tags=["parameters"]

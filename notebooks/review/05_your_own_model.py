@@ -3,7 +3,9 @@
 #
 # **Question.** How is a fact of your own edited in a model of your own, of which nothing is known but that it runs?
 #
-# The way from nothing to an edit that can be shipped: load the model, read the facts, find settings, read ordinary text, try, edit, look at the receipt, save, undo. It runs here on a bundled model that is treated as a stranger: its known settings are not used. For yours, change the three names below. What the words mean is told in [`00`](00_quickstart.ipynb) and [`02`](02_editing.ipynb); the method is that of PMET, arXiv [2308.08742](https://arxiv.org/abs/2308.08742), its section on the method, and the search for a layer that of ROME, arXiv [2202.05262](https://arxiv.org/abs/2202.05262), section 2. *Run time: about a minute on two CPU cores; a model of 6 billion parameters wants a GPU.*
+# **Your own model.** Change `MODEL`, `FACTS` and `TEXT` below, nothing else.
+#
+# The way from nothing to an edit that can be shipped: load the model, read the facts, find settings, read ordinary text, try, edit, look at the receipt, save, undo. It runs here on a bundled model that is treated as a stranger: its known settings are not used. What the words mean is told in [`00`](00_quickstart.ipynb) and [`02`](02_editing.ipynb); the method is that of PMET, arXiv [2308.08742](https://arxiv.org/abs/2308.08742), its section on the method, and the search for a layer that of ROME, arXiv [2202.05262](https://arxiv.org/abs/2202.05262), section 2. *Run time: about a minute on two CPU cores; a model of 6 billion parameters wants a GPU.*
 
 # %% tags=["parameters"]
 MODEL = "world"  # a hub id ("openai-community/gpt2-xl"), a directory, or a bundled name

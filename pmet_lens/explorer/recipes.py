@@ -40,19 +40,43 @@ def edit(session: Session, step: Step) -> str:
 
 def ablate(session: Session, fact: Fact, methods: Mapping[str, Method], hparams: Hparams) -> str:
     """What makes `variants.ablate`."""
+    lines = _own_session(session, hparams)
+    lines += [f"fact = {_fact(fact)}", "methods = {"]
+    lines += [indent(f"{n!r}: {_method(method)},", "    ") for n, method in methods.items()]
+    return _text([*lines, "}"], "pl.ablate(session, fact, methods)")
+
+
+def side_by_side(
+    session: Session, fact: Fact, edits: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> str:
+    """What makes `effects.side_by_side`."""
+    lines = [*_own_session(session), f"fact = {_fact(fact)}", "edits = {"]
+    for name, (method, change) in edits.items():
+        lines.append(f"    {name!r}: ({method!r}, {dict(change)!r}),")
+    return _text([*lines, "}"], "pl.side_by_side(session, fact, edits)")
+
+
+def effects(session: Session, step: Step, name: str) -> str:
+    """What makes `effects.effects` of one edit, with the others that are on the model."""
+    others = [one for one in session.on() if one is not step]
+    lines = _replay(session, others, also=step)
+    made = f"edit_{session.steps.index(step) + 1}"
+    lines.insert(1, "from pmet_lens.explorer import effects")
+    return _text(lines, f"effects.effects(model, fact, {{{name!r}: {made}}})")
+
+
+def _own_session(session: Session, hparams: Hparams | None = None) -> list[str]:
+    """The model, and a session that is given what this one was."""
     names, given = ["model"], {}
     if session.given:
         names.append("moments=moments")  # those that explore was given
     if session.hparams is not None:
-        given["hparams"] = hparams
+        given["hparams"] = hparams or session.hparams
     if session.texts is not None:
         names.append("texts=texts")
     if session.n_tokens is not None:
         given["n_tokens"] = session.n_tokens
-    lines = [*_load(session), f"session = {_call('pl.Session', *names, **given)}"]
-    lines += [f"fact = {_fact(fact)}", "methods = {"]
-    lines += [indent(f"{n!r}: {_method(method)},", "    ") for n, method in methods.items()]
-    return _text([*lines, "}"], "pl.ablate(session, fact, methods)")
+    return [*_load(session), f"session = {_call('pl.Session', *names, **given)}"]
 
 
 def _text(lines: Sequence[str], call: str) -> str:
@@ -70,6 +94,8 @@ def _call(name: str, *code: str, **values: Any) -> str:
 
 def _value(value: Any) -> str:
     """A value as code; of a dataclass, the fields that are not those of the class."""
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):
+        return f"({', '.join(map(_value, value))},)"
     if not is_dataclass(value):
         return repr(value)
     if isinstance(value, Hparams):  # the method knows the others
@@ -149,7 +175,7 @@ def _known(session: Session, method: str) -> Hparams | None:
 
 def _fact(fact: Fact, full: bool = True) -> str:
     parts = ["subject", "prompt", "target_new", "target_true"]
-    parts += ["paraphrases", "neighbours"] if full else []
+    parts += ["paraphrases", "neighbours", "aliases", "implications"] if full else []
     return _call("pl.Fact", **{n: getattr(fact, n) for n in parts if getattr(fact, n)})
 
 

@@ -54,6 +54,8 @@ class Session(EditInputs):
         self.steps: list[Step] = []
         self.on_change: Callable[[], object] = lambda: None
         """Called after every edit, undo and redo."""
+        self.on_made: Callable[[Fact, Edit], object] = lambda fact, edit: None
+        """Called with an edit before its answers are asked for, when it is not on the model."""
 
     def ask(self, prompt: str, k: int = 5, n_tokens: int = 12) -> pd.DataFrame:
         """The `k` likeliest next tokens without and with the edits that are on the model. Columns
@@ -112,6 +114,19 @@ class Session(EditInputs):
         Raises:
             FactError, SettingsError, SolveError: as `pl.edit` does.
         """
+        step = self.trial(fact, method, change, on_step, on_progress)
+        self.keep(step)
+        return step
+
+    def trial(
+        self,
+        fact: Fact,
+        method: Method | Editor | str = "PMET",
+        change: Mapping[str, Any] | None = None,
+        on_step: OnStep | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Step:
+        """The same edit, not left on the model and not among `steps`. Raises as `edit` does."""
         name = _name(method)
         value, hp, upon = named(name), self.settings(name), tuple(self.on())
         if hp is not None:
@@ -120,12 +135,14 @@ class Session(EditInputs):
         made = locate_and_edit.edit(
             self.model, [fact], known, value, hp, contexts, on_step=on_step, check=False
         )
-        table = self.answers(fact, made)
-        made.apply_(self.model)
-        step = Step(fact, name, hp, made, table, upon)
+        self.on_made(fact, made)
+        return Step(fact, name, hp, made, self.answers(fact, made), upon)
+
+    def keep(self, step: Step) -> None:
+        """Put a `trial` onto the model, and among `steps`."""
+        step.edit.apply_(self.model)
         self.steps.append(step)
         self.on_change()
-        return step
 
     def undo(self, step: Step) -> None:
         """Take one edit off the model, whatever came after it; it stays in `steps`."""

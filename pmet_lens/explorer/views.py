@@ -91,26 +91,41 @@ class View:
 
 
 class Pane:
-    """Shows a view: text, figure, and its export as links, as files in a folder, and as code."""
+    """Shows a view: text, figure, and its export as links, as files in a folder, and as code. Views
+    of before are kept, and can be chosen again."""
 
     def __init__(self, button: Callable[..., Any], say: Callable[[str], object]) -> None:
         self._say = say
         self.view: View | None = None
+        self.kept: list[tuple[View, str, str]] = []
         self._figure, self._text, self._out = widgets.html(), widgets.html(), widgets.html()
+        tip = "All results of this tab, the newest first"
+        self.results = widgets.choice("Result", [("none yet", -1)], tip=tip, wide="auto")
+        self.results.layout.display = "none"
+        self.results.observe(lambda change: self._choose(change["new"]), names="value")
         self._folder = widgets.text("Folder", "exports", "Where Save writes, beside the notebook")
         tip = "Show links to PNG, SVG, CSV and Python of this view, and the lines that make it"
         export = button("Export", tip, self._export)
         save = button("Save", "Write these four files into the folder", self._save)
         self._row = widgets.row(export, self._folder, save)
         self._row.layout.display = "none"
-        self.box = widgets.column(self._text, self._figure, self._row, self._out)
+        shown = (self.results, self._text, self._figure, self._row, self._out)
+        self.box = widgets.column(*shown)
 
-    def show(self, view: View, text: str = "") -> None:
-        """Show a view, and HTML above its figure."""
-        self.view = view
-        self._figure.value, self._text.value = view.inline(), text
-        self._out.value = ""
-        self._row.layout.display = ""
+    def show(self, view: View, text: str = "", figure: str | None = None) -> None:
+        """Show a view, and HTML above its figure; `figure`: its HTML, where that is drawn yet."""
+        self.kept.append((view, text, view.inline() if figure is None else figure))
+        numbers = range(len(self.kept) - 1, -1, -1)
+        self.results.options = [(f"{n + 1}. {self.kept[n][0].title}", n) for n in numbers]
+        self.results.layout.display = "" if len(self.kept) > 1 else "none"
+        self.results.value = len(self.kept) - 1
+        self._choose(len(self.kept) - 1)
+
+    def _choose(self, number: int) -> None:
+        if number >= 0:
+            self.view, self._text.value, self._figure.value = self.kept[number]
+            self._out.value = ""
+            self._row.layout.display = ""
 
     def figure(self, html: str) -> None:
         """Show a figure that is still growing, without export."""

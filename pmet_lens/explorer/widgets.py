@@ -23,9 +23,11 @@ def available() -> bool:
     return True
 
 
-def text(label: str, value: str = "", tip: str = "", hint: str = "", wide: str = WIDE) -> Any:
-    """One line of text; `hint` shows while it is empty."""
-    return _make("Text", label, tip, wide, value=value, placeholder=hint, continuous_update=False)
+def text(label: str, value: str = "", tip: str = "", hint: str = "", live: bool = False) -> Any:
+    """One line of text; `hint` shows while it is empty. `live`: every letter is told, not only what
+    stands there when somebody leaves the field."""
+    options = {"value": value, "placeholder": hint, "continuous_update": live}
+    return _make("Text", label, tip, WIDE, **options)
 
 
 def area(label: str, value: str = "", tip: str = "", rows: int = 3) -> Any:
@@ -48,23 +50,53 @@ def suggestion(label: str, options: Sequence[str], tip: str = "", hint: str = ""
 
 
 def number(label: str, low: int, high: int, value: int, tip: str = "") -> Any:
-    """A whole number on a slider."""
-    return _slider("IntSlider", label, tip, low, high, value)
+    """A whole number within bounds. Numbers are fields, not sliders, whose handles have no name for
+    a screen reader."""
+    return _number("BoundedIntText", label, tip, low, high, value)
 
 
-def span(label: str, low: int, high: int, value: tuple[int, int], tip: str = "") -> Any:
-    """From one whole number to another, both on one slider."""
-    return _slider("IntRangeSlider", label, tip, low, high, value)
+class Span:
+    """From one whole number to another, in two fields; the one that is changed takes the other
+    along."""
+
+    def __init__(self, what: str, low: int, high: int, tip: str = "") -> None:
+        self.first = number(f"First {what}", low, high, low, tip)
+        self.last = number(f"Last {what}", low, high, high, tip)
+        self.first.observe(lambda _: self._follow(self.last, max), names="value")
+        self.last.observe(lambda _: self._follow(self.first, min), names="value")
+
+    def _follow(self, other: Any, of: Callable[[int, int], int]) -> None:
+        other.value = of(self.first.value, self.last.value)
+
+    @property
+    def value(self) -> tuple[int, int]:
+        """Both numbers, the smaller one first."""
+        return self.first.value, self.last.value
+
+    @value.setter
+    def value(self, both: tuple[int, int]) -> None:
+        self.last.value = both[1]  # may take the first along, down
+        self.first.value = both[0]
+        self.last.value = both[1]
+
+    @property
+    def disabled(self) -> bool:
+        """Whether neither can be changed."""
+        return self.first.disabled
+
+    @disabled.setter
+    def disabled(self, off: bool) -> None:
+        self.first.disabled = self.last.disabled = off
 
 
 def strength(label: str, low: float, high: float, value: float, step: float, tip: str = "") -> Any:
-    """A number on a slider."""
-    return _slider("FloatSlider", label, tip, low, high, value, step=step, readout_format=".3g")
+    """A number within bounds."""
+    return _number("BoundedFloatText", label, tip, low, high, value, step=step)
 
 
 def magnitude(label: str, low: int, high: int, value: float, tip: str = "") -> Any:
-    """A number on a logarithmic slider; `low` and `high` are powers of ten."""
-    return _slider("FloatLogSlider", label, tip, low, high, value, step=0.05, readout_format=".3g")
+    """A number whose size counts; `low` and `high` are powers of ten."""
+    return _number("BoundedFloatText", label, tip, 10.0**low, 10.0**high, value)
 
 
 def tick(label: str, value: bool = False, tip: str = "") -> Any:
@@ -75,9 +107,12 @@ def tick(label: str, value: bool = False, tip: str = "") -> Any:
 
 
 def button(label: str, tip: str, on_click: Callable[[], object], style: str = "") -> Any:
-    """A button; `style`: "primary", "warning" or nothing."""
+    """A button; `style`: "primary", "warning" or nothing. Their colours can be read on themselves
+    (contrast at least 7), which those of the widgets cannot."""
     layout = {"width": "auto", "min_width": "6rem", "flex": "0 0 auto"}
-    made = _new("Button", layout, description=label, tooltip=tip, button_style=style)
+    ground = {"primary": "#0d47a1", "warning": "#8a3200"}.get(style)
+    colours = {} if ground is None else {"button_color": ground, "text_color": "#ffffff"}
+    made = _new("Button", layout, description=label, tooltip=tip, style=colours)
     made.on_click(lambda _: on_click())
     return made
 
@@ -123,13 +158,14 @@ def folded(title: str, child: Any) -> Any:
 
 
 def message(text: str, kind: str = "") -> str:
-    """HTML of a line of status, read out by a screen reader; `kind` "error" is marked so."""
-    role = "alert" if kind == "error" else "status"
+    """HTML of a line of status, read out by a screen reader; `kind` "error" is marked so, and
+    "progress", which changes every second, is not read out."""
+    role = {"error": "alert", "progress": "presentation"}.get(kind, "status")
     mark = "<b>Not done.</b> " if kind == "error" else ""
     return f'<div role="{role}" style="line-height: 1.35">{mark}{escape(text)}</div>'
 
 
-def _slider(
+def _number(
     kind: str, label: str, tip: str, low: Any, high: Any, value: Any, **options: Any
 ) -> Any:
     options |= {"min": low, "max": high, "value": value, "continuous_update": False}

@@ -145,6 +145,22 @@ def variant_bars(table: pd.DataFrame, figure: Figure) -> None:
     axes[0].invert_yaxis()
 
 
+def changed_bars(table: pd.DataFrame, figure: Figure) -> None:
+    """`effects`: how many answers each edit changed, per kind of prompt."""
+    names = {"fact": "the fact", "follows": "follows", "stays": "has to stay", "other": "other"}
+    kinds = [kind for kind in names if kind in set(table["kind"])]
+    edits = list(dict.fromkeys(table["edit"]))
+    axes = np.atleast_1d(figure.subplots(1, len(kinds), sharey=True))
+    for ax, kind in zip(axes, kinds, strict=True):
+        rows = where(table, kind=kind)
+        counts = [int(where(rows, edit=edit)["changed"].sum()) for edit in edits]
+        ax.barh(range(len(edits)), counts, color=AFTER)
+        ax.set(xlim=(0, len(rows) // len(edits)), xlabel=f"{names[kind]}: changed")
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes[0].set_yticks(range(len(edits)), edits)
+    axes[0].invert_yaxis()
+
+
 def lens_panels(table: pd.DataFrame, position: int | None = None) -> pd.DataFrame:
     """`lens_tokens` as `token_map` takes it: a panel per component and a row per token, or, of one
     token, a row per component."""

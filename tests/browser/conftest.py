@@ -1,4 +1,4 @@
-"""JupyterLab on loopback and headless Chromium, for `make test-browser`."""
+"""JupyterLab and Notebook 7 on loopback, and headless Chromium, for `make test-browser`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import OUT, Page
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT = Path(__file__).parent / "out"
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are there, too
@@ -36,7 +36,18 @@ def chromium() -> str | None:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a JupyterLab, token and all but the file name, on copies of the notebooks without
     their outputs."""
-    folder = tmp_path_factory.mktemp("lab")
+    yield from _served(tmp_path_factory.mktemp("lab"), "jupyterlab", "LabApp", "lab/tree")
+
+
+@pytest.fixture(scope="session")
+def notebook_7(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same of a Jupyter Notebook 7; skips where it is missing."""
+    pytest.importorskip("notebook", reason='needs Notebook 7: pip install -e ".[browser]"')
+    folder = tmp_path_factory.mktemp("notebook")
+    yield from _served(folder, "notebook", "JupyterNotebookApp", "notebooks")
+
+
+def _served(folder: Path, module: str, app: str, page: str) -> Iterator[str]:
     for path in (ROOT / "notebooks").glob("0[06]*.ipynb"):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         notebook["metadata"].pop("widgets", None)
@@ -57,10 +68,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     own |= {"JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_TOKEN": token}
     # As a person has it: `make` tells tests to draw on nothing.
     own |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command = [sys.executable, "-m", module, "--no-browser", "--allow-root"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
     command += [
-        "--LabApp.expose_app_in_browser=True",
+        f"--{app}.expose_app_in_browser=True",
         "--ServerApp.port_retries=0",
         f"--ServerApp.root_dir={folder}",
     ]
@@ -73,7 +84,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _wait(f"{address}/api?token={token}", server, folder / "server.log")
         with pytest.raises(urllib.error.HTTPError):  # nobody gets in without the token
             urllib.request.urlopen(f"{address}/api/contents", timeout=10)
-        yield f"{address}/lab/tree/{{}}?token={token}&reset"
+        yield f"{address}/{page}/{{}}?token={token}&reset"
     finally:
         server.terminate()
         server.wait(timeout=30)
@@ -89,7 +100,7 @@ def _wait(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
             time.sleep(0.2)
         else:
             return
-    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"Jupyter did not start:\n{log.read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="session")
@@ -107,3 +118,32 @@ def browser() -> Iterator[Any]:
         launched = driver.chromium.launch(executable_path=where, args=["--no-sandbox"])
         yield launched
         launched.close()
+
+
+@pytest.fixture
+def opened(lab: str, browser: Any) -> Iterator[Any]:
+    """A function that opens a notebook; behind the test no page may have complained."""
+    yield from _opened(lab, browser)
+
+
+@pytest.fixture
+def opened_in_7(notebook_7: str, browser: Any) -> Iterator[Any]:
+    """The same in Notebook 7."""
+    yield from _opened(notebook_7, browser)
+
+
+def _opened(address: str, browser: Any) -> Iterator[Any]:
+    pages = []
+
+    def open_notebook(name: str, width: int = 1280) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": 800})
+        page = Page(context.new_page(), address.format(name))
+        pages.append((context, page))
+        return page
+
+    yield open_notebook
+    for n, (context, page) in enumerate(pages):
+        page.page.screenshot(path=OUT / f"last-{n}.png")
+        complaints = page.complaints
+        context.close()
+        assert complaints == []

@@ -3,97 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
 
-import pytest
-from conftest import OUT
-
-SECOND = 1000
 OLD, NEW = "Low Saxon", "Polish"
-
-
-class Page:
-    """A notebook in JupyterLab."""
-
-    def __init__(self, page: Any, address: str) -> None:
-        self.page, self.complaints = page, []
-        page.set_default_timeout(60 * SECOND)
-        page.on("console", self._hear)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.goto(address)
-        page.wait_for_selector("text=/Python 3 .ipykernel. . Idle/")
-
-    def _hear(self, message: Any) -> None:
-        if message.type == "error":
-            self.complaints.append(message.text)
-
-    def run_all(self) -> None:
-        """Run all cells and wait for the last one."""
-        self.menu("Run", "Run All Cells")
-        done = """() => {
-            const cells = [...document.querySelectorAll(".jp-CodeCell")];
-            return cells.length > 2 && cells.every(cell =>
-                /\\[\\d+\\]/.test(cell.querySelector(".jp-InputPrompt").textContent));
-        }"""
-        self.page.wait_for_function(done, timeout=400 * SECOND)
-
-    def menu(self, *path: str) -> None:
-        """Click through the menu bar."""
-        for name in path:
-            self.page.get_by_role("menuitem", name=name, exact=True).last.click()
-
-    def errors(self) -> list[str]:
-        """Tracebacks and what went to stderr."""
-        kinds = ("application/vnd.jupyter.error", "application/vnd.jupyter.stderr")
-        found = [
-            self.page.locator(f'[data-mime-type="{kind}"]').all_inner_texts() for kind in kinds
-        ]
-        return [text for texts in found for text in texts]
-
-    def tab(self, name: str) -> None:
-        """Open a tab of the explorer."""
-        self.page.locator(".widget-tab .lm-TabBar-tab", has_text=name).click()
-
-    def click(self, name: str) -> None:
-        """Click the button of this name that can be seen."""
-        self.page.get_by_role("button", name=name, exact=True).locator("visible=true").click()
-
-    def fill(self, label: str, text: str) -> None:
-        """Type into the field with this label, and leave it."""
-        field = self.page.get_by_label(label, exact=True).locator("visible=true")
-        field.fill(text)
-        field.press("Tab")
-
-    def told(self, text: str) -> None:
-        """Wait until the explorer says this, and its step is over."""
-        self.page.locator(".widget-html", has_text=text).first.wait_for()
-        self.page.locator("button:disabled", has_text="Stop").wait_for()
-
-    def picture(self, name: str, top: str = ".jp-OutputArea .jupyter-widgets") -> None:
-        """A screenshot with the first `top` at the top of the page."""
-        self.page.locator(top).first.evaluate("e => e.scrollIntoView({block: 'start'})")
-        self.page.wait_for_timeout(300)
-        self.page.screenshot(path=OUT / f"{name}.png")
-
-
-@pytest.fixture
-def opened(lab: str, browser: Any) -> Iterator[Any]:
-    """A function that opens a notebook; behind the test no page may have complained."""
-    pages = []
-
-    def open_notebook(name: str, width: int = 1280) -> Page:
-        context = browser.new_context(viewport={"width": width, "height": 800})
-        page = Page(context.new_page(), lab.format(name))
-        pages.append((context, page))
-        return page
-
-    yield open_notebook
-    for n, (context, page) in enumerate(pages):
-        page.page.screenshot(path=OUT / f"last-{n}.png")
-        complaints = page.complaints
-        context.close()
-        assert complaints == []
 
 
 def test_the_quickstart_runs(opened):
@@ -132,12 +43,13 @@ def test_a_fact_is_typed_edited_and_undone(opened):
     notebook.picture("look")
 
     notebook.tab("Edit")
-    handle = page.locator(".widget-slider", has_text="Steps").locator("[role=slider]")
-    assert handle.get_attribute("aria-valuenow") == "30.0"
-    handle.focus()
+    steps = page.get_by_label("Steps", exact=True).locator("visible=true")
+    assert steps.input_value() == "30"
+    steps.focus()
     for _ in range(5):
-        page.keyboard.press("ArrowRight")
-    page.locator(".widget-slider", has_text="Steps").locator("text=35").wait_for()
+        page.keyboard.press("ArrowUp")
+    page.keyboard.press("Tab")
+    assert steps.input_value() == "35"
 
     notebook.click("Edit")  # stopped, and then let go
     notebook.click("Stop")
@@ -171,4 +83,37 @@ def test_a_fact_is_typed_edited_and_undone(opened):
     )
     page.locator('body[data-jp-theme-light="false"]').wait_for(state="attached")
     notebook.picture("ablate-800-dark")
+    assert notebook.errors() == []
+
+
+def test_a_fact_is_edited_and_undone_in_notebook_7(opened_in_7):
+    notebook = opened_in_7("06_explorer.ipynb")
+    notebook.run_all()
+    assert notebook.errors() == []
+    notebook.page.locator(".widget-tab").wait_for()
+    notebook.fill("New answer", NEW)
+    notebook.page.locator(".widget-html", has_text="The new answer has").wait_for()
+    notebook.tab("Edit")
+    notebook.click("Edit")
+    notebook.told(f"the model says now: {NEW}")
+    notebook.picture("notebook-7")
+    notebook.click("Undo")
+    notebook.told("0 of 1 edits")
+
+
+def test_a_model_is_opened_from_the_list_and_results_stay(opened):
+    notebook = opened("06_explorer.ipynb")
+    notebook.run_all()
+    page = notebook.page
+    page.locator(".widget-tab").wait_for()
+    notebook.click("Ask")
+    notebook.told("Ask: done")
+    page.get_by_text("Models", exact=True).first.click()
+    notebook.picture("models")
+    notebook.click("Open world-sequential")
+    notebook.told("world-sequential: 8 layers, unedited.")
+    page.get_by_text("Models", exact=True).first.click()
+    notebook.click("Open world")
+    notebook.told("world: 8 layers, unedited.")
+    page.locator('svg[aria-label*="likeliest tokens"]').wait_for()
     assert notebook.errors() == []

@@ -63,7 +63,7 @@ def home(tmp_path, monkeypatch):
 def copied(home, monkeypatch):
     """In place of pip, whose start takes longest: the wheel as it lies in the registry."""
 
-    def copy(_, wheel, there):
+    def copy(_, wheel, there, came):
         return Path(shutil.copy(next(home.glob(f"{wheel.requirement[:-5]}-*.whl")), there))
 
     monkeypatch.setattr(fetched, "_pip", copy)

@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from pmet_lens.explorer.jobs import Runner, Stopped
+from pmet_lens.data import progress
+from pmet_lens.explorer.jobs import Pace, Runner, Stopped, duration
 
 
 def test_a_step_runs_elsewhere_and_its_end_is_told_here():
@@ -92,3 +93,71 @@ def test_in_an_event_loop_nobody_has_to_wait():
         return runner
 
     asyncio.run(main()).wait()
+
+
+def test_what_is_left_follows_from_how_it_went():
+    pace = Pace()
+    pace.begin("Edit", 0.0)
+    assert pace.left(0, 0, "", 0.2) == ""
+    assert pace.left(0, 0, "", 3.0) == "3 s so far"
+    pace.left(0, 100, "reading", 10.0)
+    assert pace.left(20, 100, "reading", 20.0) == "about 40 s left"
+    pace.left(5, 10, "optimising", 30.0)  # begun somewhere: only what was seen counts
+    assert pace.left(6, 10, "optimising", 32.0) == "about 8 s left"
+    assert pace.end(200.0) == 200.0
+    pace.begin("Edit", 300.0)
+    assert pace.left(0, 0, "", 302.0) == "2 s so far, 3 min 20 s the last time"
+    pace.begin("Ask", 400.0)
+    assert pace.left(0, 0, "", 401.0) == "1 s so far"
+
+
+def test_durations_are_words():
+    words = [duration(seconds) for seconds in (0.2, 59.6, 200, 7500)]
+    assert words == ["1 s", "1 min 0 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_progress_lines_of_the_package_are_told_and_can_be_stopped(monkeypatch):
+    monkeypatch.setattr("pmet_lens.explorer.jobs._BRIEF", -1.0)
+    told, seen = [], []
+    runner = Runner(lambda *report: told.append(report))
+
+    def work(tick):
+        with progress.line("reading", "token") as tell:
+            tell(1, 3)
+            runner.stop()
+            tell(2, 3)
+
+    runner.start(work, lambda future: seen.append(future.exception()))
+    runner.wait()
+    assert told == [(1, 3, "reading (tokens)")]
+    assert isinstance(seen[0], Stopped)
+
+
+def test_a_look_waits_for_the_step_and_only_the_newest_is_told():
+    runner, go, order = Runner(), threading.Event(), []
+    runner.start(lambda tick: go.wait(10), lambda future: order.append("step"))
+    runner.look(lambda: order.append("never"), order.append)
+    runner.look(lambda: "newest", order.append)
+    assert order == []
+    go.set()
+    runner.wait()
+    assert order == ["step", "newest"]
+
+
+def test_what_changed_the_model_is_not_stopped_any_more():
+    runner, seen = Runner(), []
+
+    def late(tick):
+        runner.firm()
+        runner.stop()
+        tick(1, 1, "on it")
+        return "done"
+
+    runner.start(late, lambda future: seen.append(future.result()))
+    runner.wait()
+    runner.start(
+        lambda tick: runner.stop() or tick(1, 1, "x"), lambda f: seen.append(f.exception())
+    )
+    runner.wait()
+    assert seen[0] == "done"
+    assert isinstance(seen[1], Stopped)  # the next step can be stopped again

@@ -14,7 +14,7 @@ import pytest
 
 ROOMS = (
     *("data", "models", "shipping", "evaluation", "editing", "moments", "interp"),
-    *("experiments", "plans", "plotting", "explorer"),
+    *("experiments", "plans", "plotting", "explorer", "panel"),
 )
 """The folders from the bottom to the top: each imports only from those before it."""
 ROOF = {"cli", "cli_edit", "__init__"}

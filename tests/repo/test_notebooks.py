@@ -33,6 +33,8 @@ def _frame(cells: list, code: list) -> list[str]:
     wrong, first, last = [], cells[0].source, cells[-1].source
     if not re.match(r"# \d\d · .+\n\n\*\*Question\.\*\* [^\n]*\?", first):
         wrong.append("does not begin with its question")
+    if not re.search(r"^\*\*Your own model\.\*\* [^\n]*`MODEL`", first, re.MULTILINE):
+        wrong.append("does not say at the top what to change for a model of one's own")
     if not re.search(r"\*Run time: .*\*", first):
         wrong.append("does not say at the top how long it runs")
     answer = re.search(r"\*\*Answer\.\*\* ([^\n]+)", last)
@@ -158,7 +160,8 @@ def test_the_copies_of_make_test_differ_in_numbers_of_facts_alone(tmp_path):
 def notebook(*code: str, first: str = "", answer: str = "It can.") -> nbformat.NotebookNode:
     """A notebook that keeps the rules, but for what is given."""
     new, prose = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
-    first = first or "# 00 · A\n\n**Question.** Can it?\n\n*Run time: a minute.*"
+    own = "**Your own model.** Change `MODEL`."
+    first = first or f"# 00 · A\n\n**Question.** Can it?\n\n*Run time: a minute.*\n\n{own}"
     source = "[it](../pmet_lens/editing/edits.py)"
     see = f"See {source}, https://arxiv.org/abs/2308.08742, its second section."
     cells = [prose(first), new('MODEL = "world"', metadata={"tags": ["parameters"]})]
@@ -178,6 +181,7 @@ def test_a_good_notebook_passes():
     [
         (notebook(first="# 00 · A\n\n*Run time: a minute.*"), "question"),
         (notebook(first="# 00 · A\n\n**Question.** Can it?"), "how long"),
+        (notebook(first="# 00 · A\n\n**Question.** Can it?\n\n*Run time: a*"), "one's own"),
         (notebook(answer="It can. It does."), "one sentence"),
         (notebook("MODEL = 1"), "cells of code"),
         (notebook(*["1"] * 9), "9 cells of code"),

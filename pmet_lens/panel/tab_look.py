@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from pmet_lens.explorer import recipes, widgets
-from pmet_lens.explorer.frame import Shell, Tab, Work
+from pmet_lens.explorer.frame import Page, Tab, Work
 from pmet_lens.explorer.jobs import Tick
 from pmet_lens.explorer.views import View
 from pmet_lens.interp.attention import subject_attention
@@ -54,7 +54,7 @@ _PLACES = {
 class LookTab(Tab):
     """Which answer, which component, which token."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Page) -> None:
         super().__init__(shell, "Look", "Draw the map for the fact above")
         streams = all_streams(shell.session.model)
         named = [(f"{COMPONENT_NAMES[s]} ({s})" if s in COMPONENT_NAMES else s, s) for s in streams]

@@ -8,7 +8,7 @@ import pandas as pd
 
 from pmet_lens.data import markup
 from pmet_lens.explorer import recipes, widgets
-from pmet_lens.explorer.frame import Shell, Tab, Work
+from pmet_lens.explorer.frame import Page, Tab, Work
 from pmet_lens.explorer.jobs import Tick
 from pmet_lens.explorer.views import View
 from pmet_lens.plotting.maps import answer_bars
@@ -17,7 +17,7 @@ from pmet_lens.plotting.maps import answer_bars
 class AskTab(Tab):
     """A prompt, the likeliest next tokens, and how the text goes on."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Page) -> None:
         tip = "Ask the model, once without and once with the edits that are on it"
         super().__init__(shell, "Ask", tip)
         self.prompt = widgets.text(

@@ -12,7 +12,7 @@ from pmet_lens.data import markup
 from pmet_lens.editing.method import Method, SettingsError
 from pmet_lens.editing.methods import PMET
 from pmet_lens.explorer import recipes, variants, widgets
-from pmet_lens.explorer.frame import Shell, Tab, Work
+from pmet_lens.explorer.frame import Page, Tab, Work
 from pmet_lens.explorer.jobs import Tick
 from pmet_lens.explorer.views import View
 from pmet_lens.plotting import maps
@@ -23,7 +23,7 @@ _HEAD = ("method", "says", "P(new)", "paraphrases %", "neighbours kept %", "â€–Î
 class AblateTab(Tab):
     """Boxes to tick; every combination of them is edited and measured."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Page) -> None:
         tip = "Edit the fact above on the unedited model under each combination, and take it back"
         super().__init__(shell, "Compare", tip)
         self.attention = {

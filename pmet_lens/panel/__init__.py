@@ -1,0 +1,1 @@
+"""The panel of `pl.explore`: `explorer.py` opens models, and a file per tab."""
