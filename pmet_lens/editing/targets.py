@@ -113,8 +113,7 @@ def optimise(
         batch_tokens: tokens that one step runs, padding included (one fact at least; fewer where
             their logits would be too many); None: 1,024 on a CPU, elsewhere 16,384 or what keeps
             half of the free memory free.
-        fast: run only the part of the model that depends on the deltas; else, with the same
-            result, the whole model.
+        fast: run only what depends on the deltas; else, with the same result, the whole model.
     """
     if not facts:
         raise FactError("There are no facts to optimise; pass at least one Fact.")
@@ -159,7 +158,8 @@ def _descend(batch: objective.Objective, hp: Hparams, on_step: OnStep | None) ->
         read = batch.losses(deltas)
         at = active.nonzero(), torch.tensor(asked, device=active.device)
         newest[at], said[at] = read.each.to(newest), read.said
-        chosen, norms = ({s: v[active] for s, v in x.items()} for x in (deltas, batch.norms))
+        chosen: dict[Stream, Tensor] = {s: d[active] for s, d in deltas.items()}
+        norms: dict[Stream, Tensor] = {s: v[active] for s, v in batch.norms.items()}
         losses = objective.loss_terms(read.nll, read.kl, chosen, norms, weight[active], hp)
         columns: dict[str, Any] = {k: v.detach() for k, v in losses.items()}
         if some:  # whether a fact is done is for all of its prompts to tell
