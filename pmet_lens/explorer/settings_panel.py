@@ -10,7 +10,7 @@ from pmet_lens.editing.methods import METHODS, named
 from pmet_lens.explorer import widgets
 from pmet_lens.explorer.session import Session
 
-_STEPS = {"as published": "published", "fast: 12, cheaper": "fast"}
+_STEPS = {"as published": "published", "fast: 10, cheaper": "fast"}
 _BY_FAST = ("n_steps", "lr")
 """What fast steps settle, or do not read."""
 

@@ -12,6 +12,7 @@ from kept import bundled
 
 import pmet_lens as pl
 from pmet_lens.data import fetched
+from pmet_lens.editing.method import FAST
 from pmet_lens.explorer import fact_panel, models_panel, typed, views
 from pmet_lens.models import loading
 
@@ -204,7 +205,7 @@ def test_two_edits_are_made_and_one_is_kept(explorer):
     assert "Ten prompts about other things" in text
     explorer.two._keep["B"].click()
     (step,) = explorer.session.on()
-    assert (step.hparams.n_steps, step.hparams.step_rule) == (12, "falling")
+    assert (step.hparams.n_steps, step.hparams.step_rule) == (FAST["n_steps"], FAST["step_rule"])
     assert len(explorer.edit.history) == 1
     explorer.two._keep["B"].click()
     assert "is on the model" in explorer._status.value
@@ -216,7 +217,7 @@ def test_fast_steps_are_a_choice_where_they_are_tried(explorer):
     settings = explorer.edit.settings
     settings.steps.value = "fast"
     _, change = settings.read()
-    assert change == {"n_steps": 12, "step_rule": "falling", "prefixes_per_step": 1}
+    assert change == dict(FAST)
     assert settings.controls["n_steps"].disabled
     settings.method.value = "ROME"
     assert (settings.steps.value, settings.steps.disabled) == ("published", True)
