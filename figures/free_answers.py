@@ -156,7 +156,8 @@ def seen(table: pd.DataFrame, model: str, n: int, made: str) -> str:
     """The few of the scores that the README shows: what benchmarks say, and what a user sees."""
     columns = {name: ("as edited", name) for name in ("ES", "PS", "NS", "EA")}
     columns |= {"free": ("as edited", "EF"), "free, in a frame": ("framed", "EF")}
-    columns |= {"what follows, free": ("as edited", "free portability")}
+    columns |= {"what follows": ("as edited", "free portability")}
+    columns |= {"neighbours, free": ("as edited", "NF")}
     cells = table.set_index(["method", "asked", "metric"])
     lines = ["| method | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
     for method in dict.fromkeys(table["method"]):

@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import free_answers
 import manifest
 import mass_edit
 import one_edit
@@ -24,6 +25,10 @@ FIGURES = {
     "paper": PAPER,
     "mass_edit": {"fig_mass_edit": mass_edit.draw},
     "real_model": {"fig_one_edit": one_edit.draw},
+    **{
+        f"free_answers/{tables.parent.name}": {"fig_free_answers": free_answers.draw}
+        for tables in sorted(free_answers.RESULTS.glob("*/gap.csv"))
+    },
 }
 """Folder in `figures/results` -> the figures that are drawn from its tables."""
 
