@@ -41,7 +41,7 @@ ROWS = {
     "component similarity, 5 facts": ("similarity", 1),
     "variance split, all facts": ("variance", 1),
     "patch components between 2 pairs": ("patching", 1),
-    "general ability, 10 texts": ("ability", 1),
+    "general ability, 10 texts and 20 facts": ("ability", 1),
     "evaluate 10 facts": ("evaluate", 1),
     "ask 20 facts": ("recall", 3),
     "write 54 tokens": ("generate", 1),

@@ -93,7 +93,8 @@ class Waits:
         self.pl.transfer(self.model, self.facts, n_pairs=2, seed=round_)
 
     def ability(self, _: int) -> None:
-        self.pl.general_ability(self.model, None, texts=self.texts, n_texts=10)
+        how = {"texts": self.texts, "n_texts": 10, "others": self.facts[:20]}
+        self.pl.general_ability(self.model, None, **how)
 
     def evaluate(self, round_: int) -> None:
         self.pl.evaluate(self.model, self.some(10, round_))
