@@ -23,6 +23,7 @@ import pandas as pd
 import real
 from common import HERE, OUT, known_records, legend, make, panels, provenance, read
 from matplotlib.figure import Figure
+from paper import spent
 
 import pmet_lens as pl
 from pmet_lens import data, plotting
@@ -187,6 +188,7 @@ def draw(folder: Path) -> Figure:
         plotting.gap_bars(gap, ax, kind)
     axes[0, 1].set_yticklabels([])
     if not in_a_row:
+        legend(fig, axes[0, 0], 3)
         return fig
     row = read(folder, "retention")
     for ax, metric in zip(axes[1], ("EF", "perplexity"), strict=True):
@@ -241,7 +243,9 @@ def main() -> None:
         parser.exit(2, f"{error}\n")
     table = scores(study.folder, ("unedited", *args.methods))
     table.to_csv(study.folder / "scores.csv", index=False, float_format="%.6g")
-    made = provenance((time.monotonic() - start) / 60, study.model.device)
+    minutes = spent(study.folder) + (time.monotonic() - start) / 60
+    (study.folder / "minutes.txt").write_text(str(minutes), encoding="utf-8")
+    made = provenance(minutes, study.model.device)
     steps = ", fast targets" * args.fast
     text = page(table, args.model + steps, len(study.facts), made)
     (study.folder / "free_answers.md").write_text(text, encoding="utf-8")
