@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -63,7 +64,9 @@ def world_moments(tmp_path_factory) -> Callable[[str], Any]:
 
     def moments(name: str) -> Any:
         how = {"projections": ("mlp",), "n_tokens": 15_000}
-        return pl.kept_moments(folder / f"{name}.safetensors", bundled(name), pl.texts(), **how)
+        with warnings.catch_warnings():  # two workers may ask at once, and one of them waits
+            warnings.filterwarnings("ignore", "Another process computes")
+            return pl.kept_moments(folder / f"{name}.safetensors", bundled(name), pl.texts(), **how)
 
     return moments
 
