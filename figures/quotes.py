@@ -33,7 +33,7 @@ QUOTES = {
     ("docs/results.md", "real_study"): ("figures/results/real/study.md",),
     ("docs/free_answers.md", "free_answers"): (f"{FREE}/smollm2-135m/free_answers.md",),
     ("docs/free_answers.md", "seen_others"): tuple(
-        f"{FREE}/{model}/seen.md" for model in ("world-sequential", "world")
+        f"{FREE}/{model}/seen.md" for model in ("gemma-3-270m", "world-sequential", "world")
     ),
     ("docs/own_models.md", "real"): ("figures/results/real_model/real.md",),
 }
