@@ -31,7 +31,7 @@ from pmet_lens.models.memory import halving
 from pmet_lens.models.model import Model, Stream
 
 OnStep = Callable[[int, Mapping[str, Float[Tensor, " fact"]]], object]
-_SHOWN = 10
+_SHOWN = 10  # facts that a notebook shows
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from kept import bundled
 
 import pmet_lens as pl
 from pmet_lens.explorer import effects, recipes
 
 N_TOKENS = 3000
-
-
-@pytest.fixture(scope="module")
-def model():
-    return bundled("world")
-
-
-@pytest.fixture(scope="module")
-def moments(model):
-    return pl.second_moments(model, pl.texts(), n_tokens=N_TOKENS)
 
 
 @pytest.fixture

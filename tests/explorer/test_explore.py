@@ -10,7 +10,6 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from kept import bundled
 from tiny import tiny_hf, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -20,17 +19,6 @@ from pmet_lens.explorer import recipes, variants, views, widgets
 from pmet_lens.plotting.maps import attention_panels, lens_panels, loss_curve, trace_panels
 
 N_TOKENS = 3000
-
-
-@pytest.fixture(scope="module")
-def model():
-    return bundled("world")
-
-
-@pytest.fixture(scope="module")
-def moments(model):
-    """Of all sites PMET can write, so that no test computes them twice."""
-    return pl.second_moments(model, pl.texts(), n_tokens=N_TOKENS)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import threading
 
 import pytest
 import torch
-from kept import bundled
 
 import pmet_lens as pl
 from pmet_lens.data import fetched
@@ -17,16 +16,6 @@ from pmet_lens.explorer import fact_panel, models_panel, typed, views
 from pmet_lens.models import loading
 
 N_TOKENS = 3000
-
-
-@pytest.fixture(scope="module")
-def model():
-    return bundled("world")
-
-
-@pytest.fixture(scope="module")
-def moments(model):
-    return pl.second_moments(model, pl.texts(), n_tokens=N_TOKENS)
 
 
 @pytest.fixture
