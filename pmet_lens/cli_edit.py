@@ -14,12 +14,16 @@ from typing import Any
 
 import pmet_lens as pl
 from pmet_lens.data import fetched
+from pmet_lens.data.file_format import to_plain
 from pmet_lens.evaluation import ability
+from pmet_lens.interp import suggestion
 from pmet_lens.models.loading import of_the_world, quiet
 from pmet_lens.moments.inputs import EditInputs
 from pmet_lens.shipping import checkpoints, gguf_copies, undoing
 
 Say = Callable[..., None]
+_TRACED = 24
+"""Facts that settings are suggested from."""
 _NAMED = 5
 """Facts that did not take, by name."""
 
@@ -80,8 +84,12 @@ def _settings(
         except pl.SettingsError:
             if of_the_world(model):
                 raise
-    traced = facts_of(args.suggest, 30, model) if args.suggest else pl.recalled(model, n=24)
-    suggested = pl.suggest_hparams(model, traced, n_facts)
+    if args.suggest:
+        traced = facts_of(args.suggest, 30, model)
+        of, facts = [to_plain(fact) for fact in traced], lambda: traced
+    else:
+        of, facts = f"recalled {_TRACED}", lambda: pl.recalled(model, n=_TRACED)
+    suggested = suggestion.kept_suggestion(model, facts, of, n_facts)
     say(f"settings: {suggested!r}", sys.stderr)
     return suggested.hparams
 

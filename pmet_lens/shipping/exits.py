@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ def gguf(
 ) -> pd.DataFrame:
     """`Edit.save_gguf`."""
     out = Path(target).expanduser()
-    known, table = gguf_copies.save(vars(edit), source, out, kind, any_base)
-    if undoable:
-        undoing.keep_gguf(known, out, list(table.index), _said(edit))
+    # No copy gets its name before its way back is there.
+    keep = partial(undoing.keep_gguf, target=out, said=_said(edit)) if undoable else None
+    known, table = gguf_copies.save(vars(edit), source, out, kind, any_base, keep)
     more = {"stated": str(known.values.get("general.license") or ""), "written": table}
     card = out.with_name(f"{out.name}.md")
     cards.write(card, vars(edit), "A GGUF file:", "gguf", receipt, effects, **more)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -175,12 +175,14 @@ def save(
     target: str | Path,
     kind: str | None,
     any_base: bool,
+    first: Callable[[Layout, Path, list[str]], None] | None = None,
 ) -> tuple[Layout, pd.DataFrame]:
     """Write the edit with these fields (`vars(edit)`) into a copy of a GGUF file; the source's
-    layout, and the table that `Edit.save_gguf` returns.
+    layout, and the table that `Edit.save_gguf` returns. `first` is called with the layout, the
+    finished copy and the names of its edited tensors before the copy gets its name.
 
     Raises:
-        EditError: for what cannot be done; nothing is written then.
+        EditError: for what cannot be done; no copy is written then.
     """
     path, out = source_of(source), Path(target).expanduser()
     if kind is not None and kind not in TYPES:
@@ -204,6 +206,8 @@ def save(
         out.parent.mkdir(parents=True, exist_ok=True)
         with file_format.whole(out) as part:
             rewritten(known, part, new)
+            if first is not None:
+                first(known, part, list(new))
     except OSError as error:
         raise EditError(f"The copy could not be written to {out}: {error}") from error
     columns = ["tensor", "site", "was", "stored", "rounded", "bytes"]

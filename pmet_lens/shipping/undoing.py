@@ -31,15 +31,18 @@ def file_of(edited: Path) -> Path:
     return edited / FOLDER / "undo.safetensors"
 
 
-def keep_gguf(source: gguf_copies.Layout, target: Path, names: list[str], said: list[str]) -> None:
-    """Write what `restored` needs of a copy of this source beside it."""
+def keep_gguf(
+    source: gguf_copies.Layout, copy: Path, names: list[str], *, target: Path, said: list[str]
+) -> None:
+    """Write what `restored` needs of this copy of the source, which will lie at `target`, beside
+    that."""
     raw = {name: source.packed(name) for name in names}
     tensors = {n: torch.from_numpy(np.frombuffer(b, np.uint8).copy()) for n, b in raw.items()}
     head = {
         "format": FORMAT,
         "types": {name: source.tensors[name].kind for name in names},
         "source": file_format.file_digest(source.path),
-        "edited": file_format.file_digest(target),
+        "edited": file_format.file_digest(copy),
         "facts": said,
     }
     file_format.write(file_of(target), tensors, head, "the way back", EditError)

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,48 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are there, too
 }
+LIGHT = {"apputils-extension/themes": {"theme": "JupyterLab Light"}}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Jupyter on loopback that serves the notebooks of a folder."""
+
+    folder: Path
+    root: str
+    page: str
+    token: str
+
+    def copied(self, name: str) -> str:
+        """Address of a copy of a notebook without outputs, in a light theme: no test meets the
+        kernel, the outputs or the settings of another."""
+        notebook = json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8"))
+        notebook["metadata"].pop("widgets", None)
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                cell.update(outputs=[], execution_count=None)
+        new = f"{Path(name).stem}-{secrets.token_hex(4)}.ipynb"
+        (self.folder / new).write_text(json.dumps(notebook), encoding="utf-8")
+        _settings(self.folder, SETTINGS | LIGHT)
+        return f"{self.root}/{self.page}/{new}?token={self.token}&reset"
+
+    def end_sessions(self) -> None:
+        """Shut down every kernel."""
+        for one in json.loads(self._ask("sessions")):
+            self._ask(f"sessions/{one['id']}", method="DELETE")
+
+    def _ask(self, what: str, method: str = "GET") -> bytes:
+        head = {"Authorization": f"token {self.token}"}
+        request = urllib.request.Request(f"{self.root}/api/{what}", headers=head, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+
+def _settings(folder: Path, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value), encoding="utf-8")
 
 
 def chromium() -> str | None:
@@ -33,32 +76,21 @@ def chromium() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a JupyterLab, token and all but the file name, on copies of the notebooks without
-    their outputs."""
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A JupyterLab."""
     yield from _served(tmp_path_factory.mktemp("lab"), "jupyterlab", "LabApp", "lab/tree")
 
 
 @pytest.fixture(scope="session")
-def notebook_7(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The same of a Jupyter Notebook 7; skips where it is missing."""
+def notebook_7(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A Jupyter Notebook 7; skips where it is missing."""
     pytest.importorskip("notebook", reason='needs Notebook 7: pip install -e ".[browser]"')
     folder = tmp_path_factory.mktemp("notebook")
     yield from _served(folder, "notebook", "JupyterNotebookApp", "notebooks")
 
 
-def _served(folder: Path, module: str, app: str, page: str) -> Iterator[str]:
-    for path in (ROOT / "notebooks").glob("0[06]*.ipynb"):
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        notebook["metadata"].pop("widgets", None)
-        for cell in notebook["cells"]:
-            if cell["cell_type"] == "code":
-                cell.update(outputs=[], execution_count=None)
-        (folder / path.name).write_text(json.dumps(notebook), encoding="utf-8")
-    for name, values in SETTINGS.items():
-        file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values), encoding="utf-8")
+def _served(folder: Path, module: str, app: str, page: str) -> Iterator[Server]:
+    _settings(folder, SETTINGS | LIGHT)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,7 +116,7 @@ def _served(folder: Path, module: str, app: str, page: str) -> Iterator[str]:
         _wait(f"{address}/api?token={token}", server, folder / "server.log")
         with pytest.raises(urllib.error.HTTPError):  # nobody gets in without the token
             urllib.request.urlopen(f"{address}/api/contents", timeout=10)
-        yield f"{address}/{page}/{{}}?token={token}&reset"
+        yield Server(folder, address, page, token)
     finally:
         server.terminate()
         server.wait(timeout=30)
@@ -121,23 +153,23 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def opened(lab: str, browser: Any) -> Iterator[Any]:
+def opened(lab: Server, browser: Any) -> Iterator[Any]:
     """A function that opens a notebook; behind the test no page may have complained."""
     yield from _opened(lab, browser)
 
 
 @pytest.fixture
-def opened_in_7(notebook_7: str, browser: Any) -> Iterator[Any]:
+def opened_in_7(notebook_7: Server, browser: Any) -> Iterator[Any]:
     """The same in Notebook 7."""
     yield from _opened(notebook_7, browser)
 
 
-def _opened(address: str, browser: Any) -> Iterator[Any]:
+def _opened(server: Server, browser: Any) -> Iterator[Any]:
     pages = []
 
     def open_notebook(name: str, width: int = 1280) -> Page:
         context = browser.new_context(viewport={"width": width, "height": 800})
-        page = Page(context.new_page(), address.format(name))
+        page = Page(context.new_page(), server.copied(name))
         pages.append((context, page))
         return page
 
@@ -146,4 +178,5 @@ def _opened(address: str, browser: Any) -> Iterator[Any]:
         page.page.screenshot(path=OUT / f"last-{n}.png")
         complaints = page.complaints
         context.close()
+        server.end_sessions()
         assert complaints == []

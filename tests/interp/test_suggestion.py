@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 from kept import bundled, shared_model
 
 import pmet_lens as pl
+from pmet_lens.interp import suggestion
 
 torch.set_num_threads(1)
 
@@ -23,6 +25,24 @@ def test_the_last_layer_is_where_the_bundled_models_recall(name):
     assert "Suggestion, not tuned" in repr(found)
     assert "most of the answer at layer 3" in found.why
     assert set(found.trace["place"]) >= {"last subject token", "last"}
+
+
+def test_a_kept_suggestion_is_traced_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PMET_LENS_CACHE", str(tmp_path / "cache"))
+    model, facts = shared_model("gpt2"), pl.counterfact(n=2)
+    first = suggestion.kept_suggestion(model, lambda: facts, "two", 20)
+    again = suggestion.kept_suggestion(model, lambda: pytest.fail("asked again"), "two", 20)
+    assert (again.hparams, again.why) == (first.hparams, first.why)
+    pd.testing.assert_frame_equal(again.trace, first.trace)
+    assert first.hparams == pl.suggest_hparams(model, facts, 20).hparams
+    other = suggestion.kept_suggestion(model, lambda: pytest.fail("asked again"), "two", 40)
+    assert other.hparams.second_moment_weight == 2 * first.hparams.second_moment_weight
+    seen = []
+    suggestion.kept_suggestion(model, lambda: seen.append(1) or facts[:1], "one")
+    assert seen == [1]
+    monkeypatch.setenv("PMET_LENS_CACHE", "/dev/null/no")
+    with pytest.warns(UserWarning, match="could not be kept .*traces again"):
+        suggestion.kept_suggestion(model, lambda: facts, "two")
 
 
 @pytest.mark.slow

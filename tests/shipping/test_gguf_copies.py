@@ -128,6 +128,14 @@ def test_it_is_taken_back_to_the_last_byte(source, edit, tmp_path):
         undoing.restored(source, back)
 
 
+def test_no_copy_without_its_way_back(source, edit, tmp_path):
+    out = tmp_path / "edited.gguf"
+    undoing.file_of(out).mkdir()
+    with refused("the way back could not be written", pl.EditError):
+        edit.save_gguf(source, out, undoable=True)
+    assert [p.name for p in tmp_path.iterdir()] == [undoing.file_of(out).name]
+
+
 def test_a_file_of_any_alignment_and_of_an_edited_last_tensor(tmp_path):
     """Nothing fills up its end; the last tensor is one that is edited."""
     path = tmp_path / "odd.gguf"
