@@ -63,11 +63,11 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.published, self.methods = args.published, args.methods
         self.tables = {name: self._kept(name) for name in ("scores", "times")}
-        self.facts = agreeing(pl.read_facts(args.facts))[: max(args.loads)]
-        self.loads = sorted({min(load, len(self.facts)) for load in args.loads})
         texts = list(pl.texts(args.texts))
         self.held_out = [" ".join(text.split()[:WORDS]) for text in texts[-HELD_OUT:]]
         self.model = self.timed("load", 1, lambda: pl.load(args.model, device=args.device))
+        self.facts = pl.editable(self.model, pl.read_facts(args.facts))[: max(args.loads)]
+        self.loads = sorted({min(load, len(self.facts)) for load in args.loads})
 
         def bench() -> pl.Bench:
             given = texts[:-HELD_OUT], real.N_TOKENS, self.settings, real.LAYERS, SHARD
@@ -198,13 +198,6 @@ class Study:
             return []
         rows = read(self.folder, name).fillna({"method": ""})
         return [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")]
-
-
-def agreeing(facts: Sequence[pl.Fact]) -> list[pl.Fact]:
-    """Those that contradict no fact before them."""
-    answers: dict[str, str | None] = {}
-    first = [answers.setdefault(fact.text, fact.target_new) for fact in facts]
-    return [f for f, answer in zip(facts, first, strict=True) if f.target_new == answer]
 
 
 def page(scores: pd.DataFrame, times: pd.DataFrame, made: str) -> str:

@@ -147,7 +147,7 @@ class Study(tune.Study):
             return every[:MANY], every[tune.HELD_OUT :][:tuned_on], pl.knowns()[:: tune.EVERY]
         every = self.known("real_facts")
         if self.args.counterfact:
-            records = agreeing(self.lists["CounterFact"])
+            records = pl.editable(self.model, self.lists["CounterFact"])
             n = len(records) - tuned_on
             return records[:n][:MANY], records[n:], every[:ASKED]
         n = len(every) - tuned_on
@@ -218,7 +218,7 @@ class Study(tune.Study):
             for name in self.args.methods:
                 yield from self.looks(n, name)
         if self.args.zsre:
-            facts = agreeing(pl.zsre(self.args.zsre))[: min(100, self.args.facts)]
+            facts = pl.editable(self.model, pl.zsre(self.args.zsre))[: min(100, self.args.facts)]
             for name in ("unedited", *self.args.methods):
                 yield f"zsre {len(facts)} {name}", partial(self.asked, self.rows, name, facts)
         yield from self.gain()
@@ -371,11 +371,6 @@ def of_several(facts: Sequence[pl.Fact], n: int) -> list[pl.Fact]:
     shared = [fact for fact in facts if counts[fact.subject] > 1][:n]
     rest = [fact for fact in facts if counts[fact.subject] == 1]
     return [*shared, *spread(rest, n - len(shared))] if n > len(shared) else shared
-
-
-def agreeing(facts: Sequence[pl.Fact]) -> list[pl.Fact]:
-    """Of the records of one prompt about one subject the first: two answers contradict."""
-    return list({(f.subject, f.prompt): f for f in reversed(facts)}.values())[::-1]
 
 
 def phrased(model: pl.Model, facts: Sequence[pl.Fact]) -> list[pl.Fact]:

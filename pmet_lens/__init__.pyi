@@ -47,6 +47,7 @@ from .evaluation.ability import general_ability as general_ability
 from .evaluation.ability import lm_eval_model as lm_eval_model
 from .evaluation.free_answers import Asking as Asking
 from .evaluation.gap import evaluation_gap as evaluation_gap
+from .evaluation.knowledge import editable as editable
 from .evaluation.knowledge import recalled as recalled
 from .evaluation.knowledge import with_related as with_related
 from .evaluation.metrics import summarise as summarise
@@ -62,6 +63,7 @@ from .experiments.grid import Run as Run
 from .experiments.grid import load_grid as load_grid
 from .experiments.grid import save_grid as save_grid
 from .experiments.store import rows_of as rows_of
+from .experiments.target_files import KeptTargets as KeptTargets
 from .experiments.trials import Bench as Bench
 from .experiments.trials import Trial as Trial
 from .experiments.trials import ablations as ablations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -13,8 +13,6 @@ from pmet_lens.data.words import writes_blanks as writes_blanks
 
 BENCHMARKS = ("zsre",)
 """Benchmarks that are scored in their own way; see `Fact.benchmark`."""
-
-
 _OPTIONAL = ("target_new", "target_true", "relation", "benchmark")
 _TEXTS = ("paraphrases", "attributes", "generation", "aliases")
 _PAIRS = ("neighbours", "portability")
@@ -248,41 +246,45 @@ def _pairs(name: str, value: Any) -> tuple[tuple[str, str], ...]:
 def check_editable(facts: Sequence[Fact]) -> None:
     """Refuse fact lists that no edit can satisfy, or that say one thing twice.
 
-    Two facts contradict each other if they ask for different answers to the same prompt about the
-    same subject, or to the same relation of the same subject in other words. The latter does not
-    hold where both had different true answers: then the relation admits several (Istanbul has more
-    than one twin city in CounterFact). Two facts are the same if at most their `case_id` differs;
-    asking for one answer in several phrasings is no repetition.
+    Two facts contradict each other if they ask for different answers to one prompt about a subject,
+    or to one relation of it in other words, unless that had different true answers: then it admits
+    several (Istanbul has more than one twin city in CounterFact). Two facts are the same if at most
+    their `case_id` differs; one answer in several phrasings is no repetition.
 
-    Raises:
-        FactError: for an empty list, a fact without `target_new`, two facts that contradict each
-            other, and one that is there twice; the message names them.
+    Raises `FactError` for an empty list, and the first of `refused`; the message names the facts.
     """
     if not facts:
         raise FactError("There are no facts to edit; pass at least one Fact.")
+    for _, error in refused(facts):
+        raise error
+
+
+def refused(facts: Iterable[Fact]) -> Iterator[tuple[int, FactError]]:
+    """The number of each fact without `target_new`, that contradicts one before it, or is there
+    already, and why in words; it counts as not there for those after it."""
     seen: set[str] = set()
     asked: dict[tuple[str, str], Fact] = {}
-    related: dict[tuple[str, str], list[Fact]] = {}
-    for fact in facts:
-        if fact.target_new is None:
-            raise FactError(f"{fact.text!r} has no target_new; an edit needs the new answer.")
-        first = asked.setdefault((fact.subject, fact.prompt), fact)
-        if first.target_new != fact.target_new:
-            raise FactError(
-                f"Two facts contradict each other: {fact.text!r} should be both "
-                f"{first.target_new!r} and {fact.target_new!r}. Keep one of them."
-            )
-        if fact.relation is not None:
-            same = related.setdefault((fact.subject, fact.relation), [])
-            for other in same:
+    related: dict[tuple[str, str | None], list[Fact]] = {}
+    for number, fact in enumerate(facts):
+        same = related.setdefault((fact.subject, fact.relation), [])
+        try:
+            if fact.target_new is None:
+                raise FactError(f"{fact.text!r} has no target_new; an edit needs the new answer.")
+            first = asked.get((fact.subject, fact.prompt), fact)
+            if first.target_new != fact.target_new:
+                both = f"{fact.text!r} should be both {first.target_new!r} and {fact.target_new!r}."
+                raise FactError(f"Two facts contradict each other: {both} Keep one of them.")
+            for other in same if fact.relation is not None else ():
                 _check_agree(other, fact)
+            if (one := repr(replace(fact, case_id=None))) in seen:
+                told = f"{fact.text!r} should be {fact.target_new!r}. Keep one."
+                raise FactError(f"A fact is there twice: {told}")
+        except FactError as error:
+            yield number, error
+        else:
+            asked[fact.subject, fact.prompt] = fact
             same.append(fact)
-        one = repr(replace(fact, case_id=None))
-        if one in seen:
-            raise FactError(
-                f"A fact is there twice: {fact.text!r} should be {fact.target_new!r}. Keep one."
-            )
-        seen.add(one)
+            seen.add(one)
 
 
 def _check_agree(first: Fact, second: Fact) -> None:

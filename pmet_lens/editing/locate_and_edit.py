@@ -26,7 +26,7 @@ from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import PMET, resolved, settled
 from pmet_lens.editing.solvers import Dense, Factor, NullSpace, On, SecondMoment, SolveError
 from pmet_lens.editing.targets import OnStep, Targets
-from pmet_lens.evaluation import scoring
+from pmet_lens.evaluation import knowledge, scoring
 from pmet_lens.evaluation.retention import Checkpoints
 from pmet_lens.models import generation
 from pmet_lens.models.model import Model, Site
@@ -41,12 +41,13 @@ def edit(
     method: Method | Editor | str = PMET,
     hparams: Any = None,
     contexts: Sequence[str] | None = None,
-    targets: Targets | None = None,
+    targets: Targets | Callable[..., Targets] | None = None,
     on_step: OnStep | None = None,
     *,
     factorised: dict[Site, Factor] | None = None,
     earlier: Mapping[Site, Float[Tensor, "key d_in"]] | None = None,
     check: bool | None = None,
+    skip: bool = False,
 ) -> Edit:
     """Compute one edit that makes `model` give every fact's new answer.
 
@@ -54,33 +55,33 @@ def edit(
 
     Args:
         moments: Site (or its text, "5.mlp") -> second moment of the keys, `[d_in, d_in]` tensors or
-            `Moment`s, in memory (`load_moments`) or on disk (`open_moments`); None for a method
-            that needs none (fine-tuning).
+            `Moment`s, in memory or on disk (`open_moments`); None for fine-tuning.
         method: a value, or a name that `pl.named` knows.
         hparams: `Hparams`, or what the method has instead; None takes the settings known for this
-            model as they were released (`pl.HPARAMS`), λ included, however many facts. What
-            `Hparams` leave open is as released for the method, λ by the number of facts; the edit
-            says what it was (`Edit.hparams`).
+            model as released (`pl.HPARAMS`), λ included, however many facts. What `Hparams` leave
+            open is as released, λ by the number of facts; `Edit.hparams` says what it was.
         contexts: prefixed templates such as "I am. {}"; None samples them from the model.
-        targets: from an earlier edit of the same facts, to skip their optimisation.
+        targets: from an earlier edit of the same facts, to skip their optimisation; or, for one
+            that goes on where it was cut, `pl.KeptTargets(folder)`.
         on_step: called with (step, losses per fact) after every optimisation step.
         factorised: kept factorisations of the moments, filled here and reused by later edits;
             pass the same dict only with the same moments, solver, λ and `earlier`. Worth it for
             solvers that need an eigendecomposition; a `Moment` keeps its Cholesky factor itself.
-        earlier: per site the keys of facts edited before, whose answers are to survive
-            (`edit_sequentially` keeps them).
+        earlier: per site the keys of facts edited before, whose answers are to survive.
         check: ask the edited model for every new answer, once (`Edit.answered`), and warn where it
             gives less than half of them; None: unless `targets` are given.
+        skip: leave out facts that cannot be edited, with a warning (`pl.editable` lists them).
 
     Raises:
         FactError, SettingsError, SolveError: bad facts, settings, or moments, in words.
     """
-    facts, method = listed(facts), resolved(method)
+    method = resolved(method)
+    facts = knowledge.editable(model, facts, contexts or ("{}",)) if skip else listed(facts)
     check_editable(facts)
     made = _made(
         model, facts, moments, method, hparams, contexts, targets, on_step, factorised, earlier
     )
-    if check is False or (check is None and targets is not None):
+    if check is False or (check is None and isinstance(targets, Targets)):
         return made
     with made.applied(model):
         said = scoring.answered(model, facts)
@@ -102,7 +103,7 @@ def _made(
     method: Method | Editor,
     hparams: Any,
     contexts: Sequence[str] | None,
-    targets: Targets | None,
+    targets: Targets | Callable[..., Targets] | None,
     on_step: OnStep | None,
     factorised: dict[Site, Factor] | None,
     earlier: Mapping[Site, Tensor] | None,
@@ -135,6 +136,8 @@ def _made(
     if targets is None:
         with progress.steps("targets", len(facts), hp.n_steps, on_step) as told:
             targets = targeting.optimise(model, facts, method, hp, contexts, told)
+    elif not isinstance(targets, Targets):
+        targets = targets(model, facts, method, hp, contexts)
     targeting.check(model, targets, facts, method, hp)
     targeting.warn_already_true(targets, facts)
 

@@ -1,15 +1,19 @@
-"""What a model knows of a list of facts, which lists fit it, what else is known of a subject."""
+"""What a model knows of a list of facts, which lists fit it, which of them it can be edited with,
+what else is known of a subject."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
 from pmet_lens.data import datasets
-from pmet_lens.data.facts import Fact, Implication, listed, with_answer
+from pmet_lens.data.fact_tables import FactList
+from pmet_lens.data.facts import Fact, FactError, Implication, listed, refused, with_answer
 from pmet_lens.data.progress import Tell
 from pmet_lens.evaluation import scoring
 from pmet_lens.evaluation.real_facts import real_facts
+from pmet_lens.models import tokens
 from pmet_lens.models.loading import of_the_world
 from pmet_lens.models.model import Model
 
@@ -40,6 +44,37 @@ def recalled(
         if n is not None and len(known) >= n:
             break
     return known[:n]
+
+
+def editable(
+    model: Model, facts: Fact | Sequence[Fact], contexts: Sequence[str] = ("{}",)
+) -> FactList:
+    """The facts that one edit can be made of (`pl.edit(..., skip=True)` does this), and in the
+    attribute `left_out` a sentence for each other one, also in a warning: no new answer, the
+    contradiction of a fact before it, a repetition, or what this tokenizer cannot write or the
+    model not read (behind each of the `contexts`, templates such as "I am. {}").
+
+    Raises `FactError` where none is left, or for anything else than facts.
+    """
+    several = listed(facts)
+    wrong: dict[int, FactError] = {}
+    for number, fact in enumerate(several):
+        try:
+            if fact.target_new is not None:
+                tokens.encode(model, tokens.prompts_of(fact, contexts, fact.target_new))
+        except FactError as error:
+            wrong[number] = error
+    places = [number for number in range(len(several)) if number not in wrong]
+    wrong |= {places[n]: error for n, error in refused([several[number] for number in places])}
+    found = FactList(fact for number, fact in enumerate(several) if number not in wrong)
+    found.left_out = tuple(f"Fact {n} (counted from 0): {wrong[n]}" for n in sorted(wrong))
+    if not found:
+        why = found.left_out[0] if wrong else "pass at least one Fact."
+        raise FactError(f"There are no facts that can be edited: {why}")
+    if wrong:
+        told = f"{len(wrong)} of {len(several)} facts are left out (pl.editable lists them in"
+        warnings.warn(f"{told} left_out); the first: {found.left_out[0]}", stacklevel=3)
+    return found
 
 
 def with_related(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pmet_lens.data import file_format
+from pmet_lens.data import file_format, progress
 from pmet_lens.data.facts import Fact, FactError
 from pmet_lens.data.file_format import hash_of
 from pmet_lens.editing import edit_files, targets
@@ -25,6 +25,44 @@ FORMAT = "pmet_lens targets 1"
 STOPPED = ("", "goal", "steps")
 _UNREAD = {"second_moment_weight": 1.0, "null_space_threshold": 1.0, "null_space_l2": 1.0}
 """Strengths the optimisation does not read: targets that differ in nothing else are the same."""
+
+
+@dataclass(frozen=True)
+class KeptTargets:
+    """Targets that are found in parts, each kept in a folder as soon as it is there: an edit of
+    many facts that was cut goes on where it was, `pl.edit(..., targets=pl.KeptTargets("run"))`.
+
+    What is kept is found again where model, facts, method, strengths that targets follow from, and
+    prefixes are the same; anything else makes other files.
+    """
+
+    folder: str | Path
+    part: int = 125
+    """Facts of a file, at least 1: what a run that is cut may have to find again."""
+
+    def __call__(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        method: Method,
+        hparams: Hparams,
+        contexts: Sequence[str],
+    ) -> Targets:
+        """Those of the facts, found or read, with a line that counts them.
+
+        Raises:
+            FactError: for a `part` below 1.
+            EditError: for a file that is damaged, or a folder that cannot be written.
+        """
+        if self.part < 1:
+            raise FactError(f"part must be a number of facts ≥ 1, not {self.part}.")
+        folder = Path(self.folder).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise edit_files.EditError(f"Targets cannot be kept in {folder}: {error}") from error
+        with progress.line("targets", "fact") as tell:
+            return optimise(model, facts, method, hparams, contexts, folder, self.part, tell)
 
 
 def save(optimised: Targets, path: str | Path) -> None:

@@ -18,6 +18,7 @@ from tiny import FAMILIES, tiny_model
 
 import pmet_lens as pl
 from pmet_lens.data import datasets, file_format
+from pmet_lens.data.facts import FactError
 from pmet_lens.editing import targets
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.methods import SHORT_NAMES, named
@@ -174,6 +175,43 @@ def test_targets_are_read_as_they_were_written(gpt2, tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     target_files.save(again, str(path))
     assert same(target_files.load(str(path)), found)
+
+
+def test_an_edit_of_many_facts_goes_on_where_it_was_cut(gpt2, tmp_path, monkeypatch):
+    moments, kept = some_moments(gpt2), pl.KeptTargets(tmp_path / "run", part=1)
+    found, optimise = [], targets.optimise
+
+    def cut(model, facts, *rest, **more):
+        if len(found) == 2:
+            raise KeyboardInterrupt
+        found.append(facts[0])
+        return optimise(model, facts, *rest, **more)
+
+    monkeypatch.setattr(targets, "optimise", cut)
+    before = bits(gpt2)
+    with pytest.raises(KeyboardInterrupt):
+        pl.edit(gpt2, FACTS, moments, pl.PMET, HP, CONTEXTS, kept)
+    assert unchanged(gpt2, before)
+    found.pop()  # one more, then no further
+    edit = pl.edit(gpt2, FACTS, moments, pl.PMET, HP, CONTEXTS, kept)
+    assert found == [FACTS[0], FACTS[2]]
+    assert edit.answered is not None
+    again = pl.edit(gpt2, FACTS, moments, pl.PMET, HP, CONTEXTS, kept)
+    assert same(again.targets, edit.targets)
+    assert same_deltas(again, edit)
+    monkeypatch.undo()
+    whole = pl.edit(gpt2, FACTS, moments, pl.PMET, HP, CONTEXTS, pl.KeptTargets(tmp_path))
+    for stream, value in whole.targets.values.items():
+        assert torch.allclose(value, edit.targets.values[stream], atol=1e-9)
+
+
+def test_targets_that_cannot_be_kept_are_not_begun(gpt2, tmp_path):
+    (tmp_path / "file").touch()
+    given = gpt2, FACTS, some_moments(gpt2), pl.PMET, HP, CONTEXTS
+    with pytest.raises(EditError, match=r"Targets cannot be kept in .*file"):
+        pl.edit(*given, pl.KeptTargets(tmp_path / "file"))
+    with pytest.raises(FactError, match="part must be a number of facts"):
+        pl.edit(*given, pl.KeptTargets(tmp_path, part=0))
 
 
 def test_every_reason_to_stop_is_kept(tmp_path, whole):

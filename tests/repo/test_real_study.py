@@ -156,11 +156,6 @@ def test_subjects_with_several_facts_come_first():
     assert [f.subject for f in real_study.of_several(facts, 2)] == ["B", "B"]
 
 
-def test_of_records_that_contradict_the_first_stays():
-    facts = [pl.Fact("A", "{} is", "b"), pl.Fact("A", "{} is", "c"), pl.Fact("D", "{} is", "b")]
-    assert real_study.agreeing(facts) == [facts[0], facts[2]]
-
-
 def test_a_model_that_is_not_fetched_is_left_out_in_words(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["x", "--model", "nobody", "--out", str(tmp_path)])
     real_study.main()
