@@ -1,9 +1,8 @@
 """A copy of a GGUF file in which some tensors are others, and the rest is byte for byte the same:
 the header is copied as it stands, only the list of tensors is written anew.
 
-Names are those of the package `gguf` (`blk.5.ffn_down.weight`), which every architecture shares.
-Converters turn or permute queries, keys and values; the output projections, which alone are edited,
-stand in every file as `[d_model, d_in]`, and their hash is compared with that of the edit's base.
+Names are those of the package `gguf` (`blk.5.ffn_down.weight`). Converters turn or permute queries,
+keys and values; what is edited stands in every file as `[d_model, d_in]`, and its hash is compared.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from pmet_lens.models.weights import EditError
 
 TYPES = ("F16", "Q8_0", "F32", "BF16")
 """What an edited tensor can be stored as."""
-_ALIGNMENT = 32
-_CHUNK = 1 << 24
+_ALIGNMENT, _CHUNK = 32, 1 << 24
+_COLUMNS = ["tensor", "site", "was", "stored", "rounded", "bytes"]
 Replaced = Mapping[str, tuple[int, bytes]]
 """Per tensor its new type (a number of `gguf.GGMLQuantizationType`) and its new bytes."""
 
@@ -178,11 +177,9 @@ def save(
     first: Callable[[Layout, Path, list[str]], None] | None = None,
 ) -> tuple[Layout, pd.DataFrame]:
     """Write the edit with these fields (`vars(edit)`) into a copy of a GGUF file; the source's
-    layout, and the table that `Edit.save_gguf` returns. `first` is called with the layout, the
-    finished copy and the names of its edited tensors before the copy gets its name.
-
-    Raises:
-        EditError: for what cannot be done; no copy is written then.
+    layout, and the table that `Edit.save_gguf` returns. `first` is called with that layout, the
+    copy before it gets its name, and the edited tensors. Raises `EditError` for what cannot be
+    done; no copy is written then.
     """
     path, out = source_of(source), Path(target).expanduser()
     if kind is not None and kind not in TYPES:
@@ -210,8 +207,7 @@ def save(
                 first(known, part, list(new))
     except OSError as error:
         raise EditError(f"The copy could not be written to {out}: {error}") from error
-    columns = ["tensor", "site", "was", "stored", "rounded", "bytes"]
-    return known, pd.DataFrame(rows, columns=columns).set_index("tensor")
+    return known, pd.DataFrame(rows, columns=_COLUMNS).set_index("tensor")
 
 
 def _name(site: Site) -> str:
