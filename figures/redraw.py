@@ -16,6 +16,7 @@ import manifest
 import mass_edit
 import one_edit
 import study
+import tune
 from common import HERE, OUT, make
 from make import draw as draw_main
 from paper_tables import FIGURES as PAPER
@@ -25,6 +26,7 @@ FIGURES = {
     "paper": PAPER,
     "mass_edit": {"fig_mass_edit": mass_edit.draw},
     "real_model": {"fig_one_edit": one_edit.draw},
+    **({"tune": tune.FIGURES} if (tune.RESULTS / "compared.csv").exists() else {}),
     **{
         f"free_answers/{tables.parent.name}": {"fig_free_answers": free_answers.draw}
         for tables in sorted(free_answers.RESULTS.glob("*/gap.csv"))

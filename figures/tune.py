@@ -231,20 +231,27 @@ def main() -> None:
 
 def record(folder: Path) -> None:
     """Put the tables of this model among the committed ones, and the figure of all of them."""
-    RESULTS.mkdir(exist_ok=True)
-    for name in ("compared", "tried"):
-        new = read(folder, name)
-        new = new if "model" in new else new.assign(model=folder.name)
-        path = RESULTS / f"{name}.csv"
-        old = [read(RESULTS, name)] if path.exists() else []
-        old = [table[table["model"] != folder.name] for table in old]
-        pd.concat([*old, new], ignore_index=True).to_csv(path, index=False, float_format="%.6g")
-    text = (folder / "tune.md").read_text(encoding="utf-8")
-    (RESULTS / f"{folder.name}.md").write_text(text, encoding="utf-8")
+    merge(folder, RESULTS, ("compared", "tried"), "tune.md")
     used = make(draw, "fig_tune", RESULTS, folder)
     (RESULTS / "fig_tune.png").write_bytes((folder / "fig_tune.png").read_bytes())
     told = {"tune/fig_tune": [f"tune/{name}" for name in used]}
     manifest.write("tune.py", HERE / "results", told, computed=True, into=manifest.RECORDED)
+
+
+def merge(folder: Path, results: Path, names: tuple[str, ...], page: str) -> None:
+    """The tables and the page of one model among those of all."""
+    results.mkdir(exist_ok=True)
+    for name in names:
+        new = read(folder, name)
+        new = new if "model" in new else new.assign(model=folder.name)
+        path = results / f"{name}.csv"
+        old = [read(results, name)] if path.exists() else []
+        old = [table[table["model"] != folder.name] for table in old]
+        with data.whole(path) as part:
+            whole = pd.concat([*old, new], ignore_index=True)
+            whole.to_csv(part, index=False, float_format="%.6g")
+    text = (folder / page).read_text(encoding="utf-8")
+    (results / f"{folder.name}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ PMET and MEMIT beside the candidates of `pl.VARIANTS` (δ^a written too, other s
 out, targets refreshed), each tuned with the same budget on the same held-out facts, then
 on the same other facts, 20 and 100 at once: paired differences to MEMIT, and to PMET. Everything is
 kept in `figures/out/variants/MODEL`; a run that was cut goes on. A variant *dominates* where no
-metric is worse than that of both beyond its interval, and one is better.
+metric is worse than that of both beyond its interval, and one is better. `--record` replaces the
+committed tables.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import real
 import tune
-from common import OUT, provenance
+from common import HERE, OUT, provenance
 
 import pmet_lens as pl
 
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", help="names of pl.VARIANTS; default: all")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="facts at once")
     parser.add_argument("--out", type=Path, default=OUT / "variants")
+    parser.add_argument("--record", action="store_true", help="replace the committed tables")
     args = parser.parse_args()
     args.facts, bundled = max(args.sizes), args.model.startswith("world")
     args.tokens = args.tokens or (100_000 if bundled else real.N_TOKENS)
@@ -129,6 +131,9 @@ def main() -> None:
     study.keep("verdicts", told)
     made = provenance((time.monotonic() - start) / 60, study.model.device)
     (study.folder / "variants.md").write_text(page(table, told, made), encoding="utf-8")
+    if args.record:
+        results = HERE / "results" / "variants"
+        tune.merge(study.folder, results, ("compared", "verdicts"), "variants.md")
 
 
 if __name__ == "__main__":
