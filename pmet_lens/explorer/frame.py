@@ -31,7 +31,9 @@ class Shell:
         stop = "Stop the step that is running; the model stays as it was"
         self._stop = widgets.button("Stop", stop, self.runner.stop, "warning")
         self._stop.disabled = True
-        self.line = widgets.row(self._bar, self._stop, self._status)
+        rule = widgets.html(widgets.HIDDEN)
+        rule.layout.display = "none"
+        self.line = widgets.row(self._bar, self._stop, self._status, rule)
         self.box: Any = widgets.column(self.line)
 
     def button(self, label: str, tip: str, on_click: Callable[[], object], style: str = "") -> Any:
@@ -41,14 +43,20 @@ class Shell:
         self._buttons.append(made)
         return made
 
-    def run(self, what: str, work: Work, then: Callable[[Any], object]) -> None:
+    def run(
+        self,
+        what: str,
+        work: Work,
+        then: Callable[[Any], object],
+        instead: Callable[[], object] = lambda: None,
+    ) -> None:
         """Run `work(tick)` in a thread with progress and the stop button on, then show its result
-        with `then`. Errors are shown in words. Where there is no event loop, nobody could click
-        meanwhile, and this waits."""
+        with `then`. Errors are shown in words; after one, and after Stop, `instead` is called.
+        Where there is no event loop, nobody could click meanwhile, and this waits."""
         if not self.runner.busy:  # else `start` refuses
             self._pace.begin(what, time.monotonic())
             self._report = (what, 0, 0, "")
-        self.runner.start(work, lambda future: self._finish(what, future, then))
+        self.runner.start(work, lambda future: self._finish(what, future, then, instead))
         self._second()
         if self.runner.loop is None:
             self.wait()
@@ -61,17 +69,25 @@ class Shell:
         """Block until the step that is running is over, and what it shows is there."""
         self.runner.wait()
 
-    def _finish(self, what: str, future: Future[Any], then: Callable[[Any], object]) -> None:
+    def _finish(
+        self,
+        what: str,
+        future: Future[Any],
+        then: Callable[[Any], object],
+        instead: Callable[[], object],
+    ) -> None:
         error = future.exception()
         self._bar.value = 0.0 if error else 1.0
         if error is None:
             took = self._pace.end(time.monotonic())
             self.say(f"{what}: done, in {duration(took)}.")  # `then` may have more to say
             self._safely(lambda: then(future.result()))
-        elif isinstance(error, Stopped):
+            return
+        if isinstance(error, Stopped):
             self.say(f"{what}: stopped. The model is as it was.")
         else:
             self._failed(error)
+        instead()
 
     def _safely(self, call: Callable[[], object]) -> None:
         try:
@@ -128,7 +144,7 @@ class Tab(ABC):
         def drawn(tick: Tick) -> Any:
             return self.drawn(work(tick))
 
-        self._shell.run(what, drawn, self.show)
+        self._shell.run(what, drawn, self.show, self.pane.again)
 
     @abstractmethod
     def step(self) -> tuple[str, Work]:

@@ -84,9 +84,8 @@ class View:
         for name, content in self.files().items():
             kind = _MIME[Path(name).suffix]
             href = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-            links.append(
-                f'<a style="text-decoration: underline" download="{name}" href="{href}">{name}</a>'
-            )
+            style = "text-decoration: underline; color: inherit"
+            links.append(f'<a style="{style}" download="{name}" href="{href}">{name}</a>')
         return "Download: " + " · ".join(links)
 
 
@@ -131,6 +130,11 @@ class Pane:
         """Show a figure that is still growing, without export."""
         self._figure.value, self._text.value, self._out.value = html, "", ""
         self._row.layout.display = "none"
+
+    def again(self) -> None:
+        """Show what was shown before a figure that did not grow to its end."""
+        self._figure.value = self._text.value = ""
+        self._choose(self.results.value)
 
     def _export(self) -> None:
         if self.view is not None:

@@ -8,19 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pmet_lens.data.markup import escape
+from pmet_lens.data.markup import LINE, escape
 
 WIDE, LABEL = "16rem", "6rem"
 _BOX = {"width": "auto", "overflow": "visible"}
 
 
+HIDDEN = "<style>.lm-mod-hidden, .p-mod-hidden {display: none !important}</style>"
+"""A closed tab is not shown: pages of JupyterLab have this rule, those of Colab do not."""
+
+
 def available() -> bool:
-    """Whether ipywidgets can be imported."""
+    """Whether ipywidgets can be imported, and is 8 or later: titles of tabs, colours of letters and
+    how a widget shows itself came with it."""
     try:
-        import ipywidgets  # noqa: F401
+        import ipywidgets
     except ImportError:
         return False
-    return True
+    return int(ipywidgets.__version__.split(".")[0]) >= 8
 
 
 def text(label: str, value: str = "", tip: str = "", hint: str = "", live: bool = False) -> Any:
@@ -111,6 +116,7 @@ def button(label: str, tip: str, on_click: Callable[[], object], style: str = ""
     (contrast at least 7), which those of the widgets cannot."""
     layout = {"width": "auto", "min_width": "6rem", "flex": "0 0 auto"}
     ground = {"primary": "#0d47a1", "warning": "#8a3200"}.get(style)
+    layout |= {"border": LINE} if ground is None else {}  # some themes give it no ground
     colours = {} if ground is None else {"button_color": ground, "text_color": "#ffffff"}
     made = _new("Button", layout, description=label, tooltip=tip, style=colours)
     made.on_click(lambda _: on_click())

@@ -60,7 +60,7 @@ def explore(
             are computed when the first edit needs them. `hparams` None, and a fetched model:
             the layers that `docs/models.md` edits, strengths as released.
 
-    Where ipywidgets is missing (`pip install "pmet-lens[notebook]"`), or nothing can show it, the
+    Where ipywidgets 8 is missing (`pip install "pmet-lens[notebook]"`), or nothing can show it, the
     explorer shows itself as text, and `explorer.session` does the same without buttons. Where no
     event loop runs, every step is waited for; in a notebook call `explorer.wait()` before you use
     `explorer.session` in code.
@@ -166,7 +166,7 @@ class Explorer(Shell):
 
     def __repr__(self) -> str:
         if self.box is None:
-            need = 'ipywidgets (pip install "pmet-lens[notebook]")'
+            need = 'ipywidgets 8 (pip install "pmet-lens[notebook]")'
         else:
             need = "a notebook to be shown in"
         return _PLAIN.format(need=need)

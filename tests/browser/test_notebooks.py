@@ -38,7 +38,7 @@ def test_a_fact_is_typed_edited_and_undone(opened):
     notebook.tab("Look")
     page.get_by_label("View", exact=True).select_option("Causal trace")
     notebook.click("Look")
-    notebook.told("Causal trace: done.")
+    notebook.told("Causal trace: done, in")
     assert page.locator('svg[aria-label^="Causal trace of"]').count() == 1
     notebook.picture("look")
 
@@ -57,7 +57,7 @@ def test_a_fact_is_typed_edited_and_undone(opened):
     assert page.get_by_role("button", name="Undo", exact=True).count() == 0
     notebook.click("Edit")
     row = page.locator(".widget-html", has_text=f"→ {NEW}").last
-    notebook.told(f"the model says now: {NEW}")
+    notebook.told(f"(on); the model says now: {NEW}")
     assert "(on)" in row.inner_text()
     notebook.picture("edit")
     kinds = page.locator(".widget-html table td:first-child").locator("visible=true")
@@ -65,7 +65,7 @@ def test_a_fact_is_typed_edited_and_undone(opened):
     page.set_viewport_size({"width": 800, "height": 800})
     notebook.picture("edit-800")
     notebook.click("Undo")
-    notebook.told(f"the model says now: {OLD}")
+    notebook.told(f"(off); the model says now: {OLD}")
     assert "(off)" in row.inner_text()
 
     notebook.click("Export")
@@ -77,7 +77,7 @@ def test_a_fact_is_typed_edited_and_undone(opened):
 
     notebook.tab("Ablate")
     notebook.click("Compare")
-    notebook.told("Compare: done.")
+    notebook.told("Compare: done, in")
     page.evaluate(
         "jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
     )

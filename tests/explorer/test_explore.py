@@ -343,6 +343,19 @@ def test_stop_leaves_the_model_and_the_explorer_ready(model, moments, weights):
     assert explorer.session.steps == []
     assert explorer._stop.disabled
     assert not explorer.edit.button.disabled
+    pane = explorer.edit.pane
+    assert pane._figure.value == ""  # no half a curve
+
+    def click(edit):
+        explorer.session.edit = edit
+        explorer.edit.button.click()
+        explorer.wait()
+        return pane._figure.value, pane._text.value, pane._row.layout.display
+
+    shown = click(original)
+    assert shown[0]
+    assert click(stopped_midway) == shown  # what was there comes back
+    explorer.session.undo(explorer.session.steps[0])
 
 
 def test_without_widgets_there_is_text(model, monkeypatch):
@@ -362,6 +375,16 @@ def test_without_widgets_there_is_text(model, monkeypatch):
     assert set(explorer._repr_mimebundle_()) == {"text/plain", "text/html"}
     bundle = pl.explore(model)._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
+
+
+def test_old_widgets_are_none(model, monkeypatch):
+    """Version 7, which some services have, shows tabs without titles."""
+    import ipywidgets
+
+    monkeypatch.setattr(ipywidgets, "__version__", "7.7.1")
+    assert "ipywidgets 8" in repr(pl.explore(model))
+    monkeypatch.setattr(ipywidgets, "__version__", "10.0.0")
+    assert pl.explore(model).box is not None
 
 
 def test_values_show_themselves_without_colours_of_their_own(model, moments, weights):
