@@ -31,7 +31,7 @@ class Shell:
         stop = "Stop the step that is running; the model stays as it was"
         self._stop = widgets.button("Stop", stop, self.runner.stop, "warning")
         self._stop.disabled = True
-        rule = widgets.html(widgets.HIDDEN)
+        rule = widgets.html(widgets.RULES)
         rule.layout.display = "none"
         self.line = widgets.row(self._bar, self._stop, self._status, rule)
         self.box: Any = widgets.column(self.line)

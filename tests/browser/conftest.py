@@ -153,18 +153,18 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def opened(lab: Server, browser: Any) -> Iterator[Any]:
+def opened(lab: Server, browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A function that opens a notebook; behind the test no page may have complained."""
-    yield from _opened(lab, browser)
+    yield from _opened(lab, browser, request.node.name)
 
 
 @pytest.fixture
-def opened_in_7(notebook_7: Server, browser: Any) -> Iterator[Any]:
+def opened_in_7(notebook_7: Server, browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The same in Notebook 7."""
-    yield from _opened(notebook_7, browser)
+    yield from _opened(notebook_7, browser, request.node.name)
 
 
-def _opened(server: Server, browser: Any) -> Iterator[Any]:
+def _opened(server: Server, browser: Any, test: str) -> Iterator[Any]:
     pages = []
 
     def open_notebook(name: str, width: int = 1280) -> Page:
@@ -174,8 +174,8 @@ def _opened(server: Server, browser: Any) -> Iterator[Any]:
         return page
 
     yield open_notebook
-    for n, (context, page) in enumerate(pages):
-        page.page.screenshot(path=OUT / f"last-{n}.png")
+    for context, page in pages:
+        page.page.screenshot(path=OUT / f"last-of-{test}.png")
         complaints = page.complaints
         context.close()
         server.end_sessions()
