@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are there, too
+    "apputils-extension/themes": {"theme": "JupyterLab Light"},
 }
-LIGHT = {"apputils-extension/themes": {"theme": "JupyterLab Light"}}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Server:
                 cell.update(outputs=[], execution_count=None)
         new = f"{Path(name).stem}-{secrets.token_hex(4)}.ipynb"
         (self.folder / new).write_text(json.dumps(notebook), encoding="utf-8")
-        _settings(self.folder, SETTINGS | LIGHT)
+        _settings(self.folder)
         return f"{self.root}/{self.page}/{new}?token={self.token}&reset"
 
     def end_sessions(self) -> None:
@@ -62,8 +62,8 @@ class Server:
             return answer.read()
 
 
-def _settings(folder: Path, values: dict[str, Any]) -> None:
-    for name, value in values.items():
+def _settings(folder: Path) -> None:
+    for name, value in SETTINGS.items():
         file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(value), encoding="utf-8")
@@ -78,7 +78,8 @@ def chromium() -> str | None:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A JupyterLab."""
-    yield from _served(tmp_path_factory.mktemp("lab"), "jupyterlab", "LabApp", "lab/tree")
+    names = "jupyterlab", "LabApp", "lab/tree"
+    yield from _served(tmp_path_factory.mktemp("lab"), *names)
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +91,7 @@ def notebook_7(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def _served(folder: Path, module: str, app: str, page: str) -> Iterator[Server]:
-    _settings(folder, SETTINGS | LIGHT)
+    _settings(folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -25,6 +25,7 @@ class Page:
         lab = "/lab/" in address
         sign = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
         page.wait_for_selector("text=/Python 3 .ipykernel. . Idle/" if lab else sign)
+        self.complaints.clear()  # those before a cell is run are of Jupyter (Notebook 7.6 has one)
 
     def _hear(self, message: Any) -> None:
         if message.type == "error":
