@@ -72,7 +72,7 @@ lab: $(READY) ## JupyterLab on notebooks/
 	$(PY) -m jupyter lab --notebook-dir=notebooks
 
 notebooks: $(READY) ## run the notebooks again and keep their outputs, and their review copies
-	$(OFFLINE) $(INLINE) $(PY) -m pytest --nbmake --nbmake-timeout=600 --overwrite notebooks
+	$(OFFLINE) $(INLINE) TQDM_DISABLE=1 $(PY) -m pytest --nbmake --nbmake-timeout=600 --overwrite notebooks
 	$(MAKE) review
 
 review: $(READY) ## the review copies of the notebooks alone: notebooks/review

@@ -6,6 +6,7 @@ Who passes a callback of his own (`on_tokens=…`) shows the progress himself: t
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,8 +53,8 @@ def heard(by: Hear) -> Iterator[None]:
 @contextmanager
 def line(what: str, unit: str) -> Iterator[Tell]:
     """A block with a line that says `what` is done, how much of it, and how long it will take;
-    gone afterwards. Yields the function that moves it. Where nobody watches (a pipe) there is
-    none."""
+    gone afterwards. Yields the function that moves it. Where nobody watches (a pipe, or
+    `$TQDM_DISABLE` is set) there is none."""
     from tqdm.auto import tqdm
 
     start, bars = time.time(), list[Any]()
@@ -63,7 +64,7 @@ def line(what: str, unit: str) -> Iterator[Tell]:
             by(done, total, f"{what} ({'bytes' if unit == 'B' else f'{unit}s'})")
             return
         if not bars:  # made now, because a notebook's bar keeps the total it begins with
-            off = True if _SILENT.get() else None
+            off = True if _SILENT.get() or os.environ.get("TQDM_DISABLE") else None
             how = {"desc": what, "unit": unit, "total": total or None, "disable": off}
             how |= {"unit_scale": unit == "B", "smoothing": 0.1}
             bars.append(tqdm(**how, delay=AFTER, leave=False, dynamic_ncols=True))

@@ -8,6 +8,7 @@ forward pass, and the package restores the model as on any other error.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -130,7 +131,8 @@ class Runner:
     def look(self, work: Callable[[], Any], then: Callable[[Any], object]) -> None:
         """Have a short look at the model beside the steps, behind the one that runs: `then` gets
         what `work()` returns, unless a newer look was asked for meanwhile. Errors of this package
-        say nothing."""
+        say nothing. The next cell of a notebook waits for it: nobody asked for the look, and two
+        threads that run one model take each other's activations."""
         self._looks += 1
         number, self._loop = self._looks, self._loop or self.loop
 
@@ -142,7 +144,22 @@ class Runner:
                     return
                 self.post(lambda: then(found) if number == self._looks else None)
 
-        self._threads().submit(looked)
+        self._before_next_cell(self._threads().submit(looked))
+
+    def _before_next_cell(self, look: Future[None]) -> None:
+        """Where cells are run, the next one begins when `look` is over (or a step is under way,
+        which may take minutes, and which somebody began)."""
+        ipython = sys.modules.get("IPython")
+        shell = None if ipython is None else ipython.get_ipython()
+        if shell is None:
+            return
+
+        def wait(*_: Any) -> None:
+            shell.events.unregister("pre_run_cell", wait)
+            if not self.busy:
+                look.result()
+
+        shell.events.register("pre_run_cell", wait)
 
     def stop(self) -> None:
         """Ask the step to stop; it does at its next report or forward pass."""

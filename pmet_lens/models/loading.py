@@ -6,6 +6,7 @@ transformers is imported inside functions, because importing it takes long.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,11 +158,11 @@ def _check_plain(config: Any, where: str) -> None:
 
 
 @contextmanager
-def quiet(wanted: bool) -> Iterator[None]:
-    """A block without transformers' progress bars, where that is wanted."""
+def quiet(wanted: bool = False) -> Iterator[None]:
+    """A block without transformers' progress bars, where that is wanted, or `$TQDM_DISABLE` set."""
     from transformers.utils import logging
 
-    off = wanted and logging.is_progress_bar_enabled()
+    off = (wanted or bool(os.environ.get("TQDM_DISABLE"))) and logging.is_progress_bar_enabled()
     if off:
         logging.disable_progress_bar()
     try:

@@ -169,7 +169,8 @@ def trace_lines(table: pd.DataFrame, ax: Axes, layer: int | None = None) -> Axes
     if layer is not None:
         ax.axvline(layer, color="#444444", lw=0.8, ls=":")
         ax.annotate("last critical layer", (layer, 1.03), fontsize=6, ha="center", va="bottom")
-    ax.set_xticks(sorted(table["layer"].unique()))
+    layers = sorted(table["layer"].unique())
+    ax.set_xticks(layers[:: 1 + len(layers) // 16])
     ax.set(xlabel="layer", ylabel="share of the answer recovered")
     ax.set_ylim(min(-0.05, float(table["ci_low"].min())), 1.1)
     return ax

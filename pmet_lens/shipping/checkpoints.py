@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from pmet_lens.models import loading
 from pmet_lens.models.weights import EditError
 
 
@@ -45,5 +46,6 @@ def check_free(out: Path) -> None:
 def write(hf: Any, tokenizer: Any, folder: Path, max_shard_size: str) -> None:
     """Weights (safetensors, with an index where they are cut into several files), configuration,
     generation settings and tokenizer."""
-    hf.save_pretrained(folder, max_shard_size=max_shard_size)
+    with loading.quiet():
+        hf.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)

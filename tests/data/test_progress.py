@@ -65,6 +65,11 @@ def test_there_is_no_line_where_something_else_shows_it_or_nobody_watches(monkey
     assert told == [(1, 4)]
     work()
     assert "work:  25%" in terminal.getvalue()
+    terminal.truncate(terminal.seek(0))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    work()
+    assert terminal.getvalue() == ""
+    monkeypatch.delenv("TQDM_DISABLE")
     pipe = io.StringIO()
     monkeypatch.setattr("sys.stderr", pipe)
     work()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from types import SimpleNamespace
 
+import IPython
 import pytest
 import torch
+from IPython.core.events import EventManager, pre_run_cell
 
 from pmet_lens.data import progress
 from pmet_lens.explorer.jobs import Pace, Runner, Stopped, duration
@@ -142,6 +146,31 @@ def test_a_look_waits_for_the_step_and_only_the_newest_is_told():
     go.set()
     runner.wait()
     assert order == ["step", "newest"]
+
+
+def test_the_next_cell_waits_for_a_look_and_not_for_a_step(monkeypatch):
+    """Two threads that run one model take each other's activations."""
+    events = EventManager(None, {"pre_run_cell": pre_run_cell})
+    shell = SimpleNamespace(events=events)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    runner, seen, go = Runner(), [], threading.Event()
+
+    def slow():
+        time.sleep(0.05)
+        seen.append("look")
+
+    runner.look(slow, lambda found: None)
+    events.trigger("pre_run_cell", None)
+    seen.append("cell")
+    assert seen == ["look", "cell"]
+    events.trigger("pre_run_cell", None)  # nobody waits any more
+    runner.start(lambda tick: go.wait(10), lambda future: future.result())
+    runner.look(slow, lambda found: None)
+    events.trigger("pre_run_cell", None)
+    assert seen == ["look", "cell"]
+    go.set()
+    runner.wait()
+    assert seen == ["look", "cell", "look"]
 
 
 def test_what_changed_the_model_is_not_stopped_any_more():
