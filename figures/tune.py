@@ -180,8 +180,9 @@ def draw(folder: Path) -> Figure:
     for row, model in zip(axes, models, strict=True):
         own = table[table["model"] == model]
         for ax, kept in zip(row, ("NS", "collateral"), strict=True):
-            plotting.front(own, ax, "PS", kept)
-        row[0].set_title(f"{model}, {int(own['edits'].iloc[0])} facts at once", loc="left")
+            plotting.front(own, ax, "PS", kept, names=False)
+        edits = int(own["edits"].iloc[0])
+        row[0].set_title(f"{model}, {edits} facts at once; full: beaten by none", loc="left")
     legend(fig, axes[0, 0], 8)
     return fig
 

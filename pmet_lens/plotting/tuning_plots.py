@@ -40,10 +40,12 @@ def front(
     gain: str = "ES",
     kept: str = "NS",
     runs: Sequence[str] | None = None,
+    names: bool = True,
 ) -> Axes:
     """`compare(…, front=True)`: what each method gains (upwards) against what it keeps (to the
     right), with 95 % intervals; up and right is better. Runs that no other beats are full, with
-    their names; the others hollow. `runs`: which, and in which order (default: all)."""
+    their `names`, if these are wanted beside a legend; the others hollow. `runs`: which, and in
+    which order (default: all)."""
     runs = list(dict.fromkeys(table["run"])) if runs is None else list(runs)
     for run in runs:
         own = where(table, run=run).set_index("metric")
@@ -65,7 +67,7 @@ def front(
             mfc=colour if best else "white",
             label=run,
         )
-        if best:
+        if best and names:
             place = (float(x["mean"].iloc[0]), float(y["mean"].iloc[0]))
             ax.annotate(run, place, (4, 4), textcoords="offset points", fontsize=6)
     lows = [float(np.nanmin(where(table, metric=m)["ci_low"])) for m in (kept, gain)]
