@@ -147,3 +147,10 @@ def test_what_an_implication_takes(make, words):
     with pytest.raises(pl.FactError, match=words):
         make()
     assert Implication("p ", ["a ", "b", "a"]) == Implication("p", ("a", "b"))
+
+
+def test_the_bundled_world_has_no_second_hop_to_ask_for():
+    """No answer is a subject; where this changes, its facts get implications."""
+    known = pl.knowns()
+    assert not {f.target_true for f in known} & {f.subject for f in known}
+    assert not any(f.implications for f in pl.counterfact(n=20))
