@@ -138,7 +138,7 @@ def _following(n_layers: int, traced: _Traced, n_edits: int) -> Suggestion:
             f"{last} is a guess, three tenths of the depth."
         )
     count = min(6, last + 1, max(3, round(n_layers / 5)))
-    weight = _PER_FACT * n_edits
+    weight = round(_PER_FACT * n_edits, 9)
     layers = tuple(range(last - count + 1, last + 1))
     size = traced.written
     norm, bound = ("resid_post", "layer output") if size < _LITTLE else ("own stream", "own stream")
