@@ -48,7 +48,7 @@ test-all: lint ## every test, with checked shapes, and the notebooks at full siz
 docs: $(VENV)/.docs ## API reference, paper and code, notebooks: docs/_build/html/index.html (half a minute)
 	$(OFFLINE) $(PY) -m sphinx -E -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
 
-test-browser: $(BROWSER) ## notebooks and explorer in JupyterLab and Chromium (3 minutes)
+test-browser: $(BROWSER) ## notebooks and explorer in JupyterLab, Notebook 7 and Chromium (5 minutes)
 	$(OFFLINE) $(ONE) $(PY) -m pytest --confcutdir=tests/browser tests/browser
 
 bench: $(READY) ## speed against the procedure written plainly, and of a real model against before
