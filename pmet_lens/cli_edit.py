@@ -14,7 +14,6 @@ from typing import Any
 
 import pmet_lens as pl
 from pmet_lens.data import fetched
-from pmet_lens.data.file_format import to_plain
 from pmet_lens.evaluation import ability
 from pmet_lens.interp import suggestion
 from pmet_lens.models.loading import of_the_world, quiet
@@ -86,10 +85,11 @@ def _settings(
                 raise
     if args.suggest:
         traced = facts_of(args.suggest, 30, model)
-        of, facts = [to_plain(fact) for fact in traced], lambda: traced
-    else:
-        of, facts = f"recalled {_TRACED}", lambda: pl.recalled(model, n=_TRACED)
-    suggested = suggestion.kept_suggestion(model, facts, of, n_facts)
+        of, facts = traced, lambda: traced
+    else:  # those that are asked tell which ones are known
+        of, facts = pl.real_facts(), lambda: pl.recalled(model, n=_TRACED)
+    told = [_TRACED, *(fact.record() for fact in of)]
+    suggested = suggestion.kept_suggestion(model, facts, told, n_facts)
     say(f"settings: {suggested!r}", sys.stderr)
     return suggested.hparams
 
