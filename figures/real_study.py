@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,10 @@ from common import HERE, OUT, known_records, provenance, submit, workers
 from paper import kept, spent
 
 import pmet_lens as pl
-from pmet_lens import data
 
 FOLLOWED = (
     "fast", "counterfact", "zsre", "knowns", "texts", "tokens", "layers", "deepest", "tuned_on",
-    "budget", "traced", "probed",
+    "budget", "tuned", "traced", "probed",
 )  # fmt: skip
 """Options that pieces follow from and are not named by."""
 STAGES = ("recall", "trace", "claims", "gain", "edits", "ablations", "many")
@@ -276,12 +275,11 @@ class Study(tune.Study):
         """The tuned settings of a method for `n` facts at once, found first where nobody has; where
         there are too few facts to tune on, the first guess."""
         path, method = real_pages.path_of(self.folder, f"tuned {name}", "json"), pl.named(name)
-        if self.args.tuned_on < 8:
+        if self.args.tuned_on < 8 and self.args.tuned is None:
             return self.guess(name)
         if not path.exists():
-            with data.whole(path) as part:
-                text = json.dumps(self.tuned(name), ensure_ascii=False)
-                part.write_text(text, encoding="utf-8")
+            found = self.found_before(name) or self.tuned(name)
+            self.write(path.name, json.dumps(found, ensure_ascii=False))
         whole = json.loads(path.read_text(encoding="utf-8"))
         if "1" not in whole:
             raise pl.SettingsError(whole["why"])
@@ -289,6 +287,13 @@ class Study(tune.Study):
         kind = pl.FineTuneHparams if isinstance(method, pl.FineTune) else pl.Hparams
         hp = kind(**whole[nearest])
         return hp.fast() if self.args.fast and isinstance(hp, pl.Hparams) else hp
+
+    def found_before(self, name: str) -> dict[str, Any] | None:
+        """What `tune.py` found for this model and method, where `--tuned` names its tables."""
+        if self.args.tuned is None:
+            return None
+        path = self.args.tuned / f"{self.folder.name}.json"
+        return json.loads(path.read_text(encoding="utf-8")).get(name) if path.exists() else None
 
     def tuned(self, name: str) -> dict[str, Any]:
         """What `pl.tune` finds: the settings per number of facts at once, and why."""
@@ -302,8 +307,7 @@ class Study(tune.Study):
         seconds = time.monotonic() - start
         sys.stderr.write(f"{self.folder.name}: {name}: {seconds:.0f} s: {found!r}\n")
         sizes = {*SIZES, MANY, *self.sizes, self.most, self.args.ablated, GAINED}
-        of_size = {str(n): asdict(found.for_edits(n)) for n in sorted(sizes)}
-        return {"why": found.why, "spent": found.spent, "seconds": seconds, **of_size}
+        return {"seconds": seconds, **tune.of_sizes(found, sizes)}
 
     def targets(self, name: str, facts: Sequence[pl.Fact], hp: Any) -> Any:
         """Those of all facts; None for a method without, and one that edits fact after fact."""
@@ -419,9 +423,12 @@ def main() -> None:
     add("--deepest", type=int, default=12, help="layer with a second moment")
     add("--tuned-on", type=int, default=20, help="facts held out; fewer than 8: no tuning")
     add("--budget", type=int, help="targets per method; default 4 per fact")
+    add("--tuned", type=Path, help="tables of tune.py (with --counterfact): its settings are taken")
     add("--out", type=Path, default=OUT / "real_study")
     add("--record", action="store_true", help="the tables also to figures/results/real")
     args = parser.parse_args()
+    if args.tuned and not args.counterfact:
+        parser.error("--tuned needs --counterfact: the real facts are those tune.py tuned on.")
     args.device, args.goal = "auto", "S"
     args.results = HERE / "results" / "real" if args.record else None
     here = set(pl.available_models().query("here")["name"])

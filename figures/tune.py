@@ -12,9 +12,11 @@ replaces the committed tables.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ HELD_OUT = 400
 SHARD = 10
 """Facts of which a run that is cut may have to optimise the targets again."""
 RESULTS = HERE / "results" / "tune"
+SIZES = (1, 20, 100, 300)
+"""Numbers of facts at once that the settings found are written down for."""
 SHOWN = ("S", "ES", "PS", "NS", "EA", "PA", "NA", "collateral")
 EVERY = 9
 """Of the facts an edit is not about one in so many is asked."""
@@ -93,7 +97,11 @@ class Study:
         if isinstance(method, pl.FineTune):
             bound = 5e-4 if method.constrained else None
             return pl.FineTuneHparams(layer=self.layers[-1], norm_constraint=bound)
-        return pl.Hparams(self.layers[-1:] if one else self.layers)
+        return self.hasty(pl.Hparams(self.layers[-1:] if one else self.layers))
+
+    def hasty(self, hparams: pl.Hparams) -> pl.Hparams:
+        """The settings, with the steps of `Hparams.fast` where they are asked for."""
+        return hparams.fast() if self.args.fast else hparams
 
     def methods(self) -> dict[str, pl.Trial]:
         """Those that can be: no MEND editor is bundled for a real model."""
@@ -103,10 +111,13 @@ class Study:
     def table(self) -> pd.DataFrame:
         """The fair comparison, and beside it everything that was tried."""
         tried: list[pd.DataFrame] = []
+        settings: dict[str, Any] = {}
         start = time.monotonic()
 
         def tell(name: str, tuned: pl.Tuned) -> None:
             tried.append(tuned.table.assign(run=name))
+            settings[name] = of_sizes(tuned, SIZES)
+            self.write("settings.json", json.dumps(settings, ensure_ascii=False, indent=1))
             seconds = time.monotonic() - start
             sys.stderr.write(f"{name}, {seconds:.0f} s so far: {tuned!r}\n")
 
@@ -118,7 +129,7 @@ class Study:
         )  # fmt: skip
         self.keep("tried", pd.concat(tried, ignore_index=True))
         found = table.assign(model=Path(self.args.model).name, edits=len(self.facts))
-        return found.assign(tuned_on=len(self.held_out))
+        return found.assign(tuned_on=len(self.held_out), fast=self.args.fast)
 
     def grid(self, method: str) -> pd.DataFrame:
         """Every combination of last layer, clamp and λ by the published steps, on the held-out
@@ -144,9 +155,25 @@ class Study:
         sys.stderr.write(f"{method}: tuned {chosen:.1f}, best of {len(rows)} {best:.1f}\n")
         return read(self.folder, path.stem)
 
+    def write(self, name: str, text: str) -> None:
+        with data.whole(self.folder / name) as part:
+            part.write_text(text, encoding="utf-8")
+
     def keep(self, name: str, table: pd.DataFrame) -> None:
         with data.whole(self.folder / f"{name}.csv") as part:
             table.to_csv(part, index=False, float_format="%.6g")
+
+
+def of_sizes(found: pl.Tuned, sizes: Iterable[int]) -> dict[str, Any]:
+    """What was found as JSON holds it: why, targets spent, and per number of facts at once the
+    fields of the settings."""
+    at = {str(n): asdict(found.for_edits(n)) for n in sorted(sizes)}
+    return {"why": found.why, "spent": found.spent, **at}
+
+
+def steps(row: pd.Series) -> str:
+    """How the targets were optimised, where not by the method's own steps."""
+    return ", targets by `Hparams.fast`" if str(row.get("fast")) == "True" else ""
 
 
 def page(table: pd.DataFrame, made: str) -> str:
@@ -166,7 +193,8 @@ def page(table: pd.DataFrame, made: str) -> str:
     lines.insert(1, ["---"] * len(lines[0]))
     head = (
         f"{first['model']}: {first['edits']} facts edited at once, every method tuned on the same "
-        f"{first['tuned_on']} others. Per cent; differences paired over facts, 95 % intervals. "
+        f"{first['tuned_on']} others{steps(first)}. Per cent; differences paired over facts, 95 % "
+        "intervals. "
         "*front*: no other method is at least as good in ES, NS and collateral, and better in one."
     )
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines), "", made, ""])
@@ -201,6 +229,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", help="text file for the second moments, one text a line")
     parser.add_argument("--tokens", type=int, help="of that text")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--fast", action="store_true", help="targets of Hparams.fast throughout")
 
 
 def main() -> None:
@@ -233,6 +262,8 @@ def main() -> None:
 def record(folder: Path) -> None:
     """Put the tables of this model among the committed ones, and the figure of all of them."""
     merge(folder, RESULTS, ("compared", "tried"), "tune.md")
+    settings = (folder / "settings.json").read_text(encoding="utf-8")
+    (RESULTS / f"{folder.name}.json").write_text(settings, encoding="utf-8")
     used = make(draw, "fig_tune", RESULTS, folder)
     (RESULTS / "fig_tune.png").write_bytes((folder / "fig_tune.png").read_bytes())
     told = {"tune/fig_tune": [f"tune/{name}" for name in used]}

@@ -39,7 +39,7 @@ class Study(tune.Study):
         if not self.layers:
             raise pl.SettingsError("no layers given")
         kind = pl.MEMIT if method == pl.MEMIT else pl.PMET
-        return pl.Hparams(self.layers).settled(kind, self.args.tuned_on)
+        return self.hasty(pl.Hparams(self.layers).settled(kind, self.args.tuned_on))
 
     def all(self) -> pd.DataFrame:
         """Every variant at every number of facts, against each of the two baselines."""
@@ -103,8 +103,8 @@ def page(table: pd.DataFrame, told: pd.DataFrame, made: str) -> str:
     first = table.iloc[0]
     head = (
         f"{first['model']}, every method tuned with {int(first['budget'])} targets on "
-        f"{first['tuned_on']} other facts; per cent, differences paired over facts with 95 % "
-        "intervals."
+        f"{first['tuned_on']} other facts{tune.steps(first)}; per cent, differences paired over "
+        "facts with 95 % intervals."
     )
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines), "", made, ""])
 
@@ -125,7 +125,7 @@ def main() -> None:
         table = study.all()
     except (pl.ModelError, pl.DataError, pl.FactError, pl.SettingsError) as error:
         parser.exit(2, f"{error}\n")
-    table = table.assign(model=Path(args.model).name, tuned_on=len(study.held_out))
+    table = table.assign(model=Path(args.model).name, tuned_on=len(study.held_out), fast=args.fast)
     told = verdicts(table)
     study.keep("compared", table)
     study.keep("verdicts", told)

@@ -4,7 +4,9 @@ of the pieces, and the one table of statements says what its files say and no mo
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import common
@@ -26,7 +28,8 @@ def arguments(out: Path, **more: object) -> argparse.Namespace:
         "model": "world", "stages": CUT, "facts": 3, "ablated": 2, "traced": 3, "probed": 40,
         "methods": ("MEMIT", "PMET"), "fast": True, "minutes": 10.0, "counterfact": None,
         "zsre": None, "knowns": None, "texts": None, "tokens": 3000, "layers": (), "deepest": 4,
-        "tuned_on": 0, "budget": None, "out": out, "results": None, "device": "cpu", "goal": "S",
+        "tuned_on": 0, "budget": None, "tuned": None, "out": out,
+        "results": None, "device": "cpu", "goal": "S",
     }  # fmt: skip
     return argparse.Namespace(**{**values, **more})
 
@@ -43,6 +46,16 @@ def folder(tmp_path_factory) -> Path:
         assert real_study.Study(arguments(out, stages=stages)).run() == "world: done."
     real_pages.collect(out, out / "results")
     return out
+
+
+def test_settings_that_were_found_before_are_taken(tmp_path):
+    known = pl.HPARAMS["world"]["PMET"]
+    at = {str(n): asdict(replace(known, clamp=n / 8)) for n in (1, 20)}
+    (tmp_path / "world.json").write_text(json.dumps({"PMET": {"why": "found", **at}}))
+    study = real_study.Study(arguments(tmp_path / "out", tuned=tmp_path))
+    assert study.settings("PMET", 20) == replace(known, clamp=20 / 8).fast()
+    assert study.settings("PMET", 3) == replace(known, clamp=1 / 8).fast()
+    assert study.found_before("MEMIT") is None
 
 
 def test_a_study_that_was_cut_goes_on(folder, monkeypatch):
