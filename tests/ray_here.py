@@ -66,6 +66,8 @@ class Here(ModuleType):
             ActorUnavailableError=ActorUnavailableError,
             GetTimeoutError=GetTimeoutError,
         )
+        far = SimpleNamespace(is_connected=lambda: True)  # a client has no head to ask for
+        self.util = SimpleNamespace(client=SimpleNamespace(ray=far))
         self.started: list[tuple[Actor, dict[str, Any]]] = []
         self.killed: list[Actor] = []
 

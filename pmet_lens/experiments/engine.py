@@ -19,10 +19,9 @@ from typing import Any
 import pandas as pd
 
 from pmet_lens.data import file_format
-from pmet_lens.experiments import ray_engine, store
+from pmet_lens.experiments import ray_cluster, ray_engine, store
 from pmet_lens.experiments.grid import ENGINES, GridError, Run, by_model, check_grid, share_of
-from pmet_lens.experiments.progress import Progress
-from pmet_lens.experiments.scheduler import Pool, Schedule, Serial
+from pmet_lens.experiments.scheduler import Pool, Progress, Schedule, Serial
 from pmet_lens.experiments.store import Folder
 from pmet_lens.experiments.tasks import OWN, Task, tasks_of
 from pmet_lens.experiments.worker import Outcome, Worker, WorkerInfo
@@ -79,7 +78,7 @@ def run(
     whole = check_grid(grid)
     mine = share_of(whole, shard)
     if engine == "ray":
-        ray_engine.check_installed()
+        ray_cluster.check_installed()
     store_folder = Folder(Path(folder))
     store_folder.begin()
     bars = Progress(mine, progress)
@@ -93,7 +92,7 @@ def run(
                 if not todo:
                     continue
                 if engine == "ray" and cluster is None:
-                    cluster = stack.enter_context(ray_engine.cluster(address))
+                    cluster = stack.enter_context(ray_cluster.cluster(address))
                 options = {"device": device, "device_map": device_map}
                 try:
                     with _pool(store_folder, todo, workers, cluster, options) as pool:

@@ -9,12 +9,8 @@ not by references between Ray's objects, because those bind a task to a worker b
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 import math
-import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmet_lens.experiments import store
+from pmet_lens.experiments import ray_cluster, store
 from pmet_lens.experiments.grid import GridError, Run
 from pmet_lens.experiments.remote_worker import RemoteWorker, check_versions, check_weights
 from pmet_lens.experiments.tasks import Task
@@ -35,67 +31,6 @@ START_SECONDS = 900.0
 """How long workers may take to read their model before the cluster counts as full."""
 LOOK_SECONDS = 5.0
 """After how long without an outcome it is asked whether the machines are still there."""
-ASK_SECONDS = 0.5
-"""Between two questions to a worker that does not answer."""
-ANSWER_SECONDS = 10.0
-"""How long a cluster may take to answer."""
-
-
-def check_installed() -> None:
-    """Raises `GridError` where Ray is not installed."""
-    if importlib.util.find_spec("ray") is None:
-        raise GridError(
-            'engine="ray" needs Ray: pip install "pmet-lens[ray]". Without it, engine="serial" '
-            "makes the same results, and --shard k/n shares a grid out to a batch queue."
-        )
-
-
-@contextmanager
-def cluster(address: str | None = None) -> Iterator[Any]:
-    """Ray, connected to the cluster at `address`, or started on this machine (None). One that is
-    connected already is taken as it is, and left so.
-
-    Raises:
-        GridError: for an address where no cluster answers.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray = importlib.import_module("ray")
-    if ray.is_initialized():
-        yield ray
-        return
-    if address is not None:
-        _check_answers(address)
-    try:
-        local = {"include_dashboard": False} if address is None else {}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise GridError(_no_answer(address, str(error))) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _check_answers(address: str) -> None:
-    """Ray itself tries for minutes to reach an address where nobody is."""
-    host, colon, port = address.rpartition("://")[2].partition(":")
-    if not colon:
-        return  # "auto", "local": Ray says at once
-    try:
-        with socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS):
-            pass
-    except (OSError, ValueError) as error:
-        raise GridError(_no_answer(address, str(error))) from error
-
-
-def _no_answer(address: str | None, why: str) -> str:
-    if address is None:
-        return f"Ray could not be started on this machine: {why}"
-    return (
-        f"No Ray cluster answers at {address!r} ({why.strip().splitlines()[0] if why else ''}). "
-        "Start one with `ray start --head` on its first machine and name the address it prints; "
-        "without address= the workers run on this machine."
-    )
 
 
 @contextmanager
@@ -128,6 +63,7 @@ def actors(
         made.append(remote.remote(everything, where, how, threads, weights))
         return made[-1]
 
+    head = ray_cluster.head_of(ray)
     try:
         first = start()
         info = _answer(ray, [first])[0]
@@ -139,9 +75,9 @@ def actors(
         for other in _answer(ray, others):
             check_versions(other, store.versions())
             check_weights(other, info)
-        yield Actors(ray, [first, *others], info, share)
+        yield Actors(ray, [first, *others], info, share, head)
     finally:
-        for one in made:
+        for one in made if ray_cluster.answers(head) else ():
             ray.kill(one)
 
 
@@ -193,9 +129,15 @@ class Actors:
     Where its machine is lost and the others have no room for it, another worker gets the task."""
 
     def __init__(
-        self, ray: Any, actors: Sequence[Any], info: WorkerInfo, share: Mapping[str, float]
+        self,
+        ray: Any,
+        actors: Sequence[Any],
+        info: WorkerInfo,
+        share: Mapping[str, float],
+        head: tuple[str, int] | None,
     ) -> None:
         self._ray, self._info, self._share = ray, info, share
+        self._head, self._asked = head, time.monotonic()
         self.all, self._idle = list(actors), list(actors)
         places = ray.get([one.node.remote() for one in actors])
         self._node = dict(zip(actors, places, strict=True))
@@ -228,8 +170,19 @@ class Actors:
         self._working[actor.do.remote(self._given[handle])] = actor, handle
 
     def wait(self, handles: Sequence[int]) -> tuple[int, Outcome]:
-        """Of all that were submitted, whatever `handles` are."""
+        """Of all that were submitted, whatever `handles` are.
+
+        Raises:
+            GridError: where a task kills its workers, and where all of them or the head are lost.
+        """
+        try:
+            return self._wait()
+        except ConnectionError as error:  # a client of a far cluster
+            raise GridError(ray_cluster.lost(str(error))) from error
+
+    def _wait(self) -> tuple[int, Outcome]:
         while True:
+            self._ask_head()
             while self._left and self._idle:
                 self._begin(self._left.pop())
             ready, _ = self._ray.wait(list(self._working), num_returns=1, timeout=LOOK_SECONDS)
@@ -270,13 +223,23 @@ class Actors:
                     "finished is kept."
                 ) from error
         else:
-            time.sleep(ASK_SECONDS)
+            time.sleep(ray_cluster.ASK_SECONDS)
         self._working[actor.node.remote()] = actor, None
         self._drop_lost()
+
+    def _ask_head(self, now: bool = False) -> None:
+        """Without its head, Ray ends this process after a minute, without a word: so it is asked
+        for now and then, and before Ray is asked for its machines (`now`)."""
+        if not now and time.monotonic() - self._asked < LOOK_SECONDS:
+            return
+        if not ray_cluster.answers(self._head):
+            raise GridError(ray_cluster.lost("{}:{}".format(*self._head or ("?", "?"))))
+        self._asked = time.monotonic()
 
     def _drop_lost(self) -> None:
         """Workers of machines that are gone, where no other has room to start them again. Raises
         `GridError` where none is left."""
+        self._ask_head(now=True)
         here = [node for node in self._ray.nodes() if node["Alive"]]
         lost = [one for one in self.all if self._node[one] not in {n["NodeID"] for n in here}]
         needs = {"CPU": self._share["num_cpus"], "GPU": self._share["num_gpus"]}

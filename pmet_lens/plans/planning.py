@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from pmet_lens.experiments import ray_engine
+from pmet_lens.experiments import ray_cluster, ray_engine
 from pmet_lens.experiments.grid import ENGINES, GridError, Run, by_model, check_grid
 from pmet_lens.experiments.tasks import tasks_of
 from pmet_lens.models.loading import load
@@ -132,8 +132,8 @@ def plan(
     with ExitStack() as stack:
         ray = None
         if engine == "ray":
-            ray_engine.check_installed()
-            ray = stack.enter_context(ray_engine.cluster(address))
+            ray_cluster.check_installed()
+            ray = stack.enter_context(ray_cluster.cluster(address))
             start = time.perf_counter() - began
         for (name, dtype, template), group in by_model(runs).items():
             began = time.perf_counter()

@@ -1,4 +1,5 @@
-"""A cluster of three nodes of Ray, each with an object store of its own; a node that is lost."""
+"""A cluster of three nodes of Ray, each with an object store of its own; a node that is lost, and
+the head."""
 
 from __future__ import annotations
 
@@ -108,4 +109,28 @@ def test_a_node_that_is_lost_costs_its_tasks_only(cluster, grid, serial, tmp_pat
     monkeypatch.setattr(ray_engine.Actors, "wait", lose)
     table = pl.run(grid, tmp_path, engine="ray", address=made.address, workers=3, progress=False)
     assert len(done) > 8
+    same(tmp_path, table, grid, serial)
+
+
+def test_without_its_head_a_grid_ends_in_a_sentence_and_goes_on(
+    cluster, grid, serial, tmp_path, monkeypatch
+):
+    made, _ = cluster
+    wait, done = ray_engine.Actors.wait, []
+
+    def lose(self, handles):
+        found = wait(self, handles)
+        done.append(found)
+        if len(done) == 8:
+            made.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        return found
+
+    monkeypatch.setattr(ray_engine.Actors, "wait", lose)
+    with pytest.raises(GridError, match=r"head of the Ray cluster does not answer any more \(.*:"):
+        pl.run(grid, tmp_path, engine="ray", address=made.address, workers=3, progress=False)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(kept) >= 4
+    table = pl.run(grid, tmp_path, progress=False)
+    # Parts of a second moment are gone when it is whole.
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items() if path.exists())
     same(tmp_path, table, grid, serial)

@@ -26,6 +26,7 @@ from grids import read_once as read_once
 import pmet_lens as pl
 from pmet_lens.data import file_format
 from pmet_lens.experiments import (
+    ray_cluster,
     ray_engine,
     remote_worker,
     scheduler,
@@ -237,6 +238,60 @@ def test_workers_that_die_again_and_again_say_on_what(here, grid, tmp_path, monk
     monkeypatch.undo()
     assert not list(tmp_path.rglob("*.part"))
     assert len(pl.run(grid[2:3], tmp_path, progress=False))
+
+
+@pytest.mark.parametrize("how", ["no answer", "far"])
+def test_a_head_that_is_lost_is_said_and_what_was_finished_is_kept(
+    here, grid, serial, tmp_path, monkeypatch, how
+):
+    """Of a cluster whose head can be asked, and of a far one, whose client hears of it."""
+    submit, given, asked = ray_engine.Actors.submit, [], []
+
+    def count(self, task):
+        given.append(task)
+        if how == "far" and len(given) == 4:
+            raised = lambda *_, **__: (_ for _ in ()).throw(ConnectionError("head:10001"))  # noqa: E731
+            monkeypatch.setattr(here, "wait", raised)
+        return submit(self, task)
+
+    monkeypatch.setattr(ray_engine.Actors, "submit", count)
+    monkeypatch.setattr(ray_engine, "LOOK_SECONDS", 0.0)
+    if how == "no answer":
+        monkeypatch.setattr(ray_cluster, "head_of", lambda ray: ("head", 10001))
+        answers = lambda head: (asked.append(head), len(given) < 4)[1]  # noqa: E731
+        monkeypatch.setattr(ray_cluster, "answers", answers)
+    with pytest.raises(GridError, match=r"does not answer any more \(head:10001\).*is kept"):
+        pl.run(grid[:1], tmp_path, engine="ray", workers=1, progress=False)
+    assert len(here.killed) == (how == "far")  # without a head nobody can be asked to
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert kept
+    table = pl.run(grid[:1], tmp_path, progress=False)
+    # Parts of a second moment are gone when it is whole.
+    assert all(path.stat().st_mtime_ns == made for path, made in kept.items() if path.exists())
+    same(tmp_path, table, grid[:1], serial)
+
+
+def test_a_head_that_answers_at_the_second_call_is_there(monkeypatch):
+    calls = []
+
+    def connect(head, timeout):
+        calls.append(head)
+        if len(calls) < 2:
+            raise ConnectionRefusedError
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(ray_cluster, "ASK_SECONDS", 0.0)
+    assert ray_cluster.answers(("head", 1))
+    assert calls == [("head", 1)] * 2
+    assert ray_cluster.answers(None)
+
+
+def test_a_head_that_answers_nobody_is_lost(monkeypatch):
+    monkeypatch.setattr(ray_cluster, "ASK_SECONDS", 0.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        assert not ray_cluster.answers(free.getsockname())
 
 
 # -- without a cluster ----------------------------------------------------------------------------
