@@ -94,7 +94,7 @@ def batches(
     longest = run.view(-1, per_fact).amax(1).tolist()
     total = lengths.view(-1, per_fact).amax(1).tolist()
     reads, most = read_by(rows, per_fact).tolist(), likelihood.readable(model, copies=2)
-    pad = PADDING_ON_CPU // per_fact if _large(model) and model.device.type == "cpu" else None
+    pad = PADDING_ON_CPU // per_fact if large(model) and model.device.type == "cpu" else None
     at_once = budget // per_fact
     return tokens.chunks(longest, at_once, total, reads=reads, readable=most, padding=pad)
 
@@ -109,16 +109,17 @@ def told_by_plain(
     model: Model, rows: tokens.Batch, per_fact: int, position: Position
 ) -> Bool[Tensor, " fact"]:
     """Whether the KL prompt has the tokens of the plain one up to `position`, which nothing later
-    changes: then the row of the plain prompt tells the divergence, too, and the other one rests.
-    Not where a target is read there as well: a token read twice would have twice its gradient."""
+    changes: then the plain row tells the divergence, too, and the other one rests. Not where a
+    target is read there as well: a token read twice would have twice its gradient."""
     kept = (rows.ids, rows.at(position), rows.scored)
     ids, place, scored = (v.view(len(v) // per_fact, per_fact, -1) for v in kept)
     later = torch.arange(ids.shape[2], device=ids.device) > place[:, 0]
     same = ((ids[:, 0] == ids[:, -1]) | later).all(1) & (place[:, 0] == place[:, -1])[:, 0]
-    return same & ~scored[:, 0].gather(1, place[:, 0])[:, 0] & _large(model)
+    return same & ~scored[:, 0].gather(1, place[:, 0])[:, 0] & large(model)
 
 
-def _large(model: Model) -> bool:
+def large(model: Model) -> bool:
+    """Whether a step waits for products, not for Python: `FEW_PARAMETERS` or more."""
     return sum(p.numel() for p in model.hf.parameters()) >= FEW_PARAMETERS
 
 
@@ -245,17 +246,13 @@ class Objective:
         prompts `[fact, vocab]`."""
         rows, tail = self._rows, self.tail
         if tail is not None and tail.first > self.layer:
-            added = torch.stack([deltas[s] for s in self.streams]).sum(0)[self._fact_of_row]
+            whole = torch.stack([deltas[s] for s in self.streams]).sum(0)[self._fact_of_row]
             entry = self.model.stream_hook(tail.first, "resid_pre")
-            hooks = [(entry, activations.add_at(added, self._place))]
+            hooks = [(entry, activations.add_at(whole, self._place))]
         else:
-            hooks = [
-                (
-                    self.model.stream_hook(self.layer, s),
-                    activations.add_at(deltas[s][self._fact_of_row], self._place),
-                )
-                for s in self.streams
-            ]
+            hook, of_row = self.model.stream_hook, self._fact_of_row
+            added = {s: activations.add_at(deltas[s][of_row], self._place) for s in self.streams}
+            hooks = [(hook(self.layer, s), add) for s, add in added.items()]
         if tail is None:
             logits = self.model.forward(rows.ids, rows.mask, hooks=hooks, at=self._at)
         elif self._above is not None and self._past is not None and rows.ids.numel() > FEW_TOKENS:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -175,6 +175,24 @@ class Runner:
         self._calls.put(call)
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._drain)
+
+    def there(self, call: Callable[[], Any]) -> Any:
+        """Have `call` made where the step was started, and wait for what it returns. From the
+        step's own thread: work for the loop that is done piece by piece leaves it free between
+        the pieces. Raises what `call` raises, and `Stopped` where the loop is gone."""
+        made: Future[Any] = Future()
+
+        def answer() -> None:
+            try:
+                made.set_result(call())
+            except BaseException as error:  # noqa: BLE001 (it is raised in the step)
+                made.set_exception(error)
+
+        self.post(answer)
+        while not wait([made], timeout=1).done:
+            if self._loop is not None and self._loop.is_closed():
+                raise Stopped("The kernel is closing.")
+        return made.result()
 
     def wait(self) -> None:
         """Block until the step and its `then` are over; for code, where nobody clicks."""

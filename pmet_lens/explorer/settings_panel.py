@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pmet_lens.editing import objective
 from pmet_lens.editing.method import FAST, Hparams, Method, SettingsError, kind_of
 from pmet_lens.editing.methods import METHODS, named
 from pmet_lens.explorer import widgets
 from pmet_lens.explorer.session import Session
 
 _STEPS = {"as published": "published", "fast: 10, cheaper": "fast"}
+_SOONER = "PMET"
+"""The method that `Hparams.fast` was chosen for: on a large model its steps are fast to begin with,
+so that an answer is there within seconds; the published ones are a choice away."""
 _BY_FAST = ("n_steps", "lr")
 """What fast steps settle, or do not read."""
 
@@ -69,8 +73,8 @@ class SettingsPanel:
         method = named(name)
         can = known is not None and isinstance(method, Method) and kind_of(method) != "ROME"
         self.steps.disabled = not can
-        if not can:
-            self.steps.value = "published"
+        fast = can and name == _SOONER and objective.large(self._session.model)
+        self.steps.value = "fast" if fast else "published"
         if known is not None:
             self.layers.value = (known.layers[0], known.layers[-1])
             for field, control in self.controls.items():

@@ -7,7 +7,7 @@ every view gives the lines of Python that make it again (`recipes`). Long steps 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ pl.subject_attention(model, fact)    who looks at the subject
 explorer.session.edit(fact)          edit one fact; explorer.session.undo(step) takes it back
 pl.side_by_side(session, fact, …)    two edits of one fact, in full sentences
 pl.compare, pl.ABLATIONS             variations of PMET side by side"""
+
+
+def _made(call: Callable[[], Any]) -> Any:
+    return call()
 
 
 def explore(
@@ -118,9 +122,15 @@ class Explorer(Shell):
             step = f"Open {name}"
             self.run(
                 step,
-                lambda tick: self._load(tick, source, accept_licence),
-                lambda made: self._show_page(name, self._page(*made)),
+                lambda tick: self._opened(tick, source, accept_licence),
+                lambda page: self._show_page(name, page),
             )
+
+    def _opened(self, tick: Tick, source: str | Path, agreed: bool) -> Page:
+        """The page of a model, whose parts are made one at a time: a click is heard between two."""
+        session, facts = self._load(tick, source, agreed)
+        tick(0, 0, "its page")
+        return self._page(session, facts, self.runner.there)
 
     def _load(self, tick: Tick, source: str | Path, agreed: bool) -> tuple[Session, Sequence[Fact]]:
         name = str(source)
@@ -138,14 +148,19 @@ class Explorer(Shell):
         given["hparams"] = given.get("hparams") or models_panel.start(name)
         return Session(model, **given)
 
-    def _page(self, session: Session, facts: Sequence[Fact]) -> Page:
-        page: Any = Page(self, session, facts)
-        page.ask, page.look = AskTab(page), LookTab(page)
-        page.edit, page.ablate = EditTab(page), AblateTab(page)
-        page.two = TwoTab(page, page.edit)
+    def _page(
+        self, session: Session, facts: Sequence[Fact], part: Callable[..., Any] = _made
+    ) -> Page:
+        """Each part of the page is made by a call of its own, `part(call)`."""
+        page: Any = part(lambda: Page(self, session, facts))
+        page.ask = part(lambda: AskTab(page))
+        page.look = part(lambda: LookTab(page))
+        page.edit = part(lambda: EditTab(page))
+        page.ablate = part(lambda: AblateTab(page))
+        page.two = part(lambda: TwoTab(page, page.edit))
         tabs = {"Ask": page.ask, "Look": page.look, "Edit": page.edit}
         tabs |= {"Side by side": page.two, "Ablate": page.ablate}
-        page.tabs = widgets.tabs({title: tab.box for title, tab in tabs.items()})
+        page.tabs = part(lambda: widgets.tabs({title: tab.box for title, tab in tabs.items()}))
         return page
 
     def _show_page(self, name: str, page: Any) -> None:

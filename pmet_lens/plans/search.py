@@ -191,8 +191,8 @@ def stages(n: int, groups: int, budget: int, dear: bool, confirmed: bool) -> lis
 
 def _may_be_fast(model: Model, method: Any) -> bool:
     """Whether fewer steps are worth it, and were tried for such a method (`Hparams.fast`)."""
-    large = sum(p.numel() for p in model.hf.parameters()) >= objective.FEW_PARAMETERS
-    return large and isinstance(method, Method) and not isinstance(method.solver, Exact)
+    steps = isinstance(method, Method) and not isinstance(method.solver, Exact)
+    return steps and objective.large(model)
 
 
 def together(method: Any, n: int, other: int) -> float:

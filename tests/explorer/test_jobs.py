@@ -99,6 +99,67 @@ def test_in_an_event_loop_nobody_has_to_wait():
     asyncio.run(main()).wait()
 
 
+def test_what_a_step_has_done_there_leaves_room_between_two_parts():
+    told = []
+
+    async def main():
+        over, runner = asyncio.Event(), Runner()
+
+        def part(name):
+            told.append((name, threading.get_ident()))
+            asyncio.get_running_loop().call_soon(told.append, f"a click after {name}")
+            return name.upper()
+
+        def work(tick):
+            return [runner.there(lambda n=n: part(n)) for n in ("first", "second")]
+
+        runner.start(work, lambda future: (told.append(future.result()), over.set()))
+        await asyncio.wait_for(over.wait(), 10)
+
+    asyncio.run(main())
+    here = threading.get_ident()
+    assert told == [
+        ("first", here),
+        "a click after first",
+        ("second", here),
+        "a click after second",
+        ["FIRST", "SECOND"],
+    ]
+
+
+def test_what_is_done_there_hands_on_its_error_and_needs_no_loop():
+    runner, seen = Runner(), []
+
+    def work(tick):
+        return runner.there(lambda: {}["missing"])
+
+    runner.start(work, lambda future: seen.append(future.exception()))
+    runner.wait()
+    assert isinstance(seen[0], KeyError)
+
+
+def test_a_step_ends_when_the_loop_it_has_something_done_in_is_closed():
+    begun, closed, seen = threading.Event(), threading.Event(), []
+    runner = Runner()
+
+    def work(tick):
+        begun.set()
+        closed.wait(10)
+        try:
+            runner.there(lambda: None)
+        except Stopped as error:
+            seen.append(error)
+
+    async def main():
+        runner.start(work, lambda future: None)
+        begun.wait(10)
+
+    asyncio.run(main())
+    closed.set()
+    runner._threads().shutdown(wait=True)
+    assert isinstance(seen[0], Stopped)
+
+
 def test_what_is_left_follows_from_how_it_went():
     pace = Pace()
     pace.begin("Edit", 0.0)

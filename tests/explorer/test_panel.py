@@ -11,6 +11,7 @@ import torch
 
 import pmet_lens as pl
 from pmet_lens.data import fetched
+from pmet_lens.editing import objective
 from pmet_lens.editing.method import FAST
 from pmet_lens.explorer import fact_panel, models_panel, typed, views
 from pmet_lens.models import loading
@@ -211,6 +212,15 @@ def test_fast_steps_are_a_choice_where_they_are_tried(explorer):
     settings.method.value = "ROME"
     assert (settings.steps.value, settings.steps.disabled) == ("published", True)
     assert not settings.controls["n_steps"].disabled
+
+
+def test_on_a_large_model_pmet_begins_with_fast_steps(model, moments, monkeypatch):
+    assert pl.explore(model, moments=moments).edit.settings.steps.value == "published"
+    monkeypatch.setattr(objective, "FEW_PARAMETERS", 0)
+    settings = pl.explore(model, moments=moments).edit.settings
+    assert (settings.steps.value, settings.name) == ("fast", "PMET, fast")
+    settings.method.value = "MEMIT"  # no good bargain there: docs/performance.md
+    assert settings.steps.value == "published"
 
 
 # Where the work is done
