@@ -5,8 +5,8 @@ same other facts at once, and are compared: paired differences, and which of the
 efficacy, locality and collateral together. Real models take `pl.recalled` of `pl.real_facts()`,
 bundled ones CounterFact's records of their world. Everything is kept in `figures/out/tune/MODEL` as
 soon as it is there: a run that was cut goes on. `--grid METHOD` also tries every combination of
-settings on the held-out facts by the published steps, to judge what `pl.tune` found. `--record`
-replaces the committed tables.
+settings on the held-out facts, by the steps that are searched with, to judge what `pl.tune` found.
+`--record` replaces the committed tables.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ HELD_OUT = 400
 SHARD = 10
 """Facts of which a run that is cut may have to optimise the targets again."""
 RESULTS = HERE / "results" / "tune"
+GRID = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""λ of a grid, relative to the first guess."""
 SIZES = (1, 20, 100, 300)
 """Numbers of facts at once that the settings found are written down for."""
 SHOWN = ("S", "ES", "PS", "NS", "EA", "PA", "NA", "collateral")
@@ -132,27 +134,34 @@ class Study:
         return found.assign(tuned_on=len(self.held_out), fast=self.args.fast)
 
     def grid(self, method: str) -> pd.DataFrame:
-        """Every combination of last layer, clamp and λ by the published steps, on the held-out
-        facts: what the budget of `pl.tune` spares."""
-        name = f"grid {method}"
-        if (path := self.folder / f"{name}.csv").exists():
-            return read(self.folder, name)
-        tuned = pl.tune(self.bench, self.held_out, method, self.args.budget, goal=self.args.goal)
-        space, rows = tuned.space, []
+        """Every combination of last layer, clamp and λ on the held-out facts, by the steps that
+        `pl.tune` searches with: what its budget spares, and what it may have missed."""
+        name, row = f"grid {method}", {"method": method, "facts": len(self.held_out)}
+        trial = pl.Trial(method)
+        tuned = pl.tune(self.bench, self.held_out, trial, self.args.budget, goal=self.args.goal)
+        path, space = self.folder / f"{name}.csv", tuned.space
+        rows = read(self.folder, name).to_dict("records") if path.exists() else []
+        done = {row["settings"] for row in rows}
+        strength, stages = space.weight or "clamp", list(tuned.table["stage"].unique())
+        fast = stages[-1] == "published"  # the winner alone, which is confirmed
+        stages = stages[:-1] if fast else stages
         for group in space.groups():
-            for factor in (0.1, 0.3, 1.0, 3.0, 10.0):
+            for factor in GRID:
                 hp = space.scaled(group, factor)
-                trial = pl.Trial(method, hparams=hp)
-                edit = self.bench.edit(
-                    trial, self.held_out, self.bench.targets(trial, self.held_out)
-                )
-                with edit.applied(self.model):
+                hp = hp.fast() if fast else hp
+                said = f"layers {' '.join(map(str, hp.layers))}, clamp {hp.clamp:.3g}, of "
+                said += f"{hp.reference_norm}, {strength} {getattr(hp, strength):.3g}"
+                if said in done:
+                    continue
+                one = pl.Trial(method, hparams=hp)
+                targets = self.bench.targets(one, self.held_out)
+                with self.bench.edit(one, self.held_out, targets).applied(self.model):
                     score = pl.summarise(pl.evaluate(self.model, self.held_out)).loc["S"]
-                rows.append({"settings": repr(hp), **score})
-        self.keep(name, pd.DataFrame(rows))
+                rows.append({**row, "settings": said, **score})
+            self.keep(name, pd.DataFrame(rows))
         best = max(row["mean"] for row in rows)
-        chosen = tuned.table.loc[tuned.table["chosen"], "score"].iloc[0]
-        sys.stderr.write(f"{method}: tuned {chosen:.1f}, best of {len(rows)} {best:.1f}\n")
+        mine = tuned.table.loc[tuned.table["stage"] == stages[-1], "score"].max()
+        sys.stderr.write(f"{method}: tuned {mine:.1f}, best of {len(rows)} {best:.1f}\n")
         return read(self.folder, path.stem)
 
     def write(self, name: str, text: str) -> None:
@@ -253,10 +262,12 @@ def main() -> None:
     made = provenance((time.monotonic() - start) / 60, study.model.device)
     (study.folder / "tune.md").write_text(page(table, made), encoding="utf-8")
     make(draw, "fig_tune", study.folder, study.folder)
-    for method in args.grid:
-        study.grid(method)
     if args.record:
         record(study.folder)
+    for method in args.grid:
+        study.grid(method)
+        if args.record:
+            merge(study.folder, RESULTS, (f"grid {method}",))
 
 
 def record(folder: Path) -> None:
@@ -270,7 +281,7 @@ def record(folder: Path) -> None:
     manifest.write("tune.py", HERE / "results", told, computed=True, into=manifest.RECORDED)
 
 
-def merge(folder: Path, results: Path, names: tuple[str, ...], page: str) -> None:
+def merge(folder: Path, results: Path, names: tuple[str, ...], page: str | None = None) -> None:
     """The tables and the page of one model among those of all."""
     results.mkdir(exist_ok=True)
     for name in names:
@@ -282,8 +293,9 @@ def merge(folder: Path, results: Path, names: tuple[str, ...], page: str) -> Non
         with data.whole(path) as part:
             whole = pd.concat([*old, new], ignore_index=True)
             whole.to_csv(part, index=False, float_format="%.6g")
-    text = (folder / page).read_text(encoding="utf-8")
-    (results / f"{folder.name}.md").write_text(text, encoding="utf-8")
+    if page is not None:
+        text = (folder / page).read_text(encoding="utf-8")
+        (results / f"{folder.name}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,13 @@ class Space:
                 found += [replace(hp, null_space_threshold=threshold * f) for f in (0.1, 10.0)]
         return list(dict.fromkeys(found))
 
+    def at_edge(self, hp: Any) -> bool:
+        """Whether λ (or what the solver has instead) is the largest or smallest that is tried."""
+        if self.weight is None or not isinstance(hp, Hparams):
+            return False
+        factor = getattr(hp, self.weight) / getattr(self.centre, self.weight)
+        return not 1 / RANGE < round(factor, 9) < RANGE
+
     def scaled(self, hp: Any, share: float) -> Any:
         """The settings for another number of facts at once, `share` times as many: λ in
         proportion."""

@@ -157,6 +157,11 @@ def _why(search: Search, rows: list[Row], chosen: Row, found: Tuned, source: str
         names = "; ".join(ties["setting"].head(3))
         more = f" and {len(ties) - 3} more" if len(ties) > 3 else ""
         said.append(f"Not to be told from it by these facts: {names}{more}.")
+    if search.space.at_edge(chosen.hp):
+        said.append(
+            "Its strength is the largest or smallest that was tried: there may be better beyond "
+            "(hparams= takes a guess nearer to it)."
+        )
     if search.fast:
         said.append("Searched with fast steps, confirmed with the method's own.")
     return " ".join(said)

@@ -14,6 +14,7 @@ from pmet_lens.data import fetched
 from pmet_lens.editing import objective
 from pmet_lens.editing.method import FAST
 from pmet_lens.explorer import fact_panel, models_panel, typed, views
+from pmet_lens.explorer.jobs import Runner
 from pmet_lens.models import loading
 
 N_TOKENS = 3000
@@ -51,6 +52,21 @@ def test_a_model_is_opened_by_its_name(model, monkeypatch):
     assert (explorer.session, explorer.ask) == (first, page)  # with its results
     assert len(page.pane.kept) == 1
     assert len(asked) == 2
+
+
+def test_the_page_of_a_model_is_made_in_parts(model, monkeypatch):
+    """So that the loop is free between two of them; each takes less than a tenth of a second."""
+    parts, there = [], Runner.there
+
+    def told(self, call):
+        made = there(self, call)
+        parts.append(type(made).__name__)
+        return made
+
+    monkeypatch.setattr(Runner, "there", told)
+    monkeypatch.setattr(loading, "load", lambda source, accept_licence: model)
+    pl.explore("world")
+    assert parts == ["Page", "AskTab", "LookTab", "EditTab", "AblateTab", "TwoTab", "Tab"]
 
 
 def test_the_list_says_what_is_here_and_what_can_be_fetched(tmp_path, monkeypatch):

@@ -127,6 +127,7 @@ def test_the_planted_best_is_found_and_the_bad_are_dropped_early(bench, monkeypa
     assert {n for _, n in asked} == {5, 10}
     assert "The first guess is" in found.why
     assert "cannot tell apart" not in found.why
+    assert "largest or smallest that was tried" in found.why  # λ 100 is ten times the guess
     assert table["chosen"].sum() == 1
     assert last["guess"].sum() == 1
     best = table[table["chosen"]].iloc[0]
@@ -144,6 +145,15 @@ def test_settings_that_cannot_be_told_apart_are_said_to_be_so(bench, monkeypatch
     assert "Not to be told from it" in found.why
     assert "That is the first guess itself" in found.why  # at equal score the guess stands first
     assert found.hparams == HP
+    assert "that was tried: there may be better" not in found.why
+
+
+@pytest.mark.parametrize(("factor", "edge"), [(0.1, True), (0.15, False), (1, False), (10, True)])
+def test_a_strength_at_the_edge_of_what_is_tried_is_told(bench, factor, edge):
+    space = Space(pl.PMET, HP, 4, frozenset(range(4)))
+    here = replace(HP, second_moment_weight=HP.second_moment_weight * factor)
+    assert space.at_edge(here) == edge
+    assert not Space(pl.ROME, HP, 4, frozenset(range(4))).at_edge(here)  # it has none
 
 
 def test_a_difference_within_the_spread_of_facts_is_a_tie(bench, monkeypatch):
