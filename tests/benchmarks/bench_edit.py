@@ -34,7 +34,7 @@ def test_one_fact(name, compare, device):
         pl.edit(model, facts[i : i + 1], moments, pl.PMET, hp, own)
         return 1.0
 
-    compare(f"edit one fact, {name}", slow, fast, allows="", wanted=3.0, rounds=8)
+    compare(f"edit one fact, {name}", slow, fast, allows="", wanted=3.0, rounds=5)
 
 
 def test_solve(compare, device, small):

@@ -47,7 +47,7 @@ def test_targets(name, compare, device, small, request):
 
     known = {"world": "about 5 ×", "world-sequential": "about 5 ×", "medium": "about 8 ×"}[name]
     what = f"find targets for {len(facts)} facts, {name} (per fact and step)"
-    how = {"unit": "ms", "scale": 1e3, "rounds": 2 if medium else 3}
+    how = {"unit": "ms", "scale": 1e3, "rounds": 2}
     compare(what, slow, fast, allows=known, wanted=6.0, **how)
     share(model, facts[:10] if medium else facts, hp, own, request.config)
 

@@ -22,8 +22,8 @@ FIELDS = (
 )  # fmt: skip
 """Of a `Fact`: what both versions know."""
 LAYERS = (2, 3, 4, 5, 6, 7)
-TOKENS = 5_000
-"""About three per dimension of a key of SmolLM2 (1,536): time grows with their number."""
+TOKENS = 2_500
+"""Fewer than two per dimension of a key of SmolLM2 (1,536): time grows with their number."""
 
 
 class Waits:
@@ -84,16 +84,16 @@ class Waits:
         self.pl.lens(self.model, self.some(1, round_))
 
     def similarity(self, round_: int) -> None:
-        self.pl.component_similarity(self.model, self.some(5, round_))
+        self.pl.component_similarity(self.model, self.some(3, round_))
 
     def variance(self, _: int) -> None:
         self.pl.variance_split(self.model, self.facts)
 
     def patching(self, round_: int) -> None:
-        self.pl.transfer(self.model, self.facts, n_pairs=2, seed=round_)
+        self.pl.transfer(self.model, self.facts, n_pairs=1, seed=round_)
 
     def ability(self, _: int) -> None:
-        how = {"texts": self.texts, "n_texts": 10, "others": self.facts[:20]}
+        how = {"texts": self.texts, "n_texts": 5, "others": self.facts[:10]}
         self.pl.general_ability(self.model, None, **how)
 
     def evaluate(self, round_: int) -> None:
