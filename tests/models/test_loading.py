@@ -34,6 +34,21 @@ def test_a_directory_loads_in_the_dtype_asked_for(directory):
         assert close(model.forward(ids, mask)[mask.bool()], plain[mask.bool()], 1e-5)
 
 
+def test_weights_give_the_same_bits_wherever_they_come_from(directory):
+    """A file maps its weights where they lie in it; Ray's arrays begin at multiples of 64 bytes."""
+    hf, (ids, mask) = loading.load(directory, dtype="float64").hf, tiny_batch()
+    assert all(p.data_ptr() % loading.ALIGNMENT == 0 for p in hf.parameters())
+    with torch.no_grad():
+        wanted = hf(input_ids=ids, attention_mask=mask).logits
+        for parameter in hf.parameters():
+            room = torch.empty(parameter.numel() + 8, dtype=parameter.dtype)
+            parameter.data = room[3 : 3 + parameter.numel()].view_as(parameter).copy_(parameter)
+        assert all(p.data_ptr() % loading.ALIGNMENT for p in hf.parameters())
+        assert close(hf(input_ids=ids, attention_mask=mask).logits, wanted, 1e-12)
+        loading.aligned(hf)
+        assert torch.equal(hf(input_ids=ids, attention_mask=mask).logits, wanted)
+
+
 def test_a_tokenizer_read_here_gets_a_pad_token_and_yours_does_not(directory):
     tiny_tokenizer(pad=False).save_pretrained(directory)
     assert loading.load(directory).tokenizer.pad_token == "<|endoftext|>"
