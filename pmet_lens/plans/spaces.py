@@ -89,6 +89,11 @@ class Space:
         return not isinstance(way, Method) or way.at_once is not None or way.refresh
 
     @property
+    def strength(self) -> str | None:
+        """The field that says how hard an edit is written; None: the solver reads none."""
+        return self.weight or ("lr" if isinstance(self.method, FineTune) else None)
+
+    @property
     def weight(self) -> str | None:
         """The field that weighs old facts against new ones; None: the solver reads none."""
         if not isinstance(self.method, Method):
@@ -124,13 +129,6 @@ class Space:
                 threshold = hp.null_space_threshold
                 found += [replace(hp, null_space_threshold=threshold * f) for f in (0.1, 10.0)]
         return list(dict.fromkeys(found))
-
-    def at_edge(self, hp: Any) -> bool:
-        """Whether λ (or what the solver has instead) is the largest or smallest that is tried."""
-        if self.weight is None or not isinstance(hp, Hparams):
-            return False
-        factor = getattr(hp, self.weight) / getattr(self.centre, self.weight)
-        return not 1 / RANGE < round(factor, 9) < RANGE
 
     def scaled(self, hp: Any, share: float) -> Any:
         """The settings for another number of facts at once, `share` times as many: λ in

@@ -157,7 +157,7 @@ def _why(search: Search, rows: list[Row], chosen: Row, found: Tuned, source: str
         names = "; ".join(ties["setting"].head(3))
         more = f" and {len(ties) - 3} more" if len(ties) > 3 else ""
         said.append(f"Not to be told from it by these facts: {names}{more}.")
-    if search.space.at_edge(chosen.hp):
+    if _at_edge(search.space.strength, chosen, rows):
         said.append(
             "Its strength is the largest or smallest that was tried: there may be better beyond "
             "(hparams= takes a guess nearer to it)."
@@ -165,3 +165,11 @@ def _why(search: Search, rows: list[Row], chosen: Row, found: Tuned, source: str
     if search.fast:
         said.append("Searched with fast steps, confirmed with the method's own.")
     return " ".join(said)
+
+
+def _at_edge(strength: str | None, chosen: Row, rows: list[Row]) -> bool:
+    """Whether nothing stronger, or nothing weaker, was tried than what is chosen."""
+    if strength is None:
+        return False
+    tried = {getattr(row.hp, strength) for row in rows}
+    return len(tried) > 1 and getattr(chosen.hp, strength) in (min(tried), max(tried))

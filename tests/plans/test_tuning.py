@@ -148,12 +148,13 @@ def test_settings_that_cannot_be_told_apart_are_said_to_be_so(bench, monkeypatch
     assert "that was tried: there may be better" not in found.why
 
 
-@pytest.mark.parametrize(("factor", "edge"), [(0.1, True), (0.15, False), (1, False), (10, True)])
-def test_a_strength_at_the_edge_of_what_is_tried_is_told(bench, factor, edge):
-    space = Space(pl.PMET, HP, 4, frozenset(range(4)))
-    here = replace(HP, second_moment_weight=HP.second_moment_weight * factor)
-    assert space.at_edge(here) == edge
-    assert not Space(pl.ROME, HP, 4, frozenset(range(4))).at_edge(here)  # it has none
+def test_a_learning_rate_beyond_which_nothing_was_tried_is_told(bench, monkeypatch):
+    plant(monkeypatch, lambda hp, i: 90 - 1e3 * abs(hp.lr - 10 * pl.FineTuneHparams(layer=1).lr))
+    found = pl.tune(bench, FACTS, "FT-W", budget=100)
+    assert found.hparams.lr == 10 * pl.FineTuneHparams(layer=1).lr
+    assert "largest or smallest that was tried" in found.why
+    plant(monkeypatch, lambda hp, i: 90 - i % 4)
+    assert "that was tried: there may" not in pl.tune(bench, FACTS, "ROME").why
 
 
 def test_a_difference_within_the_spread_of_facts_is_a_tie(bench, monkeypatch):
