@@ -106,4 +106,7 @@ class Here(ModuleType):
         return references[:num_returns], references[num_returns:]
 
     def kill(self, actor: Actor) -> None:
+        """A process takes its model along; here it is one that other tests have, too."""
+        if actor._made.worker is not None:
+            actor._made.worker.leave()
         self.killed.append(actor)
