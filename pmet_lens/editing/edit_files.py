@@ -255,6 +255,15 @@ def side_by_side(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     return torch.cat(left, dim=1), torch.cat(right)
 
 
+def thin(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors `[d_in, rank]` and `[rank, d_model]`; their product and an identity where that is
+    smaller, which has the same product to the bit: so an edit of many facts is no larger than the
+    weights that it writes."""
+    if left.shape[1] <= right.shape[1]:
+        return left, right
+    return left @ right, torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
+
+
 def origin(model: Model, sites: Sequence[Site]) -> dict[str, Any]:
     """The fields of an `Edit` of these sites that say what it was computed on."""
     return {

@@ -20,7 +20,7 @@ from pmet_lens.data import progress
 from pmet_lens.data.facts import Fact, check_editable, listed
 from pmet_lens.editing import keys
 from pmet_lens.editing import targets as targeting
-from pmet_lens.editing.edit_files import origin
+from pmet_lens.editing.edit_files import origin, thin
 from pmet_lens.editing.edits import Edit, Editor, merged, refuse
 from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import PMET, resolved, settled
@@ -164,7 +164,7 @@ def _made(
                         C = _moment(moments[site], K.device)
                         past = None if earlier is None else earlier[site]
                         factor = solver.factorise(C, hp.second_moment_weight, past)
-                    left, right = factors[site] = factor.factors(K, R)
+                    left, right = factors[site] = thin(*factor.factors(K, R))
                 except SolveError as error:
                     raise SolveError(f"At {site}: {error}{_dead(moments[site])}") from error
                 if factorised is not None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pmet_lens.data import file_format
 from pmet_lens.data.facts import Fact, check_editable, listed
-from pmet_lens.editing.edit_files import origin, side_by_side
+from pmet_lens.editing.edit_files import origin, side_by_side, thin
 from pmet_lens.editing.edits import Edit
 from pmet_lens.editing.finetune import output_hooks, rewrites
 from pmet_lens.editing.method import SettingsError
@@ -92,7 +92,7 @@ class Mend:
                     parts[site].append(update)
             if on_step is not None:
                 on_step(step, {"loss": losses})
-        factors = {site: _thin(updates) for site, updates in parts.items()}
+        factors = {site: thin(*side_by_side(updates)) for site, updates in parts.items()}
         made_on = origin(model, editor.sites)
         return Edit(factors, model.dtype, tuple(facts), self, hp, (), **made_on)
 
@@ -247,14 +247,6 @@ def passes(model: Model, facts: Sequence[Fact]) -> Iterator[Sequence[Fact]]:
     alone."""
     size = likelihood.rows_at_once(model, tokens.encode(model, rewrites(facts)), 64, copies=2)
     return (facts[start : start + size] for start in range(0, len(facts), size))
-
-
-def _thin(updates: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The factors of all tokens; their product and an identity where that is smaller."""
-    left, right = side_by_side(updates)
-    if left.shape[1] <= right.shape[1]:
-        return left, right
-    return left @ right, torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
 
 
 def _embedding(model: Model) -> str:

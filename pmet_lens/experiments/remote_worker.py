@@ -20,7 +20,7 @@ from torch import Tensor
 from pmet_lens.experiments.grid import GridError, Run
 from pmet_lens.experiments.tasks import Task
 from pmet_lens.experiments.worker import Outcome, Worker, WorkerInfo
-from pmet_lens.models.loading import aligned, load, moved
+from pmet_lens.models.loading import load, moved
 from pmet_lens.models.model import Model, Projection, Site
 
 
@@ -47,7 +47,7 @@ def unpack(packed: Mapping[str, Any], runs: Mapping[str, Run], device: str | Non
     hf = packed["kind"].from_pretrained(
         None, config=packed["config"], state_dict=state, dtype=dtype
     )
-    hf = aligned(hf) if device is None else moved(hf, device)
+    hf = hf if device is None else moved(hf, device)
     model = load(hf, packed["tokenizer"], name=Path(run.model).name, template=run.template)
     for site in (Site(n, p) for n in range(model.n_layers) for p in get_args(Projection)):
         weight = model.parameter(site)

@@ -25,7 +25,7 @@ from pmet_lens.experiments.grid import Run
 from pmet_lens.experiments.store import Folder, FolderError
 from pmet_lens.experiments.tasks import Task
 from pmet_lens.models import generation
-from pmet_lens.models.loading import load
+from pmet_lens.models.loading import aligned, load
 from pmet_lens.models.model import Model, Site
 from pmet_lens.moments import moment_files
 from pmet_lens.moments.second_moments import MomentError, check_fit
@@ -76,6 +76,7 @@ class Worker:
             device_map=device_map,
             template=first.template,
         )
+        aligned(self.model.hf)  # the same bits in every worker
         self.weights = target_files.identity(self.model)
         self._on: tuple[tuple[str, ...], Edit] | None = None
         """The files of the edits that are on the model, and their sum."""

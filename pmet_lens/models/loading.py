@@ -145,13 +145,14 @@ def _read(
         ) from error
     if place.gguf is not None:
         gguf_files.forget(hf)
-    return aligned(hf), tokenizer
+    return hf, tokenizer
 
 
 def aligned(hf: nn.Module) -> nn.Module:
-    """The model, with weights on the CPU where a processor likes them. Those that are mapped from a
+    """The model, with weights on the CPU where torch would put them. Those that are mapped from a
     file begin where the file has them, and a product of the same numbers is then rounded otherwise
-    (4e-16 of float64 was seen): the same weights would not give the same bits everywhere."""
+    (4e-16 of float64 was seen). For those who want the same bits in every process: the file's pages
+    and the copies are both in memory for a moment."""
     for value in (*hf.parameters(), *hf.buffers()):
         if value.device.type == "cpu" and value.data_ptr() % ALIGNMENT:
             value.data = value.data.clone()

@@ -47,7 +47,8 @@ class Estimate:
     moment: int
     """Bytes of the largest site's second moment and its factor, in float64."""
     host: int
-    """Bytes of the residual streams that are kept, and of the thin factors of all facts."""
+    """Bytes of the residual streams that are kept, of the thin factors of all sites, and, where
+    those of so many facts are larger than the weights, of all facts at one site."""
 
     @property
     def total(self) -> float:
@@ -147,8 +148,14 @@ def estimate(
         weights=sizes.weights,
         activations=round(max(count.largest, full) * wider * model.dtype.itemsize),
         moment=2 * 8 * max(d_in) ** 2,
-        host=round(min(streams, keys.KEPT_BYTES) + 8 * n * sum(d + sizes.d_model for d in d_in)),
+        host=round(min(streams, keys.KEPT_BYTES)) + _factors(n, d_in, sizes.d_model),
     )
+
+
+def _factors(n: int, d_in: Sequence[int], d_model: int) -> int:
+    """Bytes, in float64; a site that is solved for has rank d_model at most (`edit_files.thin`)."""
+    kept = min(n, d_model) * sum(d + d_model for d in d_in)
+    return 8 * (kept + (n * (max(d_in) + d_model) if n > d_model else 0))
 
 
 class _Count:

@@ -12,6 +12,7 @@ from tiny import tiny_hf, tiny_tokenizer
 
 import pmet_lens as pl
 from pmet_lens.data import file_format
+from pmet_lens.editing import locate_and_edit
 from pmet_lens.models.model import Model, Site
 from pmet_lens.shipping import adapters
 
@@ -256,3 +257,26 @@ def test_balanced_factors_have_the_same_product():
     a, b = adapters.balanced(many, many.T)
     assert a.shape == (5, 5)
     assert torch.allclose(a @ b, many @ many.T)
+
+
+def test_an_edit_of_many_facts_is_no_larger_than_its_weights(model, monkeypatch, tmp_path):
+    """Of the same bits as the factors of all facts have, there and back from a file."""
+    n, before = model.d_model + 8, bits(model)
+    subjects = [f"Mira {chr(65 + i // 26)}{chr(65 + i % 26)}" for i in range(n)]
+    facts = [pl.Fact(s, "{} plays the sport of", "rugby", "tennis") for s in subjects]
+    made = edit_of(model, facts, n_steps=1)
+    for site, (left, right) in made.factors.items():
+        assert (left.shape, right.shape) == (
+            (model.d_in(site), model.d_model),
+            (model.d_model, model.d_model),
+        )
+    monkeypatch.setattr(locate_and_edit, "thin", lambda *both: both)
+    whole = pl.edit(model, facts, moments(model), pl.PMET, made.hparams, CONTEXTS, made.targets)
+    assert all(left.shape[1] == n for left, _ in whole.factors.values())
+    assert all(torch.equal(made.deltas[site], whole.deltas[site]) for site in SITES)
+    made.save(tmp_path / "many.safetensors")
+    read = pl.Edit.load(tmp_path / "many.safetensors", model)
+    assert all(torch.equal(read.deltas[site], made.deltas[site]) for site in SITES)
+    with made.applied(model):
+        assert not equal(bits(model), before)
+    assert equal(bits(model), before)

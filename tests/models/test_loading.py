@@ -36,7 +36,7 @@ def test_a_directory_loads_in_the_dtype_asked_for(directory):
 
 def test_weights_give_the_same_bits_wherever_they_come_from(directory):
     """A file maps its weights where they lie in it; Ray's arrays begin at multiples of 64 bytes."""
-    hf, (ids, mask) = loading.load(directory, dtype="float64").hf, tiny_batch()
+    hf, (ids, mask) = loading.aligned(loading.load(directory, dtype="float64").hf), tiny_batch()
     assert all(p.data_ptr() % loading.ALIGNMENT == 0 for p in hf.parameters())
     with torch.no_grad():
         wanted = hf(input_ids=ids, attention_mask=mask).logits

@@ -193,7 +193,8 @@ def test_more_facts_cost_in_proportion(gpt2):
     assert many.facts == 3000
     for name in ("step", "whole_step", "record", "targets", "keys"):
         assert getattr(many, name) == pytest.approx(1000 * getattr(few, name))
-    assert many.host == 1000 * few.host
+    wide = 8 * (4 * D_MODEL + D_MODEL)  # bytes per fact and site: at two sites, all facts at one
+    assert many.host == 1000 * (few.host - 2 * 3 * wide) + 2 * D_MODEL * wide + 3000 * wide
     assert many.solve == pytest.approx(2 * solvers.operations(3000, 4 * D_MODEL)["primal"])
     assert (many.weights, many.moment) == (few.weights, few.moment)
     # A batch is as large as the budget.
