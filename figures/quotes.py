@@ -27,10 +27,12 @@ QUOTES = {
     ("docs/performance.md", "precision"): (f"{BENCH}/precision.md",),
     ("docs/performance.md", "gptj"): (f"{BENCH}/gptj_shapes.md",),
     ("docs/performance.md", "cuda"): (f"{BENCH}/cuda.md", f"{BENCH}/operations_cuda.md"),
+    ("docs/performance.md", "memory"): (f"{BENCH}/memory.md",),
     ("docs/performance.md", "mass_edit"): ("figures/results/mass_edit/mass_edit.md",),
     ("docs/results.md", "paper"): ("figures/results/paper/main.md",),
     ("docs/results.md", "tune"): tuple(
-        f"figures/results/tune/{model}.md" for model in ("smollm2-135m", "world-sequential", "world")
+        f"figures/results/tune/{model}.md"
+        for model in ("smollm2-135m", "world-sequential", "world")
     ),
     ("docs/results.md", "real_facts"): ("figures/results/real/main.md",),
     ("docs/results.md", "verdicts"): ("figures/results/real/verdicts.md",),
