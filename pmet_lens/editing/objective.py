@@ -250,9 +250,10 @@ class Objective:
             entry = self.model.stream_hook(tail.first, "resid_pre")
             hooks = [(entry, activations.add_at(whole, self._place))]
         else:
-            hook, of_row = self.model.stream_hook, self._fact_of_row
-            added = {s: activations.add_at(deltas[s][of_row], self._place) for s in self.streams}
-            hooks = [(hook(self.layer, s), add) for s, add in added.items()]
+            names = [self.model.stream_hook(self.layer, s) for s in self.streams]
+            added = [deltas[s][self._fact_of_row] for s in self.streams]
+            adds = [activations.add_at(each, self._place) for each in added]
+            hooks = list(zip(names, adds, strict=True))
         if tail is None:
             logits = self.model.forward(rows.ids, rows.mask, hooks=hooks, at=self._at)
         elif self._above is not None and self._past is not None and rows.ids.numel() > FEW_TOKENS:
