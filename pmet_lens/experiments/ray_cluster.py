@@ -97,6 +97,7 @@ def answers(head: tuple[str, int] | None) -> bool:
 
 
 def lost(where: str) -> str:
+    """What is said of a head that does not answer."""
     return (
         f"The head of the Ray cluster does not answer any more ({where}). Start a cluster again, "
         "and then the same grid on the same folder: what was finished is kept."
