@@ -107,7 +107,15 @@ class FactPanel:
             if same == tuple(text.strip() for text in now):
                 self.checked.value = typed.shown(asked)
 
-        self._runner.look(lambda: typed.asked(model, found), show)
+        neighbours = _lines(self.neighbours.value)
+
+        def look() -> None:
+            asked = typed.asked(model, found)
+            self._runner.post(lambda: show(asked))
+            if not self._session.on():  # an edit needs these, and need not wait for them then
+                self._session.unedited(neighbours)
+
+        self._runner.look(look, lambda _: None)
 
     def read(self, *, new: bool, true: str | None = None) -> Fact:
         """The fact as it stands there. The model says the true answers, so call it in a step.

@@ -52,6 +52,7 @@ class Session(EditInputs):
     ) -> None:
         super().__init__(model, moments, hparams, texts, n_tokens)
         self.steps: list[Step] = []
+        self._unedited: dict[str, str] = {}
         self.on_change: Callable[[], object] = lambda: None
         """Called after every edit, undo and redo."""
         self.on_made: Callable[[Fact, Edit], object] = lambda fact, edit: None
@@ -91,11 +92,19 @@ class Session(EditInputs):
         filled = tuple(p.replace("{}", subject) for p in paraphrases)
         Fact(subject, prompt, "checked")  # before the model is asked
         asked = [*([] if true else [prompt.replace("{}", subject)]), *neighbours]
-        with self.model.live_edits.bare():
-            answers = generation.answers(self.model, asked) if asked else []
+        answers = self.unedited(asked)
         true = true or answers.pop(0) or "?"
         pairs = tuple(zip(neighbours, [text or "?" for text in answers], strict=True))
         return Fact(subject, prompt, new or None, true, filled, pairs)
+
+    def unedited(self, prompts: Sequence[str]) -> list[str]:
+        """What the unedited model says to each prompt, which is asked once in a session."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._unedited]
+        if new:
+            with self.model.live_edits.bare():
+                answers = generation.answers(self.model, new)
+            self._unedited.update(zip(new, answers, strict=True))
+        return [self._unedited[prompt] for prompt in prompts]
 
     def edit(
         self,

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pmet_lens as pl
 from pmet_lens.explorer import recipes, variants, views, widgets
+from pmet_lens.explorer import session as session_file
 from pmet_lens.plotting.maps import attention_panels, lens_panels, loss_curve, trace_panels
 
 N_TOKENS = 3000
@@ -75,6 +76,18 @@ def test_the_model_says_the_true_answers_of_a_typed_fact(model, moments, weights
     own.undo(step)
     with pytest.raises(pl.FactError, match="exactly one"):
         own.fact("Paris", "the capital of", "Italy")
+
+
+def test_the_unedited_model_is_asked_once(model, moments, monkeypatch):
+    own, prompts = session(model, moments), [fact.text for fact in known(3)]
+    first = own.unedited([prompts[0], prompts[0], prompts[1]])
+    assert first[0] == first[1] == known(1)[0].target_true
+    asked = []
+    monkeypatch.setattr(
+        session_file.generation, "answers", lambda _, new: (asked.extend(new), ["so"])[1]
+    )
+    assert own.unedited(prompts) == [first[0], first[2], "so"]
+    assert asked == prompts[2:]
 
 
 @pytest.mark.parametrize("at", [0, 3])

@@ -271,6 +271,8 @@ def test_no_click_works_on_the_thread_of_the_loop(model, moments, busy_threads, 
     async def clicks():
         explorer = pl.explore(model, moments=moments, n_tokens=N_TOKENS)
         await until(lambda: "says now" in explorer.fact.checked.value)
+        neighbours = explorer.fact.neighbours.value.splitlines()
+        await until(lambda: {*neighbours} == {*explorer.session._unedited})  # nobody waits for it
         tabs = (explorer.ask, explorer.look, explorer.edit, explorer.two, explorer.ablate)
         for tab in tabs:
             tab.button.click()
