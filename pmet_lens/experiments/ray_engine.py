@@ -228,7 +228,7 @@ class Actors:
         self._drop_lost()
 
     def _ask_head(self, now: bool = False) -> None:
-        """Without its head, Ray ends this process after a minute, without a word: so it is asked
+        """Without its head, Ray ends this process after a minute, without an exception: it is asked
         for now and then, and before Ray is asked for its machines (`now`)."""
         if not now and time.monotonic() - self._asked < LOOK_SECONDS:
             return
