@@ -22,7 +22,7 @@ from grids import read_once as read_once
 
 import pmet_lens as pl
 from pmet_lens.evaluation import metrics as metrics_of
-from pmet_lens.experiments import engine, progress, target_files, tasks, worker
+from pmet_lens.experiments import engine, scheduler, target_files, tasks, worker
 from pmet_lens.experiments import measure as measured
 from pmet_lens.experiments.grid import GridError
 from pmet_lens.experiments.store import Folder, FolderError
@@ -572,19 +572,19 @@ def test_bars_and_a_live_table(grid, shards, capsys):
 def test_every_bar_ends_full(grid, tmp_path, made, monkeypatch):
     """Although runs share shards."""
     told = []
-    monkeypatch.setattr(progress.Progress, "begin", lambda self, left: told.append(dict(left)))
+    monkeypatch.setattr(scheduler.Progress, "begin", lambda self, left: told.append(dict(left)))
     go(grid, tmp_path)
     assert told == [Counter(task.run for task in made)]
     assert set(told[0]) == {run.digest for run in grid}
 
 
 def test_the_table_has_a_line_per_run(whole):
-    wide = progress.wide(whole[1])
+    wide = scheduler.wide(whole[1])
     assert list(wide["run"]) == ["PMET", "MEMIT", "unedited"]
     assert list(wide.columns[:4]) == ["run", "model", "edits", "S"]
     assert wide["collateral"].notna().sum() == 1
     twice = pd.concat([whole[1], whole[1].assign(digest="another")])
-    assert len(progress.wide(twice)) == 6
+    assert len(scheduler.wide(twice)) == 6
 
 
 def test_quiet_is_quiet(grid, tmp_path, capsys):
