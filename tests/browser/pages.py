@@ -20,6 +20,9 @@ class Page:
         page.set_default_timeout(60 * SECOND)
         page.on("console", self._hear)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        # On a busy machine Jupyter may ask for something (a kernel, which version of a file).
+        dialog = page.locator("dialog.jp-Dialog")
+        page.add_locator_handler(dialog, lambda: dialog.locator(".jp-mod-accept").last.click())
         page.goto(address)
         # JupyterLab says in its status bar that the kernel is there; Notebook 7 has only the sign.
         lab = "/lab/" in address
