@@ -275,10 +275,11 @@ class Study(tune.Study):
         """The tuned settings of a method for `n` facts at once, found first where nobody has; where
         there are too few facts to tune on, the first guess."""
         path, method = real_pages.path_of(self.folder, f"tuned {name}", "json"), pl.named(name)
-        if self.args.tuned_on < 8 and self.args.tuned is None:
-            return self.guess(name)
         if not path.exists():
-            found = self.found_before(name) or self.tuned(name)
+            found = self.found_before(name)
+            if found is None and self.args.tuned_on < 8:
+                return self.guess(name)
+            found = found or self.tuned(name)
             self.write(path.name, json.dumps(found, ensure_ascii=False))
         whole = json.loads(path.read_text(encoding="utf-8"))
         if "1" not in whole:

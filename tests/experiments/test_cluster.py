@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -97,18 +98,25 @@ def test_three_nodes_give_what_one_process_gives(cluster, grid, serial, tmp_path
     same(tmp_path, table, grid, serial)
 
 
-def test_a_node_that_is_lost_costs_its_tasks_only(cluster, grid, serial, tmp_path, monkeypatch):
-    made, nodes = cluster
+def after_eight_tasks(monkeypatch, lose) -> list[object]:
+    """Call `lose()` when eight tasks are done; returns those that were done."""
     wait, done = ray_engine.Actors.wait, []
 
-    def lose(self, handles):
+    def wait_and_lose(self, handles):
         found = wait(self, handles)
         done.append(found)
         if len(done) == 8:
-            made.remove_node(nodes[0], allow_graceful=False)
+            lose()
         return found
 
-    monkeypatch.setattr(ray_engine.Actors, "wait", lose)
+    monkeypatch.setattr(ray_engine.Actors, "wait", wait_and_lose)
+    return done
+
+
+def test_a_node_that_is_lost_costs_its_tasks_only(cluster, grid, serial, tmp_path, monkeypatch):
+    made, nodes = cluster
+    lose = partial(made.remove_node, nodes[0], allow_graceful=False)
+    done = after_eight_tasks(monkeypatch, lose)
     table = pl.run(grid, tmp_path, engine="ray", address=made.address, workers=3, progress=False)
     assert len(done) > 8
     same(tmp_path, table, grid, serial)
@@ -118,16 +126,8 @@ def test_without_its_head_a_grid_ends_in_a_sentence_and_goes_on(
     cluster, grid, serial, tmp_path, monkeypatch
 ):
     made, _ = cluster
-    wait, done = ray_engine.Actors.wait, []
-
-    def lose(self, handles):
-        found = wait(self, handles)
-        done.append(found)
-        if len(done) == 8:
-            made.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
-        return found
-
-    monkeypatch.setattr(ray_engine.Actors, "wait", lose)
+    kill = made.head_node.kill_all_processes
+    after_eight_tasks(monkeypatch, partial(kill, check_alive=False, allow_graceful=False))
     with pytest.raises(GridError, match=r"head of the Ray cluster does not answer any more \(.*:"):
         pl.run(grid, tmp_path, engine="ray", address=made.address, workers=3, progress=False)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
