@@ -117,7 +117,8 @@ class Count:
         exact = estimate.solve * n / estimate.facts + (
             sum(d**3 / 3 for d in size) if factorised else 0
         )
-        kept = 8 * n * sum(d + self.sizes.d_model for d in size)
+        rank = min(n, self.sizes.d_model)  # `edit_files.thin`
+        kept = 8 * rank * sum(d + self.sizes.d_model for d in size)
         return estimate.keys * n / estimate.facts + exact, exact, kept
 
     def _answers(self, run: Run, task: tasks.Task) -> _Work:
