@@ -4,8 +4,8 @@ Every method gets the same budget of tuning on the same held-out facts of a mode
 same other facts at once, and are compared: paired differences, and which of them no other beats in
 efficacy, locality and collateral together. Real models take `pl.recalled` of `pl.real_facts()`,
 bundled ones CounterFact's records of their world. Everything is kept in `figures/out/tune/MODEL` as
-soon as it is there: a run that was cut goes on. `--grid METHOD` also tries every combination of
-settings on the held-out facts, by the steps that are searched with, to judge what `pl.tune` found.
+soon as it is there: a run that was cut goes on. `--grid METHOD` tries every combination of settings
+on the held-out facts instead, by the steps that are searched with, to judge what `pl.tune` found.
 `--record` replaces the committed tables.
 """
 
@@ -246,7 +246,9 @@ def main() -> None:
     options(parser)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--facts", type=int, default=100, help="edited at once")
-    parser.add_argument("--grid", nargs="*", default=[], help="methods to judge by a full grid")
+    parser.add_argument(
+        "--grid", nargs="*", default=[], help="methods to judge by a full grid instead"
+    )
     parser.add_argument("--out", type=Path, default=OUT / "tune")
     parser.add_argument("--record", action="store_true", help="replace the committed tables")
     args = parser.parse_args()
@@ -255,6 +257,9 @@ def main() -> None:
     start = time.monotonic()
     try:
         study = Study(args)
+        if args.grid:
+            judge(study)
+            return
         table = study.table()
     except (pl.ModelError, pl.DataError, pl.FactError, pl.SettingsError) as error:
         parser.exit(2, f"{error}\n")
@@ -264,9 +269,13 @@ def main() -> None:
     make(draw, "fig_tune", study.folder, study.folder)
     if args.record:
         record(study.folder)
-    for method in args.grid:
+
+
+def judge(study: Study) -> None:
+    """The grid of every method asked for, among the committed tables where they are wanted."""
+    for method in study.args.grid:
         study.grid(method)
-        if args.record:
+        if study.args.record:
             merge(study.folder, RESULTS, (f"grid {method}",))
 
 

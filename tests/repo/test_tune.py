@@ -50,6 +50,18 @@ def test_a_grid_tries_every_combination_once(study, capsys, monkeypatch):
     pd.testing.assert_frame_equal(study.grid("MEMIT"), table)
 
 
+def test_a_grid_is_made_without_the_comparison(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "Study", lambda args: study)
+    monkeypatch.setattr(study, "table", lambda: pytest.fail("nobody asked for it"))
+    monkeypatch.setattr(tune, "RESULTS", tmp_path / "results")
+    study.args.grid, study.args.record = ["MEMIT"], True
+    monkeypatch.setattr("sys.argv", ["tune.py", "--grid", "MEMIT", "--record"])
+    tune.main()
+    kept = pd.read_csv(tmp_path / "results" / "grid MEMIT.csv")
+    assert len(kept) == 4
+    assert set(kept["model"]) == {"world"}
+
+
 def test_settings_are_written_for_every_number_of_facts():
     at = lambda n: replace(HP, second_moment_weight=float(n))  # noqa: E731
     found = SimpleNamespace(why="so", spent=80, for_edits=at)
