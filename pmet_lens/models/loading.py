@@ -20,6 +20,7 @@ from torch import nn
 from pmet_lens.data import fetched, file_format, gguf_files, progress
 from pmet_lens.data.datasets import DataError
 from pmet_lens.data.downloads import DownloadError
+from pmet_lens.models import memory
 from pmet_lens.models.chat import Messages
 from pmet_lens.models.model import Model
 from pmet_lens.models.sites import ModelError
@@ -31,6 +32,7 @@ ALIGNMENT = 64
 """Bytes: where torch itself begins its tensors, and Ray its arrays."""
 
 
+@memory.uncollected()
 @torch.inference_mode(False)
 def load(
     source: str | Path | nn.Module,

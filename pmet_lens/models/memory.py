@@ -1,9 +1,12 @@
-"""What to do when a batch does not fit into memory: half of it, twice."""
+"""What to do when a batch does not fit into memory (half of it, twice), what memory is free, and
+reading what stays without a search for garbage."""
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -53,3 +56,17 @@ def free(device: torch.device) -> int | None:
     """Free bytes of an accelerator; None where nobody can tell, and for a CPU."""
     ask = getattr(getattr(torch, device.type, None), "mem_get_info", None)
     return None if ask is None else int(ask(device)[0])
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A block, or with `@` a function, in which Python does not look for garbage. What reads a
+    model makes hundreds of thousands of objects that all stay; each search among them holds up
+    every thread, and a notebook's answers with them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

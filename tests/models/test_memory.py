@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_hf, tiny_model, tiny_tokenizer
 
 import pmet_lens as pl
 from pmet_lens.editing import objective, targets
@@ -92,3 +94,24 @@ def test_evaluation_goes_on_with_half(monkeypatch):
         got = scoring.evaluate(model, FACTS)
     for column in ("nll_wanted", "nll_other"):
         assert got[column].to_numpy() == pytest.approx(wanted[column].to_numpy(), rel=1e-9)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_model_is_read_without_a_search_for_garbage(wanted, monkeypatch):
+    """Whether it ends well or not, the collector is left as it was."""
+    seen = []
+    hf, tokenizer = tiny_hf("gpt2", torch.float32), tiny_tokenizer()
+    made = Model.__init__
+    monkeypatch.setattr(
+        Model, "__init__", lambda *args: (seen.append(gc.isenabled()), made(*args))[1]
+    )
+    (gc.enable if wanted else gc.disable)()
+    try:
+        pl.load(hf, tokenizer)
+        assert gc.isenabled() is wanted
+        with pytest.raises(pl.ModelError, match="there is no directory"):
+            pl.load("./nowhere")
+        assert gc.isenabled() is wanted
+    finally:
+        gc.enable()
+    assert seen == [False]
