@@ -2,7 +2,8 @@
 10,000 edits on GPT-J-6B, GPT-NeoX-20B and Llama-3 cost on 1, 8 and 64 GPUs.
 
 `python figures/plan.py` writes `figures/out/plan.md` and its CSVs, with `--record` also
-`figures/results/`. Some minutes on two cores, most of them the three grids.
+`figures/results/`. Some minutes on two cores, most of them the three grids. `--facts FILE --texts
+FILE` plans and runs 1,000 edits at once of SmolLM2-135M instead, whose row joins those of before.
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ LARGE = {
     "llama-3-8b": Shape(32, 4096, 128256, 14336, 0.25, True),
     "llama-3-70b": Shape(80, 8192, 128256, 28672, 0.125, True),
 }
+REAL, REAL_LAYERS, EDITS = "smollm2-135m", (2, 3, 4, 5, 6, 7), 1_000
+"""The real model that is planned and run, its critical layers, and facts at once."""
+Grids = dict[str, tuple[list[pl.Run], str, int]]
+"""Name → runs, engine, workers."""
 LAYERS = {"llama-3-8b": (4, 5, 6, 7, 8), "llama-3-70b": (10, 11, 12, 13, 14)}
 """Of the Llamas, for which there are no released settings of PMET; those of the larger one are a
 guess, a sixth of the way up."""
@@ -75,16 +80,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--record", action="store_true", help="replace the committed tables")
     parser.add_argument("--large-only", action="store_true", help="count, and run nothing")
+    parser.add_argument("--facts", type=Path, help="records to edit SmolLM2-135M with")
+    parser.add_argument("--texts", type=Path, help="text of its second moments, one a line")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    if (args.facts is None) != (args.texts is None):
+        parser.error("--facts and --texts go together")
+    real = args.facts is not None
+    if not real:
+        torch.set_num_threads(1)
     start = time.perf_counter()
     OUT.mkdir(exist_ok=True)
-    if not args.large_only:
-        compared().to_csv(OUT / "plan.csv", index=False)
+    if real:
+        of_real(args.facts, args.texts).to_csv(OUT / "plan.csv", index=False)
+    elif not args.large_only:
+        compared(grids()).to_csv(OUT / "plan.csv", index=False)
     counted().to_csv(OUT / "plan_large.csv", index=False)
     made = provenance((time.perf_counter() - start) / 60)
     if args.large_only:
         made = f"What is counted: {made} The grids above were run before."
+    if real:
+        made = f"The row of {REAL}, and what is counted: {made} The other grids were run before."
     text = page(OUT, made)
     (OUT / "plan.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
@@ -94,8 +109,8 @@ def main() -> None:
                 part.write_bytes((OUT / name).read_bytes())
 
 
-def grids() -> dict[str, tuple[list[pl.Run], str, int]]:
-    """Name → runs, engine, workers."""
+def grids() -> Grids:
+    """Those of the bundled models."""
     facts = tuple(pl.counterfact(n=60))
     others = tuple(experiments.others_of(pl.knowns(), facts)[:500])
     both, own = ("answers", "collateral"), {"n_tokens": 50_000}
@@ -126,10 +141,30 @@ def grids() -> dict[str, tuple[list[pl.Run], str, int]]:
     }
 
 
-def compared() -> pd.DataFrame:
+def of_real(facts: Path, texts: Path) -> pd.DataFrame:
+    """The row of 1,000 edits at once of a real model, with the committed ones of the others."""
+    model = pl.load(REAL)
+    records = pl.editable(model, pl.read_facts(facts))[:EDITS]
+    run = pl.Run(
+        REAL,
+        tuple(records),
+        pl.PMET,
+        pl.Hparams(REAL_LAYERS).settled(pl.PMET, len(records)).fast(),
+        texts=str(texts),
+        n_tokens=16_000,
+    )
+    name = (
+        f"{len(records):,} edits at once of {REAL}, fast steps, {torch.get_num_threads()} threads"
+    )
+    new = compared({name: ([run], "serial", 1)})
+    old = pd.read_csv(HERE / "results" / "plan.csv")
+    return pd.concat([old[~old["grid"].str.contains(REAL)], new], ignore_index=True)
+
+
+def compared(grids: Grids) -> pd.DataFrame:
     """Every grid planned, then run in an empty folder."""
     rows = []
-    for name, (grid, engine, workers) in grids().items():
+    for name, (grid, engine, workers) in grids.items():
         begin = time.perf_counter()
         told = pl.plan(grid, workers=workers, engine=engine)
         probed = time.perf_counter() - begin
@@ -223,12 +258,10 @@ def page(folder: Path, made: str) -> str:
     """Both tables with what has to be known about them."""
     text = "# What `pl.plan` says\n\n"
     if (folder / "plan.csv").exists():
-        text += "Three grids on the bundled models, each planned with a short probe, then run in "
-        text += (
-            "an empty folder; seconds and MB. With Ray the workers themselves probe, all at the "
-        )
-        text += "same time, and the time they take to start is in the estimate. A plan is of an "
-        text += "empty folder, and of a machine as busy as while it was probed.\n\n"
+        text += "Grids on the bundled models and one real one, each planned with a short probe, "
+        text += "then run in an empty folder; seconds and MB. With Ray the workers themselves "
+        text += "probe, all at the same time, and the time they take to start is in the estimate. "
+        text += "A plan is of an empty folder, and of a machine as busy as while it was probed.\n\n"
         text += markdown(pd.read_csv(folder / "plan.csv")) + "\n"
     large = pd.read_csv(folder / "plan_large.csv")
     text += "## 10,000 edits on large models: counted, not measured\n\n"

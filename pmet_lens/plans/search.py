@@ -72,7 +72,8 @@ class Search:
         }
         self.space = Space(trial.method, guess, bench.model.n_layers, frozenset(usable))  # type: ignore[arg-type]
         self.fast = _may_be_fast(bench.model, trial.method) if fast is None else fast
-        self.fast &= isinstance(guess, Hparams)
+        # A guess that has fast steps itself leaves nothing to confirm.
+        self.fast &= isinstance(guess, Hparams) and guess != guess.fast()
         groups = self.space.groups()
         self.stages = stages(len(facts), len(groups), budget, self.space.dear, self.fast)
         self.groups = groups[: self.stages[0][1]]

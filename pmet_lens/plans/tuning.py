@@ -72,8 +72,9 @@ def tune(
         others: facts for the floor on collateral.
         edited: facts that will be edited with the result; one that is tuned on is refused.
         n_edits: how many facts at once the result is for (λ in proportion); None: as many as here.
-        fast: search with `Hparams.fast()` and confirm with the method's own steps. None: where the
-            model has ten million parameters and the method does not store exactly.
+        fast: search with `Hparams.fast()` and confirm with the first guess's own steps, where those
+            are others. None: where the model has ten million parameters and the method does not
+            store exactly.
         folder: keeps targets and results where `model` is no `Bench`; None: nothing is kept.
         texts: for second moments, where `model` is no `Bench`; None: as `EditInputs` chooses.
         on_trial: called with (targets spent so far, budget).

@@ -275,6 +275,18 @@ def test_fast_steps_search_and_the_published_ones_confirm(bench):
     assert found.spent <= found.budget
 
 
+def test_a_guess_with_fast_steps_leaves_nothing_to_confirm(bench):
+    """What a confirmation would cost is spent on more settings."""
+    guess = pl.Trial("PMET", hparams=HP.fast())
+    found = pl.tune(bench, FACTS, guess, goal="EA", fast=True)
+    assert "published" not in set(found.table["stage"])
+    assert "confirmed" not in found.why
+    assert found.hparams == found.hparams.fast()
+    confirmed = pl.tune(bench, FACTS, "PMET", goal="EA", fast=True)
+    first = [(table["stage"] == 0).sum() for table in (found.table, confirmed.table)]
+    assert first[0] > first[1]
+
+
 @pytest.mark.parametrize("dear", [False, True])
 @pytest.mark.parametrize("confirmed", [False, True])
 @pytest.mark.parametrize("n", [8, 10, 20, 37, 100])
