@@ -46,21 +46,17 @@ class Study(tune.Study):
         if self.args.model.startswith("world"):
             known = self.bench.settings
             self.bench.settings = lambda m: known(m if m == pl.MEMIT else pl.PMET)
-        tables = []
-        for n in self.args.sizes:
-            for baseline in BASELINES:
-                table = self.compared(self.facts[:n], baseline)
-                tables.append(table.assign(edits=n, against=baseline))
+        tables = [self.compared(self.facts[:n]).assign(edits=n) for n in self.args.sizes]
         return pd.concat(tables, ignore_index=True)
 
-    def compared(self, facts: list[pl.Fact], baseline: str) -> pd.DataFrame:
+    def compared(self, facts: list[pl.Fact]) -> pd.DataFrame:
         """One number of facts at once; what was tuned is there, as are its targets."""
 
         def tell(name: str, tuned: pl.Tuned) -> None:
             sys.stderr.write(f"{len(facts)} at once, {name}: {tuned!r}\n")
 
         return pl.compare(
-            self.bench, self.methods(), facts, self.others, baseline, tune_on=self.held_out,
+            self.bench, self.methods(), facts, self.others, BASELINES, tune_on=self.held_out,
             budget=self.args.budget, goal=self.args.goal, front=True, on_tuned=tell,
         )  # fmt: skip
 

@@ -26,7 +26,7 @@ def compare(
     trials: Mapping[str, Trial],
     facts: Sequence[Fact],
     others: Sequence[Fact] = (),
-    baseline: str = "PMET",
+    baseline: str | Sequence[str] = "PMET",
     on_trial: Callable[[int, int], object] | None = None,
     *,
     tune_on: Sequence[Fact] | None = None,
@@ -40,6 +40,7 @@ def compare(
     Columns: run, metric (those of `evaluate`'s summary, and "collateral": facts `others` still
     answered right), mean, ci_low, ci_high (95 % bootstrap over facts), n, difference,
     difference_low, difference_high (trial − baseline, per fact; missing for the baseline itself).
+    Of several baselines each has its rows, and the column against names it.
 
     With `tune_on` the comparison is fair by construction: every method is tuned (`tune`) for the
     same `goal` on these facts, none of which may be among `facts`, with the same `budget` of
@@ -55,8 +56,10 @@ def compare(
     Raises KeyError if `baseline` is no trial; FactError for facts that are tuned on and edited;
     SettingsError for `budget` without `tune_on`.
     """
-    if baseline not in trials:
-        raise KeyError(baseline)
+    baselines = [baseline] if isinstance(baseline, str) else list(baseline)
+    for name in baselines:
+        if name not in trials:
+            raise KeyError(name)
     tuned: dict[str, Tuned] = {}
     if tune_on is not None:
         refuse_overlap(listed(tune_on), listed(facts))
@@ -77,9 +80,18 @@ def compare(
         }
     elif budget is not None:
         raise SettingsError("A budget is for tuning: pass tune_on= facts that are not edited.")
-    table = _compared(bench, trials, facts, others, baseline, on_trial)
+    seen = {}
+    for i, (name, trial) in enumerate(trials.items()):
+        seen[name] = measured(bench, trial, facts, others)
+        if on_trial is not None:
+            on_trial(i + 1, len(trials))
+    tables = [_against(name, seen) for name in baselines]
+    if len(tables) > 1:
+        named = zip(baselines, tables, strict=True)
+        tables = [table.assign(against=name) for name, table in named]
+    table = pd.concat(tables, ignore_index=True)
     if front:
-        found = pareto(table)
+        found = pareto(tables[0])
         table["front"] = table["run"].isin(found.index[found["front"]])
     if tune_on is not None:
         spent = {name: one.spent for name, one in tuned.items()}
@@ -91,19 +103,11 @@ def compare(
     return table
 
 
-def _compared(
-    bench: Bench,
-    trials: Mapping[str, Trial],
-    facts: Sequence[Fact],
-    others: Sequence[Fact],
-    baseline: str,
-    on_trial: Callable[[int, int], object] | None,
-) -> pd.DataFrame:
-    """The table of trials whose settings are settled."""
-    first = measured(bench, trials[baseline], facts, others)
-    tables = []
-    for i, (name, trial) in enumerate(trials.items()):
-        rows, right = first if name == baseline else measured(bench, trial, facts, others)
+def _against(baseline: str, seen: Mapping[str, tuple[pd.DataFrame, Any]]) -> pd.DataFrame:
+    """The table against one of the trials, of what was measured of each: rows of `evaluate`, and
+    whether the other facts are still answered right."""
+    first, tables = seen[baseline], []
+    for name, (rows, right) in seen.items():
         table = metrics.summarise(rows)
         if len(right):
             table.loc["collateral"] = list(metrics.interval(right))
@@ -116,8 +120,6 @@ def _compared(
             change.columns = ["difference", "difference_low", "difference_high"]
             table = table.join(change)
         tables.append(table.reset_index().assign(run=name))
-        if on_trial is not None:
-            on_trial(i + 1, len(trials))
     columns = ["run", "metric", "mean", "ci_low", "ci_high", "n"]
     columns += ["difference", "difference_low", "difference_high"]
     return pd.concat(tables, ignore_index=True).reindex(columns=columns).astype({"n": int})

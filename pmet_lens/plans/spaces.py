@@ -147,7 +147,8 @@ class Space:
             yield from factors
             yield from ({"layer": hp.layer + step * n} for n in (1, -1, 2, -2))
             return
-        yield from ({"last": hp.layers[-1] + step * n} for n in (1, -1))
+        # First where it is written: on real models that matters most (`grid MEMIT.csv`).
+        yield from ({"last": hp.layers[-1] + step * n} for n in (1, -1, 2, -2, 3, -3))
         if self.dear and self.weight is not None:
             value = getattr(hp, self.weight)
             yield from ({self.weight: value * f} for f in (1 / RANGE, RANGE))
@@ -156,7 +157,6 @@ class Space:
         if {"attn_out", "mlp_out"} & {*self.method.delta_at} and kind_of(self.method) == "PMET":
             norm = "own stream" if hp.reference_norm == "resid_post" else "resid_post"
             yield {"reference_norm": norm}
-        yield from ({"last": hp.layers[-1] + step * n} for n in (2, -2, 3, -3))
 
     def _with(self, change: dict[str, Any]) -> Any:
         """The guess with these changes; None where there are no such layers."""

@@ -813,6 +813,19 @@ def test_a_paired_difference_is_the_difference_of_the_means(compared):
     assert rows["difference"].abs().max() > 1
 
 
+def test_several_baselines_are_those_of_each_and_nothing_is_measured_twice(planted, monkeypatch):
+    made, edit = [], planted.edit
+    monkeypatch.setattr(planted, "edit", lambda *args: (made.append(args[0]), edit(*args))[1])
+    both = compare(planted, TRIALS, KNOWN, OTHERS, ("ROME", "PMET"), front=True)
+    assert len(made) == len(TRIALS)
+    for name in ("ROME", "PMET"):
+        own = both[both["against"] == name].drop(columns="against").reset_index(drop=True)
+        alone = compare(planted, TRIALS, KNOWN, OTHERS, name, front=True)
+        pd.testing.assert_frame_equal(own, alone)
+    with pytest.raises(KeyError, match="MEMIT"):
+        compare(planted, TRIALS, KNOWN, OTHERS, ("ROME", "MEMIT"))
+
+
 def test_a_trial_does_not_differ_from_its_like(planted):
     table = compare(planted, {"a": Trial(), "b": Trial()}, KNOWN, OTHERS, baseline="a")
     twin = table[table["run"] == "b"]
