@@ -18,7 +18,9 @@ QUOTES = {
     ("docs/results.md", "results"): ("figures/results/main.md",),
     ("docs/results.md", "study"): ("figures/results/claims.md",),
     ("docs/ablations.md", "ablations"): ("figures/results/paper/ablations.md",),
-    ("docs/ablations.md", "variants"): ("figures/results/variants/world-sequential.md",),
+    ("docs/ablations.md", "variants"): tuple(
+        f"figures/results/variants/{model}.md" for model in ("smollm2-135m", "world-sequential")
+    ),
     ("docs/performance.md", "bench"): (f"{BENCH}/cpu.md", f"{BENCH}/operations.md"),
     ("docs/performance.md", "session"): (f"{BENCH}/session.md",),
     ("docs/performance.md", "waits"): (f"{BENCH}/waits.md",),
