@@ -240,6 +240,7 @@ def small(name: str, shape: Shape) -> pl.Model:
     """A model of the same family and depth, narrow, with the bundled tokenizer."""
     import transformers as hf
 
+    torch.manual_seed(0)  # what its blocks allow is tried out, and rounds
     tokenizer = pl.load("world").tokenizer
     own = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
     wide = {"hidden_size": 32, "num_hidden_layers": shape.layers, "num_attention_heads": 4}

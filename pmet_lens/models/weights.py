@@ -218,3 +218,22 @@ def file_of(kind: str) -> str:
     """The file that weights of a `Model.kind` come from, in words."""
     bits = re.search(r"(?:Q|F|BF)(\d+)", kind)
     return f"{bits[1]}-bit file ({kind})" if bits else f"{kind} file"
+
+
+def check_runs(forward: Callable[..., object], hf: nn.Module, name: str) -> None:
+    """Refuse a model that its wrapper, whose `forward` is given, cannot run in half precision, as
+    that of OLMo in TransformerLens 4.3. What else goes wrong says so when the model is asked."""
+    first = next(hf.parameters())
+    if first.dtype.itemsize > 2 or first.is_meta:
+        return
+    ids = torch.zeros(1, 2, dtype=torch.long, device=first.device)
+    try:
+        with torch.no_grad():
+            forward(ids, torch.ones_like(ids), stop_at_layer=1)
+    except RuntimeError as error:
+        if "dtype" in str(error) or "scalar type" in str(error):
+            half = str(first.dtype).removeprefix("torch.")
+            raise ModelError(
+                f'TransformerLens cannot run {name!r} in {half}: load it with dtype="float32" '
+                f"[{error}]"
+            ) from error

@@ -13,7 +13,7 @@ import pytest
 import torch
 from kept import shared_model
 from pair import CONTEXTS, FACTS, HP
-from tiny import FAMILIES, MORE, close, plain_logits, refused, tiny_batch, tiny_hf
+from tiny import FAMILIES, MORE, close, plain_logits, refused, tiny_batch, tiny_hf, tiny_model
 
 import pmet_lens as pl
 from pmet_lens.editing import targets
@@ -188,3 +188,18 @@ def test_what_is_no_single_matrix_is_refused_with_the_reason():
 
     with refused("mixture of experts"):
         pl.load(tiny_hf("mixtral"), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", (*FAMILIES, *MORE))
+def test_half_precision_says_the_same_of_a_block(family, dtype) -> None:
+    """What a change of a stream does in its layer is found by trying, and is not rounding. OLMo,
+    which TransformerLens 4.3 cannot run in half precision, is refused."""
+    if family.startswith("olmo"):
+        with refused(rf"cannot run '{family}' in .*: load it with dtype=\"float32\""):
+            tiny_model(family, dtype)
+        return
+    exact, half = (shared_model(family, d, window=WINDOW) for d in (torch.float64, dtype))
+    for stream in ("attn_out", "mlp_out"):
+        assert half.enters_output(stream) == exact.enters_output(stream)
+    assert half.parallel_blocks == exact.parallel_blocks
