@@ -147,7 +147,7 @@ class Space:
             yield from factors
             yield from ({"layer": hp.layer + step * n} for n in (1, -1, 2, -2))
             return
-        # First where it is written: on real models that matters most (`grid MEMIT.csv`).
+        # First where it is written: on real models that matters most (`grid_MEMIT.csv`).
         yield from ({"last": hp.layers[-1] + step * n} for n in (1, -1, 2, -2, 3, -3))
         if self.dear and self.weight is not None:
             value = getattr(hp, self.weight)

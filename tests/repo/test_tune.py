@@ -26,11 +26,13 @@ def study(tmp_path: Path, monkeypatch) -> tune.Study:
     }  # fmt: skip
     space = SimpleNamespace(
         weight="second_moment_weight",
+        centre=HP,
         groups=lambda: [HP, replace(HP, layers=(2, 3))],
         scaled=lambda hp, factor: replace(hp, second_moment_weight=10 * factor),
     )
     table = pd.DataFrame({"stage": [0, 1], "score": [50.0, 60.0]})
-    monkeypatch.setattr(pl, "tune", lambda *_, **__: SimpleNamespace(space=space, table=table))
+    found = SimpleNamespace(space=space, table=table, for_edits=lambda n: space.scaled(HP, n / 8))
+    monkeypatch.setattr(pl, "tune", lambda *_, **__: found)
     monkeypatch.setattr(tune, "GRID", (1.0, 10.0))
     return tune.Study(argparse.Namespace(**values))
 
@@ -46,7 +48,19 @@ def test_a_grid_tries_every_combination_once(study, capsys, monkeypatch):
     assert table["mean"].between(0, 100).all()
     assert f"tuned 60.0, best of 4 {table['mean'].max():.1f}" in capsys.readouterr().err
 
-    monkeypatch.setattr(study.bench, "edit", lambda *_: pytest.fail("it was there"))
+    judged = pd.read_csv(study.folder / "judged_MEMIT.csv")
+    assert set(judged["run"]) == {"first guess", "tuned", "best of the grid"}
+    same = judged[judged["run"] == "first guess"]  # the planted search found the guess
+    assert (same["difference"] == 0).all()
+    assert (judged["edits"] == 2).all()
+
+    held_out, edit = study.held_out, study.bench.edit
+
+    def again(trial, facts, *rest):
+        assert facts is not held_out, "it was there"
+        return edit(trial, facts, *rest)
+
+    monkeypatch.setattr(study.bench, "edit", again)
     pd.testing.assert_frame_equal(study.grid("MEMIT"), table)
 
 
@@ -57,9 +71,10 @@ def test_a_grid_is_made_without_the_comparison(study, monkeypatch, tmp_path):
     study.args.grid, study.args.record = ["MEMIT"], True
     monkeypatch.setattr("sys.argv", ["tune.py", "--grid", "MEMIT", "--record"])
     tune.main()
-    kept = pd.read_csv(tmp_path / "results" / "grid MEMIT.csv")
+    kept = pd.read_csv(tmp_path / "results" / "grid_MEMIT.csv")
     assert len(kept) == 4
     assert set(kept["model"]) == {"world"}
+    assert (tmp_path / "results" / "judged_MEMIT.csv").exists()
 
 
 def test_settings_are_written_for_every_number_of_facts():
