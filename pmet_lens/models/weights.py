@@ -234,6 +234,6 @@ def check_runs(forward: Callable[..., object], hf: nn.Module, name: str) -> None
         if "dtype" in str(error) or "scalar type" in str(error):
             half = str(first.dtype).removeprefix("torch.")
             raise ModelError(
-                f'TransformerLens cannot run {name!r} in {half}: load it with dtype="float32" '
-                f"[{error}]"
+                f'TransformerLens cannot run {name!r} in {half}: load it with dtype="float32", or '
+                f"give hf.float() where the model is in memory [{error}]"
             ) from error
