@@ -153,9 +153,7 @@ def of_real(facts: Path, texts: Path) -> pd.DataFrame:
         texts=str(texts),
         n_tokens=16_000,
     )
-    name = (
-        f"{len(records):,} edits at once of {REAL}, fast steps, {torch.get_num_threads()} threads"
-    )
+    name = f"{len(records):,} edits at once of {REAL}, fast steps"
     new = compared({name: ([run], "serial", 1)})
     old = pd.read_csv(HERE / "results" / "plan.csv")
     return pd.concat([old[~old["grid"].str.contains(REAL)], new], ignore_index=True)

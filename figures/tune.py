@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -166,18 +166,25 @@ class Study:
         mine = tuned.table.loc[tuned.table["stage"] == stages[-1], "score"].max()
         told = f"{method}: tuned {mine:.1f}, best of {len(rows)} {best['mean']:.1f}\n"
         sys.stderr.write(told)
-        n = len(self.facts)
+        judged = self.judged(trial, tuned, tried[best["settings"]], fast)
+        self.keep(f"judged_{method}", judged.assign(method=method, edits=len(self.facts)))
+        return read(self.folder, path.stem)
+
+    def judged(
+        self, trial: pl.Trial, tuned: pl.Tuned, best: pl.Hparams, fast: bool
+    ) -> pd.DataFrame:
+        """The best settings of a grid beside the first guess and what was tuned, on the facts that
+        nobody tuned on."""
+        space, share = tuned.space, len(self.facts) / len(self.held_out)
         chosen = {
-            "first guess": space.scaled(space.centre, n / len(self.held_out)),
-            "tuned": tuned.for_edits(n),
-            "best of the grid": space.scaled(tried[best["settings"]], n / len(self.held_out)),
+            "first guess": space.scaled(space.centre, share),
+            "tuned": tuned.for_edits(len(self.facts)),
+            "best of the grid": space.scaled(best, share),
         }
         trials = {
-            name: pl.Trial(method, hparams=hp.fast() if fast else hp) for name, hp in chosen.items()
+            name: replace(trial, hparams=hp.fast() if fast else hp) for name, hp in chosen.items()
         }
-        judged = pl.compare(self.bench, trials, self.facts, self.others, "tuned")
-        self.keep(f"judged_{method}", judged.assign(method=method, edits=n))
-        return read(self.folder, path.stem)
+        return pl.compare(self.bench, trials, self.facts, self.others, "tuned")
 
     def write(self, name: str, text: str) -> None:
         with data.whole(self.folder / name) as part:

@@ -193,8 +193,8 @@ def test_what_is_no_single_matrix_is_refused_with_the_reason():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", (*FAMILIES, *MORE))
 def test_half_precision_says_the_same_of_a_block(family, dtype) -> None:
-    """What a change of a stream does in its layer is found by trying, and is not rounding. OLMo,
-    which TransformerLens 4.3 cannot run in half precision, is refused."""
+    """What a change of a stream does in its layer, and whether a past can be used, is found by
+    trying, and is not rounding. OLMo, which TransformerLens 4.3 cannot run in half precision, is refused."""
     if family.startswith("olmo"):
         with refused(rf"cannot run '{family}' in .*: load it with dtype=\"float32\""):
             tiny_model(family, dtype)
@@ -203,3 +203,4 @@ def test_half_precision_says_the_same_of_a_block(family, dtype) -> None:
     for stream in ("attn_out", "mlp_out"):
         assert half.enters_output(stream) == exact.enters_output(stream)
     assert half.parallel_blocks == exact.parallel_blocks
+    assert half.from_layer(1).has_past == exact.from_layer(1).has_past
