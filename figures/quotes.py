@@ -23,6 +23,7 @@ QUOTES = {
     ),
     ("docs/performance.md", "bench"): (f"{BENCH}/cpu.md", f"{BENCH}/operations.md"),
     ("docs/performance.md", "session"): (f"{BENCH}/session.md",),
+    ("docs/performance.md", "panel"): (f"{BENCH}/panel_smollm2-135m.md",),
     ("docs/performance.md", "waits"): (f"{BENCH}/waits.md",),
     ("docs/performance.md", "fast_preset"): (f"{BENCH}/fast_preset_pmet.md",),
     ("docs/performance.md", "fast_preset_memit"): (f"{BENCH}/fast_preset_memit.md",),

@@ -194,7 +194,8 @@ def test_what_is_no_single_matrix_is_refused_with_the_reason():
 @pytest.mark.parametrize("family", (*FAMILIES, *MORE))
 def test_half_precision_says_the_same_of_a_block(family, dtype) -> None:
     """What a change of a stream does in its layer, and whether a past can be used, is found by
-    trying, and is not rounding. OLMo, which TransformerLens 4.3 cannot run in half precision, is refused."""
+    trying, and is not rounding. OLMo, which TransformerLens 4.3 cannot run in half precision, is
+    refused."""
     if family.startswith("olmo"):
         with refused(rf"cannot run '{family}' in .*: load it with dtype=\"float32\""):
             tiny_model(family, dtype)
