@@ -1,8 +1,8 @@
 """Tables and pages of the study on real models, from its pieces: `python figures/real_pages.py`.
 
 `collect` puts the pieces of every model in `figures/out/real_study` into one table per stage,
-beside them and in `figures/results/real`; rows of models without pieces stay. The page is
-`study.md`.
+beside them and in `figures/results/real`, where rows of what has no pieces there stay: the stages
+of a model may be made one after the other, in several folders. The page is `study.md`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,19 @@ FREE = ("EF", "PF", "NF", "free portability", "free locality")
 SHOWN = ("S", "ES", "PS", "NS", "EA", "PA", "NA", "EF", "PF", "portability", "locality")
 SHOWN += ("collateral", "perplexity", "KL")
 ZSRE = ("score", "efficacy", "paraphrase", "specificity")
-TABLES = (
-    "recall", "trace", "claims", "layers", "losses", "arrival", "edits", "ablations", "settings",
-    "refused", "made",
-)  # fmt: skip
+TABLES: dict[str, tuple[str, ...]] = {
+    "recall": ("list",), "trace": ("stream",), "claims": ("statement",), "layers": ("statement",),
+    "losses": ("method", "settings"), "arrival": ("method", "settings"),
+    "edits": ("benchmark", "edits", "run"), "ablations": ("edits", "run"),
+    "settings": ("method",), "refused": ("piece",), "made": ("stage",),
+}  # fmt: skip
+"""Table -> what, beside the model, rows are made again by."""
+STAGE_OF = {
+    "recall": "recall", "trace": "trace", "claims": "claims", "losses": "gain", "arrival": "gain",
+    "answers": "gain", "rows": "edits", "free": "edits", "ability": "edits", "others": "edits",
+    "zsre": "edits", "ablation": "ablations",
+}  # fmt: skip
+"""Kind of a piece -> what it is called where it says when it was made."""
 SLASH = "÷"
 """What stands for a slash in the name of a file."""
 Pieces = dict[str, pd.DataFrame]
@@ -68,11 +77,14 @@ def write(path: Path, table: pd.DataFrame) -> None:
 
 
 def with_others(new: pd.DataFrame, folder: Path, name: str) -> pd.DataFrame:
-    """`new` in place of the rows of its models, with those of the others."""
+    """`new` in place of what it makes again, with all other rows."""
     if not (folder / f"{name}.csv").exists():
         return new
-    old = read(folder, name)
-    return pd.concat([new, old[~old["model"].isin(new["model"])]], ignore_index=True)
+    old, keys = read(folder, name), ["model", *TABLES[name]]
+    again = pd.MultiIndex.from_frame(new[keys].astype(str))
+    stays = ~pd.MultiIndex.from_frame(old[keys].astype(str)).isin(again)
+    by = [key for key in ("model", "benchmark", "edits") if key in keys]
+    return pd.concat([new, old[stays]]).sort_values(by, kind="stable", ignore_index=True)
 
 
 def tables(folder: Path) -> Pieces:
@@ -90,9 +102,17 @@ def tables(folder: Path) -> Pieces:
         "ablations": ablations(pieces),
         "settings": settings(folder),
         "refused": pd.DataFrame(refused.items(), columns=["piece", "why"]),
-        "made": pd.DataFrame({"made": [(folder / "made.txt").read_text(encoding="utf-8")]}),
+        "made": pd.DataFrame({"stage": stages(pieces)}).assign(
+            made=(folder / "made.txt").read_text(encoding="utf-8")
+        ),
     }
     return {n: t.assign(model=folder.name) for n, t in found.items() if not t.empty}
+
+
+def stages(pieces: Pieces) -> list[str]:
+    """Those of which there are pieces."""
+    kinds = {name.split(" ")[0] for name in pieces}
+    return list(dict.fromkeys(stage for kind, stage in STAGE_OF.items() if kind in kinds))
 
 
 def of(pieces: Pieces, kind: str) -> Pieces:
@@ -208,7 +228,9 @@ def settings(folder: Path) -> pd.DataFrame:
         for n, hp in whole.items():
             if n.isdecimal():
                 told = ", ".join(f"{k} {v}" for k, v in hp.items() if v is not None)
-                rows.append((name, int(n), told, whole["spent"], whole["seconds"], whole["why"]))
+                rows.append(
+                    (name, int(n), told, whole["spent"], whole.get("seconds"), whole["why"])
+                )
     return pd.DataFrame(rows, columns=["method", "edits", "settings", "spent", "seconds", "why"])
 
 
@@ -225,7 +247,8 @@ def page(folder: Path) -> str:
     for title, draw, name in SECTIONS:
         if name in have:
             lines += ["", f"**{title}**", "", *draw(have[name])]
-    lines += ["", *(f"{m}: {text}" for m, text in zip(made["model"], made["made"], strict=True))]
+    for (model, text), own in made.groupby(["model", "made"], sort=False):
+        lines += ["", f"{model}, {', '.join(own['stage'])}: {text}"]
     return "\n".join([*lines, ""])
 
 

@@ -51,11 +51,13 @@ def folder(tmp_path_factory) -> Path:
 def test_settings_that_were_found_before_are_taken(tmp_path):
     known = pl.HPARAMS["world"]["PMET"]
     at = {str(n): asdict(replace(known, clamp=n / 8)) for n in (1, 20)}
-    (tmp_path / "world.json").write_text(json.dumps({"PMET": {"why": "found", **at}}))
+    (tmp_path / "world.json").write_text(json.dumps({"PMET": {"why": "found", "spent": 7, **at}}))
     study = real_study.Study(arguments(tmp_path / "out", tuned=tmp_path))
     assert study.settings("PMET", 20) == replace(known, clamp=20 / 8).fast()
     assert study.settings("PMET", 3) == replace(known, clamp=1 / 8).fast()
     assert study.found_before("MEMIT") is None
+    table = real_pages.settings(tmp_path / "out" / "world")  # `tune.py` does not say how long
+    assert list(table["edits"]) == [1, 20]
 
 
 def test_a_study_that_was_cut_goes_on(folder, monkeypatch):
@@ -119,12 +121,29 @@ def test_the_page_shows_every_table_there_is(folder):
     assert "| world | PMET | released | mlp_out |" in text
 
 
-def test_rows_of_a_model_replace_its_own_alone(tmp_path):
-    old = pd.DataFrame({"model": ["a", "b", "b"], "x": [1, 2, 3]})
-    old.to_csv(tmp_path / "trace.csv", index=False)
-    new = pd.DataFrame({"model": ["b"], "x": [4]})
-    found = real_pages.with_others(new, tmp_path, "trace")
-    assert sorted(zip(found["model"], found["x"], strict=True)) == [("a", 1), ("b", 4)]
+def test_rows_replace_what_they_make_again_alone(tmp_path):
+    """Another model stays, and so does what this run did not make of the same model."""
+
+    def table(*rows: tuple[str, int, str, int]) -> pd.DataFrame:
+        return pd.DataFrame(rows, columns=["model", "edits", "run", "x"]).assign(benchmark="facts")
+
+    old = table(("b", 1, "PMET", 2), ("b", 20, "PMET", 3), ("a", 1, "PMET", 1))
+    old.to_csv(tmp_path / "edits.csv", index=False)
+    found = real_pages.with_others(table(("b", 1, "PMET", 4)), tmp_path, "edits")
+    wanted = table(("a", 1, "PMET", 1), ("b", 1, "PMET", 4), ("b", 20, "PMET", 3))
+    pd.testing.assert_frame_equal(found, wanted)
+
+
+def test_every_stage_says_when_it_was_made(folder, tmp_path):
+    made = common.read(folder, "made")
+    stages = ["recall", "trace", "gain", "edits", "ablations"]
+    assert list(made["stage"]) == stages
+    earlier = pd.DataFrame({"stage": ["claims"], "made": "1999", "model": "world"})
+    earlier.to_csv(tmp_path / "made.csv", index=False)
+    real_pages.collect(folder, tmp_path)
+    page = (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert "\nworld, claims: 1999\n" in page
+    assert f"\nworld, {', '.join(stages)}: {made['made'].iloc[0]}\n" in page
 
 
 def test_tuned_settings_are_read_again(folder, monkeypatch):
