@@ -36,7 +36,7 @@ def draw(tables: Path) -> Figure:
     axes[0, 2].set_ylabel("‖δ‖ / norm it is clamped by")
     axes[0, 2].legend(fontsize=6)
     ax = axes[1, 0]
-    for i, (stream, component) in enumerate(plotting.COMPONENT_NAMES.items()):
+    for i, (stream, component) in enumerate(plotting.components(gain).items()):
         own = of(gain, stream=stream).set_index("model").reindex(list(EDITED))
         error = np.vstack([own["mean"] - own["ci_low"], own["ci_high"] - own["mean"]]).clip(0)
         at = np.arange(len(EDITED)) + (i - 0.5) * 0.38

@@ -15,6 +15,7 @@ import free_answers
 import manifest
 import mass_edit
 import one_edit
+import real_figures
 import study
 import tune
 from common import HERE, OUT, make
@@ -25,6 +26,7 @@ FIGURES = {
     "": {"fig_main": draw_main, **study.FIGURES},
     "paper": PAPER,
     "mass_edit": {"fig_mass_edit": mass_edit.draw},
+    "real": real_figures.FIGURES,
     "real_model": {"fig_one_edit": one_edit.draw},
     **({"tune": tune.FIGURES} if (tune.RESULTS / "compared.csv").exists() else {}),
     **{

@@ -141,10 +141,12 @@ class Space:
         hp = self.centre
         step = max(1, round(self.n_layers / 12))
         if isinstance(hp, FineTuneHparams):
-            factors = [{"lr": hp.lr * f} for f in (3.0, 10.0, 1 / 3)]
-            bounds = [] if hp.norm_constraint is None else [10.0, 3.0, 30.0, 1 / 3]
-            factors += [{"norm_constraint": (hp.norm_constraint or 0.0) * f} for f in bounds]
-            yield from factors
+            rates = [{"lr": hp.lr * f} for f in (3.0, 10.0, 1 / 3)]
+            if hp.norm_constraint is not None:  # a bound that is too small lets nothing be edited
+                bounds = [{"norm_constraint": hp.norm_constraint * f} for f in (10.0, 3.0, 30.0)]
+                rates = [change for pair in zip(bounds, rates, strict=True) for change in pair]
+                rates.append({"norm_constraint": hp.norm_constraint / 3})
+            yield from rates
             yield from ({"layer": hp.layer + step * n} for n in (1, -1, 2, -2))
             return
         # First where it is written: on real models that matters most (`grid_MEMIT.csv`).

@@ -22,6 +22,7 @@ from .plots import PLACE_COLOURS as PLACE_COLOURS
 from .plots import STYLE as STYLE
 from .plots import before_after as before_after
 from .plots import colour_of as colour_of
+from .plots import components as components
 from .plots import delta_lines as delta_lines
 from .plots import drift_lines as drift_lines
 from .plots import lens_map as lens_map

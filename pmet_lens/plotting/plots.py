@@ -77,6 +77,13 @@ def colour_of(name: str) -> str:
     return COLOURS.get(name, "#000000")
 
 
+def components(table: pd.DataFrame) -> dict[str, str]:
+    """The streams of a table (column stream) that are the output of MHSA or FFN, and which of the
+    two: one of each, unless the table holds an output before and behind a post-norm."""
+    there = set(table["stream"])
+    return {stream: name for stream, name in COMPONENT_NAMES.items() if stream in there}
+
+
 # What the plots are made of.
 
 
@@ -222,7 +229,7 @@ def similarity_lines(table: pd.DataFrame, ax: Axes, measure: str) -> Axes:
 def share_lines(table: pd.DataFrame, ax: Axes) -> Axes:
     """`variance_split`: share explained by the subject (full lines) and by the relation in other
     phrasings (dashed), per component over the layers, 95 % bands."""
-    for stream, component in COMPONENT_NAMES.items():
+    for stream, component in components(table).items():
         for factor, style in (("subject", "-"), ("relation, other phrasing", "--")):
             rows = where(table, stream=stream, factor=factor)
             colour, label = COMPONENT_COLOURS[stream], f"{component}: {factor.split(',')[0]}"
@@ -236,11 +243,12 @@ def transfer_bars(table: pd.DataFrame, ax: Axes) -> Axes:
     """`patch`, all layers at once: how often the answer follows the donor, per component and kind
     of pair, with 95 % intervals."""
     whole = table.loc[table["layer"].isna()]
-    for i, (stream, component) in enumerate(COMPONENT_NAMES.items()):
+    streams = components(whole)
+    for i, (stream, component) in enumerate(streams.items()):
         rows = where(whole, stream=stream, outcome="donor").set_index("kind").reindex(list(KINDS))
-        x = np.arange(len(KINDS)) + (i - 0.5) * 0.38
+        x = np.arange(len(KINDS)) + (i - (len(streams) - 1) / 2) * 0.76 / len(streams)
         colour, label = COMPONENT_COLOURS[stream], f"{component} swapped"
-        bars(rows, ax, x, "share", 0.35, color=colour, label=label)
+        bars(rows, ax, x, "share", 0.7 / len(streams), color=colour, label=label)
     ax.set_xticks(range(len(KINDS)), [k.replace(", ", ",\n") for k in KINDS])
     ax.set(ylim=(0, 1.2), yticks=np.linspace(0, 1, 6), ylabel="answer follows the donor")
     return ax
@@ -274,7 +282,7 @@ def delta_lines(table: pd.DataFrame, ax: Axes, quantity: str, colour: str, label
 def drift_lines(table: pd.DataFrame, ax: Axes, position: str = "last") -> Axes:
     """`drift`: relative change of MHSA and FFN output per layer, one line per kind of prompt."""
     styles = {"rewrite": "-", "paraphrase": "--", "neighbour": ":"}
-    for stream, component in COMPONENT_NAMES.items():
+    for stream, component in components(table).items():
         for kind, style in styles.items():
             rows = where(table, stream=stream, position=position, kind=kind)
             colour, label = COMPONENT_COLOURS[stream], f"{component}, {kind}"

@@ -339,6 +339,20 @@ def test_groups_are_those_whose_targets_differ():
     assert l2 == {hp.null_space_l2 * f for f in (0.1, 1, 10)}
 
 
+def test_the_bound_of_fine_tuning_is_tried_before_all_else():
+    """Four settings are what a budget of four targets per fact affords, and with a bound that is
+    too small for the model no other setting edits anything."""
+    hp = pl.FineTuneHparams(layer=7, lr=5e-4, norm_constraint=5e-4)
+    guess, first, second, third = space(pl.named("FT+L"), hp).groups()[:4]
+    assert guess == hp
+    assert (first.norm_constraint, first.lr) == (10 * hp.norm_constraint, hp.lr)
+    assert (second.norm_constraint, second.lr) == (hp.norm_constraint, 3 * hp.lr)
+    assert third.norm_constraint > hp.norm_constraint
+    free = space(pl.named("FT-W"), replace(hp, norm_constraint=None)).groups()
+    assert {one.norm_constraint for one in free} == {None}
+    assert {one.lr / hp.lr for one in free} == {1, 3, 10, 1 / 3}
+
+
 def test_layers_without_a_second_moment_are_left_out():
     hp = replace(HP, layers=(4, 5, 6))
     few = Space(pl.PMET, hp, 30, frozenset(range(4, 8)))

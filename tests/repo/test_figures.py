@@ -6,6 +6,7 @@ the main job and of `make paper` one point, with a second moment of less text.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import common
 import free_answers
 import make
 import manifest
+import matplotlib as mpl
 import model_page
 import model_tables
 import numpy as np
@@ -25,6 +27,7 @@ import quotes
 import redraw
 import study
 import torch
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from planted import plant
 from tiny import tiny_model
@@ -288,3 +291,22 @@ def test_every_committed_figure_can_be_drawn_again():
     drawn = {f"{folder}/{n}".lstrip("/") for folder, own in redraw.FIGURES.items() for n in own}
     there = {str(p.relative_to(RESULTS).with_suffix("")) for p in RESULTS.rglob("fig_*.png")}
     assert drawn == there
+
+
+DRAWN = [(folder, name) for folder, own in redraw.FIGURES.items() for name in own]
+
+
+@pytest.mark.parametrize(("folder", "name"), DRAWN)
+def test_nothing_is_drawn_twice(folder, name):
+    """A legend names each thing once, and no bar stands on another of its panel."""
+    with mpl.rc_context(plotting.STYLE):
+        fig = redraw.FIGURES[folder][name](RESULTS / folder)
+    for ax in fig.axes:
+        for legend in filter(None, [ax.get_legend(), *fig.legends]):
+            named = [text.get_text() for text in legend.get_texts()]
+            assert len(named) == len(set(named))
+        groups = [box for box in ax.containers if isinstance(box, BarContainer)]
+        bars = [bar for box in groups for bar in box if box.orientation == "vertical"]
+        sides = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars)
+        ends = itertools.pairwise(sides)
+        assert all(right <= left + 1e-9 for (_, right), (left, _) in ends), ax.get_ylabel()
