@@ -142,10 +142,10 @@ class Space:
         step = max(1, round(self.n_layers / 12))
         if isinstance(hp, FineTuneHparams):
             rates = [{"lr": hp.lr * f} for f in (3.0, 10.0, 1 / 3)]
-            if hp.norm_constraint is not None:  # a bound that is too small lets nothing be edited
-                bounds = [{"norm_constraint": hp.norm_constraint * f} for f in (10.0, 3.0, 30.0)]
-                rates = [change for pair in zip(bounds, rates, strict=True) for change in pair]
-                rates.append({"norm_constraint": hp.norm_constraint / 3})
+            bound = hp.norm_constraint
+            if bound is not None:  # too small, or reached too slowly, it lets nothing be edited
+                both = [{"norm_constraint": bound * f, "lr": hp.lr * f} for f in (10.0, 3.0, 30.0)]
+                rates = [*both, *({"norm_constraint": bound * f} for f in (3.0, 1 / 3)), *rates]
             yield from rates
             yield from ({"layer": hp.layer + step * n} for n in (1, -1, 2, -2))
             return
