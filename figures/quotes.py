@@ -19,7 +19,8 @@ QUOTES = {
     ("docs/results.md", "study"): ("figures/results/claims.md",),
     ("docs/ablations.md", "ablations"): ("figures/results/paper/ablations.md",),
     ("docs/ablations.md", "variants"): tuple(
-        f"figures/results/variants/{model}.md" for model in ("smollm2-135m", "world-sequential")
+        f"figures/results/variants/{model}.md"
+        for model in ("smollm2-135m", "gemma-3-270m", "world-sequential")
     ),
     ("docs/performance.md", "bench"): (f"{BENCH}/cpu.md", f"{BENCH}/operations.md"),
     ("docs/performance.md", "session"): (f"{BENCH}/session.md",),
