@@ -68,8 +68,15 @@ def edits(tables: Path) -> Figure:
         row[0].set_ylabel(f"{name}\nper cent", fontsize=7)
     for ax, metric in zip(axes[0], metrics, strict=True):
         ax.set_title("free answers (EF)" if metric == "EF" else metric)
+    sizes = sorted(set(table["edits"]) - {0})
     for ax in axes[-1]:
+        ax.set_xticks(sizes, [str(n) for n in sizes])
         ax.set_xlabel("edits at once")
+    fig.suptitle(
+        "Records of CounterFact (one edit: each alone on the clean model), every method with "
+        "settings tuned on other facts, 95 % bootstrap intervals",
+        fontsize=7,
+    )
     legend(fig, axes[0, 0], 8)
     return fig
 
