@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from common import EDITED, legend, of, panels, paper_note, read, script
 from matplotlib.figure import Figure
 
@@ -15,22 +18,29 @@ METRICS = ("S", "ES", "PS", "NS", "collateral")
 def draw(tables: Path) -> Figure:
     """One row per model, one panel per metric, one line per method."""
     table = of(read(tables, "scaling"), benchmark="counterfact")
-    fig, axes = panels(9.5, 4.8, len(EDITED), len(METRICS), sharex=True, sharey=True)
-    for row, (name, kind) in zip(axes, EDITED.items(), strict=True):
-        own = of(table, model=name)
-        for ax, metric in zip(row, METRICS, strict=True):
-            plotting.load_lines(own, ax, metric)
-            ax.set_ylim(-3, 103)
-            ax.set_ylabel("")
-            ax.set_xlabel("")
-        row[0].set_ylabel(f"{name}\n{kind}\nper cent", fontsize=7)
-    for ax, metric in zip(axes[0], METRICS, strict=True):
-        ax.set_title(metric)
-    for ax in axes[-1]:
-        ax.set_xlabel("edits at once")
+    fig, axes = grid(table, {name: f"{name}\n{kind}" for name, kind in EDITED.items()}, METRICS)
     legend(fig, axes[0, 0], 9)
     fig.suptitle(paper_note(tables, "CounterFact records of the bundled world, all at once"))
     return fig
+
+
+def grid(
+    table: pd.DataFrame, models: Mapping[str, str], metrics: Sequence[str]
+) -> tuple[Figure, Any]:
+    """A figure and its axes: one row per model (name -> what stands beside it), one panel per
+    metric."""
+    fig, axes = panels(9.5, 2.4 * len(models), len(models), len(metrics), sharex=True, sharey=True)
+    for row, (name, label) in zip(axes, models.items(), strict=True):
+        own = of(table, model=name)
+        for ax, metric in zip(row, metrics, strict=True):
+            plotting.load_lines(own, ax, metric)
+            ax.set(ylim=(-3, 103), xlabel="", ylabel="")
+        row[0].set_ylabel(f"{label}\nper cent", fontsize=7)
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        ax.set_title(metric)
+    for ax in axes[-1]:
+        ax.set_xlabel("edits at once")
+    return fig, axes
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fig_causal_trace
+import fig_scaling
 import pandas as pd
 from common import HERE, OUT, legend, make, of, panels, read
 from matplotlib.figure import Figure
@@ -18,7 +20,6 @@ from matplotlib.figure import Figure
 from pmet_lens import plotting
 
 RESULTS = HERE / "results" / "real"
-ROWS = {"resid_post": "layer output", "attn_out": "MHSA output", "mlp_out": "FFN output"}
 METRICS = ("S", "PS", "NS", "EA", "EF", "collateral")
 ABLATED = ("ES", "PS", "NS", "EA")
 
@@ -31,49 +32,24 @@ def models(table: pd.DataFrame) -> list[str]:
 def trace(tables: Path) -> Figure:
     """One row per component, one column per model."""
     table = read(tables, "trace")
-    names = models(table)
-    fig, axes = panels(7, 5.4, len(ROWS), len(names), sharey=True, sharex="col")
-    for column, name in enumerate(names):
-        for row, (stream, label) in enumerate(ROWS.items()):
-            ax, own = axes[row, column], of(table, model=name, stream=stream)
-            plotting.trace_lines(own, ax)
-            window = int(own["window"].iloc[0])
-            several = f"{label}, {window} layers" if window > 1 else label
-            ax.set_ylabel(f"recovered by\n{several}" if column == 0 or window > 1 else "")
-            if row < len(ROWS) - 1:
-                ax.set_xlabel("")
-        axes[0, column].set_title(name)
-    fig.suptitle(
-        f"Noise of {table['noise'].iloc[0]:g} standard deviations, {int(table['n'].max())} facts "
-        "that the model recalls, 95 % bootstrap intervals",
-        fontsize=7,
-    )
-    legend(fig, axes[0, 0], 2)
-    return fig
+    return fig_causal_trace.grid(table, {name: name for name in models(table)}, 2)
 
 
 def edits(tables: Path) -> Figure:
     """One row per model, one panel per metric, one line per method; dotted: unedited."""
     table = of(read(tables, "edits"), benchmark="facts")
-    names, edited = models(table), set(table.loc[table["edits"] > 0, "metric"])
-    metrics = [metric for metric in METRICS if metric in edited]
-    fig, axes = panels(9.5, 2.4 * len(names), len(names), len(metrics), sharex=True, sharey=True)
+    edited, before = table[table["edits"] > 0], table[table["edits"] == 0]
+    names = models(table)
+    metrics = [metric for metric in METRICS if metric in set(edited["metric"])]
+    fig, axes = fig_scaling.grid(edited, {name: name for name in names}, metrics)
     for row, name in zip(axes, names, strict=True):
-        own = of(table, model=name)
         for ax, metric in zip(row, metrics, strict=True):
-            plotting.load_lines(own[own["edits"] > 0], ax, metric)
-            for value in own.loc[(own["edits"] == 0) & (own["metric"] == metric), "mean"]:
+            for value in of(before, model=name, metric=metric)["mean"]:
                 ax.axhline(value, color="#444444", ls=":", lw=1, label="unedited")
-            ax.set(ylim=(-3, 103), xlabel="", ylabel="")
-        row[0].set_ylabel(f"{name}\nper cent", fontsize=7)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        ax.set_title("free answers (EF)" if metric == "EF" else metric)
-    sizes = sorted(set(table["edits"]) - {0})
-    for ax in axes[-1]:
-        ax.set_xticks(sizes, [str(n) for n in sizes])
-        ax.set_xlabel("edits at once")
+    sizes = sorted(edited["edits"].unique())
+    axes[-1, -1].set_xticks(sizes, [str(n) for n in sizes])  # all panels share them
     fig.suptitle(
-        "Records of CounterFact (one edit: each alone on the clean model), every method with "
+        "One edit: each fact alone on the clean model. EF: free answers. Every method with "
         "settings tuned on other facts, 95 % bootstrap intervals",
         fontsize=7,
     )

@@ -50,17 +50,17 @@ class Panel:
         self._model = model
 
     async def all(self) -> None:
-        """Every action; tables are written as soon as there is a row."""
+        """Every action, one after the other."""
         await self._act("open it", self._open)
         panel = self.explorer
-        there = iter(panel.fact.example.options[1 : 1 + EDITS])
+        there = panel.fact.example.options[1 : 1 + EDITS]
         for i, (_, value) in enumerate(there):
             panel.fact.example.value = value
             await asyncio.sleep(PAUSE)
             what = "the first edit of a session" if i == 0 else "an edit"
             await self._act(what, panel.edit.button.click)
             await asyncio.sleep(PAUSE)
-            if i + 1 < EDITS:
+            if i + 1 < len(there):
                 await self._act("undo it", panel.edit.history[-1][2].click)
         await self._act("ask", panel.ask.button.click)
         await self._act("side by side", panel.two.button.click)
