@@ -42,6 +42,8 @@ STAGE_OF = {
     "zsre": "edits", "ablation": "ablations",
 }  # fmt: skip
 """Kind of a piece -> what it is called where it says when it was made."""
+FEW = 100
+"""Facts at once of the stage `edits`; more are the stage `many`."""
 SLASH = "÷"
 """What stands for a slash in the name of a file."""
 Pieces = dict[str, pd.DataFrame]
@@ -53,6 +55,8 @@ def collect(out: Path = OUT / "real_study", results: Path | None = None) -> None
     folders = sorted(path.parent for path in out.glob("*/made.txt"))
     with FileLock(out / "tables.lock"):
         parts = [tables(folder) for folder in folders]
+        if results is not None:
+            no_longer_refused(pd.concat([pd.DataFrame(), *(p["pieces"] for p in parts)]), results)
         for name in TABLES:
             new = pd.concat([pd.DataFrame(), *(p[name] for p in parts if name in p)])
             if not new.empty:
@@ -87,6 +91,14 @@ def with_others(new: pd.DataFrame, folder: Path, name: str) -> pd.DataFrame:
     return pd.concat([new, old[stays]]).sort_values(by, kind="stable", ignore_index=True)
 
 
+def no_longer_refused(made: pd.DataFrame, folder: Path) -> None:
+    """Take the pieces that are made now out of the table of those that could not be."""
+    path, keys = folder / "refused.csv", ["model", "piece"]
+    if path.exists() and not made.empty:
+        old, here = read(folder, path.stem), pd.MultiIndex.from_frame(made[keys])
+        write(path, old[~pd.MultiIndex.from_frame(old[keys]).isin(here)])
+
+
 def tables(folder: Path) -> Pieces:
     """The tables of one model, as far as there are pieces."""
     stems = sorted(path.stem for path in folder.glob("*.csv"))
@@ -106,13 +118,23 @@ def tables(folder: Path) -> Pieces:
             made=(folder / "made.txt").read_text(encoding="utf-8")
         ),
     }
-    return {n: t.assign(model=folder.name) for n, t in found.items() if not t.empty}
+    there = {n: t.assign(model=folder.name) for n, t in found.items() if not t.empty}
+    return {**there, "pieces": pd.DataFrame({"piece": [*pieces]}).assign(model=folder.name)}
 
 
 def stages(pieces: Pieces) -> list[str]:
-    """Those of which there are pieces."""
-    kinds = {name.split(" ")[0] for name in pieces}
-    return list(dict.fromkeys(stage for kind, stage in STAGE_OF.items() if kind in kinds))
+    """Those of which there are pieces; the unedited model is asked in two of them, and says
+    nothing."""
+    found = set()
+    for name in pieces:
+        kind, _, rest = name.partition(" ")
+        size, _, run = rest.partition(" ")
+        stage = STAGE_OF.get(kind)
+        if stage == "edits" and run != "unedited":
+            found.add("many" if int(size) > FEW else stage)
+        elif stage != "edits":
+            found.add(stage)
+    return [stage for stage in (*dict.fromkeys(STAGE_OF.values()), "many") if stage in found]
 
 
 def of(pieces: Pieces, kind: str) -> Pieces:

@@ -225,7 +225,7 @@ class Study(tune.Study):
     def many(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
         """As many facts at once as there are."""
         if self.most > max(self.sizes):
-            for name in self.args.methods:
+            for name in ("unedited", *self.args.methods):
                 yield from self.looks(self.most, name)
 
     def looks(self, n: int, name: str) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:

@@ -146,6 +146,24 @@ def test_every_stage_says_when_it_was_made(folder, tmp_path):
     assert f"\nworld, {', '.join(stages)}: {made['made'].iloc[0]}\n" in page
 
 
+def test_the_stage_of_many_facts_is_told_from_the_edits():
+    few, many = ("rows 300 unedited", "rows 100 PMET", "zsre 100 PMET"), ("free 300 PMET",)
+    assert real_pages.stages(dict.fromkeys(few)) == ["edits"]
+    assert real_pages.stages(dict.fromkeys(("recall x", few[0], *many))) == ["recall", "many"]
+    assert real_pages.stages(dict.fromkeys((*many, *few))) == ["edits", "many"]
+
+
+def test_what_was_refused_and_is_made_now_is_no_longer_said_to_be(folder, tmp_path):
+    rows = [("rows 3 PMET", "no", "world"), ("rows 9 PMET", "no", "world"),
+            ("rows 3 PMET", "no", "other")]  # fmt: skip
+    old = pd.DataFrame(rows, columns=["piece", "why", "model"])
+    old.to_csv(tmp_path / "refused.csv", index=False)
+    real_pages.collect(folder, tmp_path)
+    pd.testing.assert_frame_equal(
+        common.read(tmp_path, "refused"), old.iloc[1:].reset_index(drop=True)
+    )
+
+
 def test_tuned_settings_are_read_again(folder, monkeypatch):
     """The settings of the number of facts, λ in proportion."""
     study = real_study.Study(arguments(folder))
