@@ -197,14 +197,17 @@ class NullSpaceFactor:
         left, right = self.ridge.factors(keys.double() @ self.basis, residuals)
         return self.basis @ left, right
 
+    def weighted(self, l2: float) -> NullSpaceFactor:
+        """The same directions with another weight of the identity."""
+        return NullSpaceFactor(self.basis, RidgeFactor(self.ridge.moment, l2))
+
 
 def _dual(
     factor: Square, keys: Keys, residuals: Residuals, weight: float, what: str, cure: str
 ) -> Thin:
     """C⁻¹Kᵀ, (λI + K C⁻¹ Kᵀ)⁻¹ R with `weight` λ, from the lower Cholesky `factor` of C."""
     keys, residuals = keys.double(), residuals.double()
-    # Two triangular solves: `cholesky_solve` copies the factor in every call, and for a few facts
-    # that takes longer than the solve.
+    # Not `cholesky_solve`, which copies the factor in every call: longer than a few facts' solve.
     inner = torch.linalg.solve_triangular(factor, keys.T, upper=False)
     whitened = torch.linalg.solve_triangular(factor.mT, inner, upper=True)
     gram = keys @ whitened

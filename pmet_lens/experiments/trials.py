@@ -20,7 +20,7 @@ from pmet_lens.editing.edits import Edit, Editor
 from pmet_lens.editing.locate_and_edit import edit, edit_sequentially
 from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import ABLATIONS, PMET, resolved, settled
-from pmet_lens.editing.solvers import Factor
+from pmet_lens.editing.solvers import Factor, NullSpace, NullSpaceFactor, Solver
 from pmet_lens.editing.targets import Targets
 from pmet_lens.evaluation import metrics, scoring
 from pmet_lens.experiments import target_files
@@ -154,9 +154,12 @@ class Bench:
             hp = settled(self.model, method, hp, method.at_once or len(facts))
             # All that a factor follows from beside the moment of its site.
             way = (hp.strengthen(method.solver), hp.second_moment_weight)
-            while len(self._kept) >= KEPT and way not in self._kept:
-                self._kept.pop(next(iter(self._kept)))
-            factorised = self._kept.setdefault(way, {})
+            if way not in self._kept:
+                new = self._reweighted(way[0])
+                while len(self._kept) >= KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[way] = new
+            factorised = self._kept[way]
         return edit(
             self.model,
             facts,
@@ -168,6 +171,20 @@ class Bench:
             factorised=factorised if alone else None,
             check=False,
         )
+
+    def _reweighted(self, solver: Solver) -> dict[Site, Factor]:
+        """What is kept of the same null spaces under another weight: their eigenvectors are most of
+        what an edit with few facts computes."""
+        found: dict[Site, Factor] = {}
+        if isinstance(solver, NullSpace) and solver.l2 is not None:
+            for (other, _), kept in self._kept.items():
+                if isinstance(other, NullSpace) and other.threshold == solver.threshold:
+                    found |= {
+                        site: factor.weighted(solver.l2)
+                        for site, factor in kept.items()
+                        if isinstance(factor, NullSpaceFactor)
+                    }
+        return found
 
     def chain(
         self, trial: Trial, facts: Sequence[Fact], look: Callable[[int], object], step: int = 1

@@ -661,6 +661,28 @@ def test_factorisations_are_computed_once_for_every_setting(gpt2, bench, monkeyp
     assert len(calls) == n * (1 + len(trials))
 
 
+def test_another_weight_in_the_same_null_space_asks_for_no_eigenvectors(gpt2, bench, monkeypatch):
+    """And gives the bits of an edit that asks for its own."""
+    monkeypatch.setattr(bench, "_kept", {})
+    eigh = counting(monkeypatch, torch.linalg, "eigh")
+
+    def trial(l2: float, threshold: float = 1e9) -> Trial:
+        return Trial(replace(pl.ALPHAEDIT, solver=NullSpace(threshold, l2)))
+
+    found = bench.targets(trial(1.0), FACTS)
+    edits = [bench.edit(trial(l2), FACTS, found) for l2 in (1.0, 3.0)]
+    assert len(eigh) == len(HP.layers)
+    own = [
+        pl.edit(gpt2, FACTS, bench.moments, trial(l2).method, HP, bench.contexts, found)
+        for l2 in (1.0, 3.0)
+    ]
+    assert all(same_deltas(made, wanted) for made, wanted in zip(edits, own, strict=True))
+    assert not same_deltas(*edits)
+    before = len(eigh)
+    bench.edit(trial(1.0, 1e8), FACTS, found)
+    assert len(eigh) == before + len(HP.layers)
+
+
 def test_a_method_with_its_own_algorithm_has_no_targets(gpt2, bench):
     trial = Trial(pl.FT_W, {"lr": 1e-3})
     hp = replace(FT_HP, lr=1e-3)
