@@ -2,7 +2,8 @@
 
 `collect` puts the pieces of every model in `figures/out/real_study` into one table per stage,
 beside them and in `figures/results/real`, where rows of what has no pieces there stay: the stages
-of a model may be made one after the other, in several folders. The page is `study.md`.
+of a model may be made one after the other, in several folders, and its methods, too: what every
+fact came to is kept (`real_rows.py`). The page is `study.md`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
+import real_rows
 import real_verdicts
 import study
 from common import HERE, OUT, read
@@ -42,6 +44,8 @@ STAGE_OF = {
     "zsre": "edits", "ablation": "ablations",
 }  # fmt: skip
 """Kind of a piece -> what it is called where it says when it was made."""
+IDENTITY = "identity.txt"
+"""What the pieces of a folder are of: facts, others and the steps of targets, as a hash."""
 FEW = 100
 """Facts at once of the stage `edits`; more are the stage `many`."""
 SLASH = "÷"
@@ -54,7 +58,7 @@ def collect(out: Path = OUT / "real_study", results: Path | None = None) -> None
     out.mkdir(parents=True, exist_ok=True)
     folders = sorted(path.parent for path in out.glob("*/made.txt"))
     with FileLock(out / "tables.lock"):
-        parts = [tables(folder) for folder in folders]
+        parts = [tables(folder, results) for folder in folders]
         if results is not None:
             no_longer_refused(pd.concat([pd.DataFrame(), *(p["pieces"] for p in parts)]), results)
         for name in TABLES:
@@ -99,19 +103,25 @@ def no_longer_refused(made: pd.DataFrame, folder: Path) -> None:
         write(path, old[~pd.MultiIndex.from_frame(old[keys]).isin(here)])
 
 
-def tables(folder: Path) -> Pieces:
-    """The tables of one model, as far as there are pieces."""
+def tables(folder: Path, results: Path | None = None) -> Pieces:
+    """The tables of one model, as far as there are pieces: in its folder, and of edits and
+    ablations those that `results` keeps, too, where those of the folder are put."""
     stems = sorted(path.stem for path in folder.glob("*.csv"))
     pieces = {stem.replace(SLASH, "/"): read(folder, stem) for stem in stems}
     refused = {name: t["refused"].iloc[0] for name, t in pieces.items() if "refused" in t}
     pieces = {name: table for name, table in pieces.items() if name not in refused}
+    every = pieces
+    if results is not None:
+        identity = (folder / IDENTITY).read_text(encoding="utf-8")
+        every = dict(sorted((real_rows.stored(results, folder.name, identity) | pieces).items()))
+        real_rows.store(results, folder.name, identity, every)
     found = {
         "recall": recall(pieces),
         "trace": joined(of(pieces, "trace")),
         **claims(pieces),
         **gain(pieces),
-        "edits": edits(pieces),
-        "ablations": ablations(pieces),
+        "edits": edits(every),
+        "ablations": ablations(every),
         "settings": settings(folder),
         "refused": pd.DataFrame(refused.items(), columns=["piece", "why"]),
         "made": pd.DataFrame({"stage": stages(pieces)}).assign(

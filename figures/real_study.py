@@ -34,6 +34,7 @@ from common import HERE, OUT, known_records, provenance, submit, workers
 from paper import kept, spent
 
 import pmet_lens as pl
+from pmet_lens.data.file_format import hash_of
 
 FOLLOWED = (
     "fast", "counterfact", "zsre", "knowns", "texts", "tokens", "layers", "deepest", "tuned_on",
@@ -75,6 +76,9 @@ class Study(tune.Study):
         self.edit_made: tuple[str, pl.Edit | None] = "", None
         self.stamp(args, args.out / Path(args.model).name / "options.json")
         super().__init__(args)
+        asked = [fact.record() for fact in (*self.facts, *self.others)]
+        path = self.folder / real_pages.IDENTITY
+        path.write_text(hash_of([asked, args.fast]), encoding="utf-8")
 
     @staticmethod
     def stamp(args: argparse.Namespace, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import real_pages
+import real_rows
 import real_study
 import real_verdicts
 
@@ -162,6 +164,38 @@ def test_what_was_refused_and_is_made_now_is_no_longer_said_to_be(folder, tmp_pa
     pd.testing.assert_frame_equal(
         common.read(tmp_path, "refused"), old.iloc[1:].reset_index(drop=True)
     )
+
+
+def test_a_method_that_is_measured_elsewhere_is_paired_with_those_that_were(folder, tmp_path):
+    """PMET here, MEMIT in an earlier run: the tables are those of one run with both."""
+    first, second, results = tmp_path / "a", tmp_path / "b", tmp_path / "results"
+    for out, left_out in ((first, "PMET"), (second, "MEMIT")):
+        shutil.copytree(folder / "world", out / "world")
+        for path in (out / "world").glob("*.csv"):
+            if path.stem.split(" ")[0] in real_rows.KINDS and left_out in path.stem:
+                path.unlink()
+        real_pages.collect(out, results)
+    keys = ["benchmark", "edits", "run", "metric"]
+    both = (
+        common.read(where, "edits").sort_values(keys, ignore_index=True)
+        for where in (results, folder)
+    )
+    pd.testing.assert_frame_equal(*both, rtol=1e-3, atol=0.01)  # margins are kept to 4 digits
+    kept = real_rows.stored(results, "world", (folder / "world" / "identity.txt").read_text())
+    assert {"rows 3 MEMIT", "rows 3 PMET", "ability 3 PMET"} <= set(kept)
+    words = pd.read_csv(real_rows.path_of(results, "world")).select_dtypes(exclude="number")
+    assert set(words) == {"piece", "kind", "metric"}  # no prompt, no answer
+    assert real_rows.stored(results, "world", "other facts") == {}
+
+
+def test_rows_of_other_facts_are_replaced(tmp_path):
+    one = pd.DataFrame({"fact": [0], "kind": ["rewrite"], "correct": [1.0]})
+    real_rows.store(tmp_path, "m", "x", {"rows 1 PMET": one, "recall y": one})
+    assert set(real_rows.stored(tmp_path, "m", "x")) == {"rows 1 PMET"}
+    real_rows.store(tmp_path, "m", "z", {"rows 1 MEMIT": one})
+    assert real_rows.stored(tmp_path, "m", "x") == {}
+    found = real_rows.stored(tmp_path, "m", "z")["rows 1 MEMIT"]
+    pd.testing.assert_frame_equal(found, one, check_dtype=False)
 
 
 def test_tuned_settings_are_read_again(folder, monkeypatch):
