@@ -48,6 +48,8 @@ def edits(tables: Path) -> Figure:
                 ax.axhline(value, color="#444444", ls=":", lw=1, label="unedited")
     sizes = sorted(edited["edits"].unique())
     axes[-1, -1].set_xticks(sizes, [str(n) for n in sizes])  # all panels share them
+    for ax in axes[-1]:
+        ax.tick_params(axis="x", labelrotation=45)
     fig.suptitle(
         "One edit: each fact alone on the clean model. EF: free answers. Every method with "
         "settings tuned on other facts, 95 % bootstrap intervals",

@@ -111,7 +111,7 @@ def tables(folder: Path, results: Path | None = None) -> Pieces:
     refused = {name: t["refused"].iloc[0] for name, t in pieces.items() if "refused" in t}
     pieces = {name: table for name, table in pieces.items() if name not in refused}
     every = pieces
-    if results is not None:
+    if results is not None and (folder / IDENTITY).exists():  # older folders do not say
         identity = (folder / IDENTITY).read_text(encoding="utf-8")
         every = dict(sorted((real_rows.stored(results, folder.name, identity) | pieces).items()))
         real_rows.store(results, folder.name, identity, every)
