@@ -28,6 +28,7 @@ import model_tables
 import pandas as pd
 import real
 import real_pages
+import real_rows
 import study
 import tune
 from common import HERE, OUT, known_records, provenance, submit, workers
@@ -77,8 +78,10 @@ class Study(tune.Study):
         self.stamp(args, args.out / Path(args.model).name / "options.json")
         super().__init__(args)
         asked = [fact.record() for fact in (*self.facts, *self.others)]
-        path = self.folder / real_pages.IDENTITY
-        path.write_text(hash_of([asked, args.fast]), encoding="utf-8")
+        identity = hash_of([asked, args.fast])
+        (self.folder / real_pages.IDENTITY).write_text(identity, encoding="utf-8")
+        kept = real_rows.stored(args.results, self.folder.name, identity) if args.go_on else {}
+        self.elsewhere = frozenset(kept)
 
     @staticmethod
     def stamp(args: argparse.Namespace, path: Path) -> None:
@@ -98,7 +101,8 @@ class Study(tune.Study):
             for name, make in getattr(self, stage)():
                 if time.monotonic() > self.end:
                     return f"{self.folder.name}: the time is over at {stage}; a later run goes on."
-                self.piece(name, make)
+                if name not in self.elsewhere:
+                    self.piece(name, make)
             on_stage()
         return f"{self.folder.name}: done."
 
@@ -431,10 +435,13 @@ def main() -> None:
     add("--tuned", type=Path, help="tables of tune.py (with --counterfact): its settings are taken")
     add("--out", type=Path, default=OUT / "real_study")
     add("--record", action="store_true", help="the tables also to figures/results/real")
+    add("--go-on", action="store_true", help="make no piece again whose rows are recorded there")
     args = parser.parse_args()
     if args.tuned and not args.counterfact:
         parser.error("--tuned needs --counterfact: the real facts are those tune.py tuned on.")
     args.device, args.goal = "auto", "S"
+    if args.go_on and not args.record:
+        parser.error("--go-on needs --record: it goes on with what is recorded.")
     args.results = HERE / "results" / "real" if args.record else None
     here = set(pl.available_models().query("here")["name"])
     names = [name for name in args.model if name in here or Path(name).is_dir()]

@@ -31,7 +31,7 @@ def arguments(out: Path, **more: object) -> argparse.Namespace:
         "methods": ("MEMIT", "PMET"), "fast": True, "minutes": 10.0, "counterfact": None,
         "zsre": None, "knowns": None, "texts": None, "tokens": 3000, "layers": (), "deepest": 4,
         "tuned_on": 0, "budget": None, "tuned": None, "out": out,
-        "results": None, "device": "cpu", "goal": "S",
+        "results": None, "go_on": False, "device": "cpu", "goal": "S",
     }  # fmt: skip
     return argparse.Namespace(**{**values, **more})
 
@@ -186,6 +186,19 @@ def test_a_method_that_is_measured_elsewhere_is_paired_with_those_that_were(fold
     words = pd.read_csv(real_rows.path_of(results, "world")).select_dtypes(exclude="number")
     assert set(words) == {"piece", "kind", "metric"}  # no prompt, no answer
     assert real_rows.stored(results, "world", "other facts") == {}
+
+
+def test_what_was_recorded_elsewhere_is_not_made_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(real_study, "SIZES", (1, 3))
+    recorded = {"stages": ("edits",), "go_on": True, "results": folder / "results"}
+    study = real_study.Study(arguments(tmp_path, **recorded))
+    made: list[str] = []
+    monkeypatch.setattr(study, "piece", lambda name, make: made.append(name))
+    study.run()
+    assert {name.split(" ")[0] for name in made} == {"losses", "arrival", "answers"}
+    study.elsewhere -= {"rows 3 PMET"}
+    study.run()
+    assert "rows 3 PMET" in made
 
 
 def test_rows_of_other_facts_are_replaced(tmp_path):
