@@ -35,7 +35,7 @@ from common import HERE, OUT, known_records, provenance, submit, workers
 from paper import kept, spent
 
 import pmet_lens as pl
-from pmet_lens.data.file_format import hash_of
+from pmet_lens import data
 
 FOLLOWED = (
     "fast", "counterfact", "zsre", "knowns", "texts", "tokens", "layers", "deepest", "tuned_on",
@@ -78,7 +78,7 @@ class Study(tune.Study):
         self.stamp(args, args.out / Path(args.model).name / "options.json")
         super().__init__(args)
         asked = [fact.record() for fact in (*self.facts, *self.others)]
-        identity = hash_of([asked, args.fast])
+        identity = data.hash_of([asked, args.fast])
         (self.folder / real_pages.IDENTITY).write_text(identity, encoding="utf-8")
         kept = real_rows.stored(args.results, self.folder.name, identity) if args.go_on else {}
         self.elsewhere = frozenset(kept)
