@@ -104,8 +104,8 @@ def no_longer_refused(made: pd.DataFrame, folder: Path) -> None:
 
 
 def tables(folder: Path, results: Path | None = None) -> Pieces:
-    """The tables of one model, as far as there are pieces: in its folder, and of edits and
-    ablations those that `results` keeps, too, where those of the folder are put."""
+    """The tables of one model, as far as there are pieces in its folder; those of edits and
+    ablations also from the rows that `results` keeps, to which the folder's are added."""
     stems = sorted(path.stem for path in folder.glob("*.csv"))
     pieces = {stem.replace(SLASH, "/"): read(folder, stem) for stem in stems}
     refused = {name: t["refused"].iloc[0] for name, t in pieces.items() if "refused" in t}
