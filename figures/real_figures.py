@@ -22,6 +22,8 @@ from pmet_lens import plotting
 RESULTS = HERE / "results" / "real"
 METRICS = ("S", "PS", "NS", "EA", "EF", "collateral")
 ABLATED = ("ES", "PS", "NS", "EA")
+TRADED = (("PS", "NS"), ("EA", "collateral"))
+"""What is won, upwards, and what an edit should leave, to the right."""
 
 
 def models(table: pd.DataFrame) -> list[str]:
@@ -73,10 +75,31 @@ def ablations(tables: Path) -> Figure:
     return fig
 
 
+def strength(tables: Path) -> Figure:
+    """One row per model: what is won against what is spared, one line per method from the least to
+    the most that holds it back."""
+    table = read(tables, "strength")
+    names = models(table)
+    fig, axes = panels(7.5, 3.0 * len(names), len(names), len(TRADED))
+    for row, name in zip(axes, names, strict=True):
+        own = of(table, model=name)
+        for ax, (won, spared) in zip(row, TRADED, strict=True):
+            plotting.trade_lines(own, ax, spared, won, "factor")
+        row[0].set_title(f"{name}, {int(own['edits'].iloc[0])} facts at once", fontsize=8)
+    legend(fig, axes[0, 0], 4)
+    fig.suptitle(
+        "Each line: a method with 0.1, 0.3, 1 (large), 3 and 10 times the strength that was found "
+        "best by S\non other facts. Up: reaches more. Right: harms less. 95 % bootstrap intervals",
+        fontsize=7,
+    )
+    return fig
+
+
 DRAWN: dict[str, tuple[str, Callable[[Path], Figure]]] = {
     "fig_real_trace": ("trace", trace),
     "fig_real_edits": ("edits", edits),
     "fig_real_ablations": ("ablations", ablations),
+    "fig_real_strength": ("strength", strength),
 }
 FIGURES = {n: draw for n, (table, draw) in DRAWN.items() if (RESULTS / f"{table}.csv").exists()}
 """Those whose tables are there: the stages of the study run one after the other."""

@@ -35,13 +35,14 @@ TABLES: dict[str, tuple[str, ...]] = {
     "recall": ("list",), "trace": ("stream",), "claims": ("statement",), "layers": ("statement",),
     "losses": ("method", "settings"), "arrival": ("method", "settings"),
     "edits": ("benchmark", "edits", "run"), "ablations": ("edits", "run"),
+    "strength": ("edits", "run", "factor"),
     "settings": ("method",), "refused": ("piece",), "made": ("stage",),
 }  # fmt: skip
 """Table -> what, beside the model, rows are made again by."""
 STAGE_OF = {
     "recall": "recall", "trace": "trace", "claims": "claims", "losses": "gain", "arrival": "gain",
     "answers": "gain", "rows": "edits", "free": "edits", "ability": "edits", "others": "edits",
-    "zsre": "edits", "ablation": "ablations",
+    "zsre": "edits", "ablation": "ablations", "held": "strength", "spared": "strength",
 }  # fmt: skip
 """Kind of a piece -> what it is called where it says when it was made."""
 IDENTITY = "identity.txt"
@@ -122,6 +123,7 @@ def tables(folder: Path, results: Path | None = None) -> Pieces:
         **gain(pieces),
         "edits": edits(every),
         "ablations": ablations(every),
+        "strength": strength(every),
         "settings": settings(folder),
         "refused": pd.DataFrame(refused.items(), columns=["piece", "why"]),
         "made": pd.DataFrame({"stage": stages(pieces)}).assign(
@@ -250,6 +252,28 @@ def ablations(pieces: Pieces) -> pd.DataFrame:
         told = against(rows, key, f"{size} PMET", None)
         frames.append(told.assign(edits=int(size), run=run))
     return pd.concat([pd.DataFrame(), *frames], ignore_index=True)
+
+
+def strength(pieces: Pieces) -> pd.DataFrame:
+    """Edits held back by several times the strength that was found best; once: the edits."""
+    held, spared = of(pieces, "held"), of(pieces, "spared")
+    for key in {key.partition(" × ")[0] for key in held}:
+        if f"rows {key}" in pieces and f"others {key}" in pieces:
+            held[f"{key} × 1"] = pieces[f"rows {key}"]
+            spared[f"{key} × 1"] = pieces[f"others {key}"]
+    frames = []
+    for key, rows in held.items():
+        (size, _, run), factor = (part := key.partition(" × "))[0].partition(" "), part[2]
+        told = pl.summarise(rows).reset_index()
+        if key in spared:
+            right = 100 * spared[key]["correct"].to_numpy(dtype=float)
+            kept = {"metric": "collateral", **dict(zip(INTERVAL, evaluation.interval(right)))}  # noqa: B905
+            told = pd.concat([told, pd.DataFrame([kept])], ignore_index=True)
+        frames.append(told.assign(edits=int(size), run=run, factor=float(factor)))
+    if not frames:
+        return pd.DataFrame()
+    by = ["edits", "run", "factor"]
+    return pd.concat(frames).sort_values(by, kind="stable", ignore_index=True)
 
 
 def settings(folder: Path) -> pd.DataFrame:
@@ -405,6 +429,18 @@ def _ablations(table: pd.DataFrame) -> list[str]:
     return list(_scores(table, "PMET", ("edits", "run")))
 
 
+def _strength(table: pd.DataFrame) -> list[str]:
+    metrics = [m for m in SHOWN if m in set(table["metric"])]
+    keys = ["model", "edits", "run", "factor"]
+    rows: list[list[object]] = [["model", "edits", "method", "times the strength", *metrics]]
+    for key, part in table.groupby(keys, sort=False):
+        by = part.set_index("metric")
+        cells = [cell(by.loc[m]) if m in by.index else "" for m in metrics]
+        rows.append([*key[:3], f"{key[3]:g}", *cells])
+    note = "Strength: λ, of AlphaEdit its ridge; 1 is what was found best by S on other facts."
+    return [*grid(rows), "", note]
+
+
 def _refused(table: pd.DataFrame) -> list[str]:
     rows: list[list[object]] = [["model", "what", "why not"]]
     return grid([*rows, *table[["model", "piece", "why"]].to_numpy().tolist()])
@@ -419,6 +455,7 @@ SECTIONS = (
     ("What arrives, layer after layer", _arrival, "arrival"),
     ("Edits", _edits, "edits"),
     ("Ablations", _ablations, "ablations"),
+    ("Held back less and more", _strength, "strength"),
     ("What could not be", _refused, "refused"),
 )
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from pmet_lens import data
 
-KINDS = ("rows", "free", "ability", "others", "zsre", "ablation")
+KINDS = ("rows", "free", "ability", "others", "zsre", "ablation", "held", "spared")
 """Kinds of pieces that are kept."""
 COLUMNS = (
     "fact", "kind", "index", "benchmark", "implication", "success", "correct", "margin",

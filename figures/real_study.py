@@ -3,9 +3,10 @@
 SmolLM2-135M and Gemma-3-270M, each where it is fetched, side by side. Stages: what the model
 recalls; the causal trace per component; the paper's statements, layer by layer; what each delta
 gains and what of it arrives; edits of 1 to 300 facts by every method with settings tuned on other
-facts; ablations. Every piece is kept in `figures/out/real_study/MODEL` as soon as it is there, so
-that a run that was cut, or stopped by itself after `--minutes`, goes on; the tables of all pieces
-so far stand beside them, and with `--record` in `figures/results/real`.
+facts; ablations; edits held back less and more than was found best. Every piece is kept in
+`figures/out/real_study/MODEL` as soon as it is there, so that a run that was cut, or stopped by
+itself after `--minutes`, goes on; the tables of all pieces so far stand beside them, and with
+`--record` in `figures/results/real`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import real_pages
 import real_rows
 import study
 import tune
-from common import HERE, OUT, known_records, provenance, submit, workers
+from common import HERE, OUT, known_records, provenance, read, submit, workers
 from paper import kept, spent
 
 import pmet_lens as pl
@@ -42,7 +43,7 @@ FOLLOWED = (
     "budget", "tuned", "traced", "probed",
 )  # fmt: skip
 """Options that pieces follow from and are not named by."""
-STAGES = ("recall", "trace", "claims", "gain", "edits", "ablations", "many")
+STAGES = ("recall", "trace", "claims", "gain", "edits", "ablations", "many", "strength")
 METHODS = ("MEMIT", "PMET", "AlphaEdit", "EMMET", "FT-W", "FT+L", "ROME")
 """In the order in which they are edited: those that share targets stand beside each other."""
 GAINS = ("PMET", "MEMIT", "w/o δ^a")
@@ -51,6 +52,11 @@ ABLATIONS = (
     "at the first subject token", "at the last token", "without prefixes",
 )  # fmt: skip
 """Those of `pl.ablations` that are made, beside those of fewer layers."""
+STRENGTHS = dict.fromkeys(("MEMIT", "PMET"), "second_moment_weight")
+STRENGTHS |= {"AlphaEdit": "null_space_l2"}
+"""What holds back each method's change: λ, and the ridge of AlphaEdit."""
+FACTORS = (0.1, 0.3, 3.0, 10.0)
+"""Times the tuned strength."""
 SIZES, MANY = (1, 20, 100), 300
 """Facts at once; the most of them come last.
 """
@@ -81,7 +87,19 @@ class Study(tune.Study):
         identity = data.hash_of([asked, args.fast])
         (self.folder / real_pages.IDENTITY).write_text(identity, encoding="utf-8")
         kept = real_rows.stored(args.results, self.folder.name, identity) if args.go_on else {}
-        self.elsewhere = frozenset(kept)
+        self.elsewhere = frozenset(kept) | self.gains_elsewhere()
+
+    def gains_elsewhere(self) -> frozenset[str]:
+        """Pieces of the stage `gain` of which the recorded tables have the rows."""
+        found: set[str] = set()
+        if self.args.go_on:
+            for name in ("losses", "arrival"):
+                path = self.args.results / f"{name}.csv"
+                table = read(path.parent, name) if path.exists() else pd.DataFrame()
+                for row in table[table["model"] == self.folder.name].to_dict("records"):
+                    kinds = ("losses",) if name == "losses" else ("arrival", "answers")
+                    found |= {f"{kind} {row['settings']} {row['method']}" for kind in kinds}
+        return frozenset(found)
 
     @staticmethod
     def stamp(args: argparse.Namespace, path: Path) -> None:
@@ -192,17 +210,19 @@ class Study(tune.Study):
 
     @cached_property
     def deltas(self) -> study.Tables:
-        return study.deltas(self.model, self.edit("PMET", self.facts[:GAINED], self.guess("PMET")))
+        hp = self.released("PMET")
+        return study.deltas(self.model, self.edit("PMET", self.facts[:GAINED], hp))
 
     def gain(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
-        """As released, and, where they are known by then, with tuned settings."""
+        """As released, whatever steps the edits take, and, where they are known by then, with tuned
+        settings."""
         facts = self.facts[:GAINED]
         for name in GAINS:
             kinds = ["released"] + ["tuned"] * (
                 real_pages.path_of(self.folder, f"tuned {name}", "json")
             ).exists()
             for kind in kinds:
-                hp = self.guess(name) if kind == "released" else self.settings(name, len(facts))
+                hp = self.released(name) if kind == "released" else self.settings(name, len(facts))
                 yield (
                     f"losses {kind} {name}",
                     lambda name=name, hp=hp: pl.delta_losses(
@@ -262,6 +282,19 @@ class Study(tune.Study):
                     ),
                 )
 
+    def strength(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+        """The edits of most facts but for `many`, held back less and more than was found best: what
+        is won against what is lost."""
+        facts = self.facts[: max(self.sizes)]
+        for name in (name for name in self.args.methods if name in STRENGTHS):
+            tuned = self.settings(name, len(facts))
+            for factor in FACTORS:
+                field = STRENGTHS[name]
+                hp = replace(tuned, **{field: factor * getattr(tuned, field)})
+                for kind, look in (("held", self.rows), ("spared", self.collateral)):
+                    run = partial(self.asked, look, name, facts, hp=hp)
+                    yield f"{kind} {len(facts)} {name} × {factor:g}", run
+
     # -- edits ------------------------------------------------------------------------------------
 
     @property
@@ -274,9 +307,13 @@ class Study(tune.Study):
         """Facts at once: those of `SIZES`, or all where there are fewer."""
         return sorted({min(n, self.most) for n in SIZES})
 
-    def guess(self, name: str) -> Any:
+    def released(self, name: str) -> Any:
         """What is released for the method, with the layers of this model."""
-        found = self.bench.settings(pl.named(name))
+        return self.bench.settings(pl.named(name))
+
+    def guess(self, name: str) -> Any:
+        """The same, by the steps that the edits take."""
+        found = self.released(name)
         return found.fast() if self.args.fast and isinstance(found, pl.Hparams) else found
 
     def settings(self, name: str, n: int) -> Any:
@@ -327,14 +364,18 @@ class Study(tune.Study):
     def edit(self, name: str, facts: Sequence[pl.Fact], hp: Any) -> pl.Edit:
         return self.bench.edit(pl.Trial(name, hparams=hp), facts, self.targets(name, facts, hp))
 
-    def asked(self, look: Any, name: str, facts: list[pl.Fact], some: Any = None) -> pd.DataFrame:
-        """What `look` finds at `some` of the facts (None: all) when all are edited at once; the
-        last edit stays for the pieces that measure it, too."""
+    def asked(
+        self, look: Any, name: str, facts: list[pl.Fact], some: Any = None, hp: Any = None
+    ) -> pd.DataFrame:
+        """What `look` finds at `some` of the facts (None: all) when all are edited at once, with
+        these settings (None: those found for so many); the last edit stays for the pieces that
+        measure it, too."""
         if name == "unedited":
             return look(None, some or facts)
-        key = f"{name} {facts[0].text} {len(facts)}"
+        key = f"{name} {facts[0].text} {len(facts)} {hp}"
         if self.edit_made[0] != key:
-            self.edit_made = key, self.edit(name, facts, self.settings(name, len(facts)))
+            hp = self.settings(name, len(facts)) if hp is None else hp
+            self.edit_made = key, self.edit(name, facts, hp)
         return look(self.edit_made[1], some or facts)
 
     def each(self, look: Any, name: str, facts: list[pl.Fact]) -> pd.DataFrame:

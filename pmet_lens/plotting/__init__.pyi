@@ -34,4 +34,5 @@ from .plots import similarity_lines as similarity_lines
 from .plots import trace_lines as trace_lines
 from .plots import transfer_bars as transfer_bars
 from .tuning_plots import front as front
+from .tuning_plots import trade_lines as trade_lines
 from .tuning_plots import tuning_dots as tuning_dots

@@ -74,3 +74,38 @@ def front(
     ax.set(xlim=(min(95, lows[0]) - 3, 104), ylim=(min(95, lows[1]) - 3, 106))
     ax.set(xlabel=f"{kept}, %", ylabel=f"{gain}, %")
     return ax
+
+
+def trade_lines(table: pd.DataFrame, ax: Axes, kept: str, gain: str, setting: str) -> Axes:
+    """What each method gains (metric `gain`, upwards) against what it keeps (`kept`, to the right)
+    as one number changes (column `setting`): one line per method (column run) in the order of that
+    number, with 95 % intervals; its dot at 1 is large. Up and right is better. Other columns:
+    metric, mean, ci_low, ci_high."""
+    for run in dict.fromkeys(table["run"]):
+        own = where(table, run=run).pivot(index=setting, columns="metric")
+        x, y = (own.xs(metric, axis=1, level="metric") for metric in (kept, gain))
+        colour, marker = colour_of(run), MARKERS.get(run, "o")
+        ax.errorbar(
+            x["mean"],
+            y["mean"],
+            xerr=errors(x, "mean"),
+            yerr=errors(y, "mean"),
+            fmt=f"{marker}-",
+            ms=3,
+            lw=1,
+            elinewidth=0.4,
+            color=colour,
+            label=run,
+        )
+        ax.plot(x["mean"].get(1.0), y["mean"].get(1.0), marker, ms=7, color=colour)
+        least = own.index.min()
+        ax.annotate(
+            f"{least:g}",
+            (x["mean"][least], y["mean"][least]),
+            (3, 3),
+            textcoords="offset points",
+            fontsize=6,
+            color=colour,
+        )
+    ax.set(xlim=(-3, 103), ylim=(-3, 103), xlabel=f"{kept}, %", ylabel=f"{gain}, %")
+    return ax

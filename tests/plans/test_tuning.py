@@ -502,6 +502,24 @@ def test_the_front_is_what_nothing_beats():
         pl.pareto(planted_runs(), ("PS",))
 
 
+def test_a_line_goes_through_every_strength_in_their_order():
+    rows = [
+        {"run": run, "factor": f, "metric": m, "mean": v, "ci_low": v - 5, "ci_high": v + 5}
+        for run in ("MEMIT", "PMET")
+        for f, values in ((10.0, (20, 90)), (0.1, (80, 30)), (1.0, (60, 50)))
+        for m, v in zip(("PS", "NS"), values, strict=True)
+    ]
+    ax = plotting.trade_lines(pd.DataFrame(rows), Figure().subplots(), "NS", "PS", "factor")
+    lines = {c.get_label(): c.lines[0] for c in ax.containers}
+    assert set(lines) == {"MEMIT", "PMET"}
+    for line in lines.values():
+        assert list(line.get_xdata()) == [30, 50, 90]
+        assert list(line.get_ydata()) == [80, 60, 20]
+    large = [line for line in ax.lines if line.get_markersize() > 5]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in large] == [(50, 60)] * 2
+    assert [text.get_text() for text in ax.texts] == ["0.1"] * 2
+
+
 def test_pictures_show_the_front_and_what_was_tried(bench, monkeypatch):
     ax = Figure().subplots()
     table = planted_runs()
