@@ -284,9 +284,10 @@ class Study(tune.Study):
 
     def strength(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
         """The edits of most facts but for `many`, held back less and more than was found best: what
-        is won against what is lost."""
+        is won against what is lost. Those that are held back as was found best come first."""
         facts = self.facts[: max(self.sizes)]
         for name in (name for name in self.args.methods if name in STRENGTHS):
+            yield from self.looks(len(facts), name)
             tuned = self.settings(name, len(facts))
             for factor in FACTORS:
                 field = STRENGTHS[name]
