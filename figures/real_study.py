@@ -55,7 +55,7 @@ ABLATIONS = (
 STRENGTHS = dict.fromkeys(("MEMIT", "PMET"), "second_moment_weight")
 STRENGTHS |= {"AlphaEdit": "null_space_l2"}
 """What holds back each method's change: λ, and the ridge of AlphaEdit."""
-FACTORS = (0.1, 0.3, 3.0, 10.0)
+FACTORS = (0.1, 0.3, 3.0, 10.0, 30.0)
 """Times the tuned strength."""
 SIZES, MANY = (1, 20, 100), 300
 """Facts at once; the most of them come last.
