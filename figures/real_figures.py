@@ -88,8 +88,8 @@ def strength(tables: Path) -> Figure:
         row[0].set_title(f"{name}, {int(own['edits'].iloc[0])} facts at once", fontsize=8)
     legend(fig, axes[0, 0], 4)
     fig.suptitle(
-        "Each line: a method with 0.1, 0.3, 1 (large), 3, 10 and 30 times the strength that was found "
-        "best by S\non other facts. Up: reaches more. Right: harms less. 95 % bootstrap intervals",
+        "Each line: a method with 0.1, 0.3, 1 (large), 3, 10 and 30 times the strength that was "
+        "found\nbest by S on other facts. Up: reaches more. Right: harms less. 95 % intervals",
         fontsize=7,
     )
     return fig

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -47,6 +48,8 @@ STAGE_OF = {
 """Kind of a piece -> what it is called where it says when it was made."""
 IDENTITY = "identity.txt"
 """What the pieces of a folder are of: facts, others and the steps of targets, as a hash."""
+SECONDS = "seconds.txt"
+"""How long each piece of a folder took: a line each, with a tab between."""
 FEW = 100
 """Facts at once of the stage `edits`; more are the stage `many`."""
 SLASH = "÷"
@@ -126,26 +129,42 @@ def tables(folder: Path, results: Path | None = None) -> Pieces:
         "strength": strength(every),
         "settings": settings(folder),
         "refused": pd.DataFrame(refused.items(), columns=["piece", "why"]),
-        "made": pd.DataFrame({"stage": stages(pieces)}).assign(
-            made=(folder / "made.txt").read_text(encoding="utf-8")
-        ),
+        "made": made(folder, pieces),
     }
     there = {n: t.assign(model=folder.name) for n, t in found.items() if not t.empty}
     return {**there, "pieces": pd.DataFrame({"piece": [*pieces]}).assign(model=folder.name)}
 
 
+def made(folder: Path, pieces: Pieces) -> pd.DataFrame:
+    """When and with what each stage was made, and what its pieces took, where that is known."""
+    took = pd.Series(seconds(folder), dtype=float)
+    minutes = took.groupby(took.index.map(stage_of)).sum() / 60
+    told = pd.DataFrame({"stage": stages(pieces)})
+    text = (folder / "made.txt").read_text(encoding="utf-8")
+    return told.assign(made=text, minutes=told["stage"].map(minutes))
+
+
+def seconds(folder: Path) -> dict[str, float]:
+    """Piece -> seconds that making it took; what was made twice counts twice."""
+    path, found = folder / SECONDS, Counter[str]()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        name, _, took = line.rpartition("\t")
+        found[name] += float(took)
+    return dict(found)
+
+
+def stage_of(piece: str) -> str:
+    """The stage that makes a piece."""
+    kind, _, rest = piece.partition(" ")
+    stage = STAGE_OF.get(kind, "")
+    size, _, run = rest.partition(" ")
+    return "many" if stage == "edits" and run != "unedited" and int(size) > FEW else stage
+
+
 def stages(pieces: Pieces) -> list[str]:
     """Those of which there are pieces; the unedited model is asked in two of them, and says
     nothing."""
-    found = set()
-    for name in pieces:
-        kind, _, rest = name.partition(" ")
-        size, _, run = rest.partition(" ")
-        stage = STAGE_OF.get(kind)
-        if stage == "edits" and run != "unedited":
-            found.add("many" if int(size) > FEW else stage)
-        elif stage != "edits":
-            found.add(stage)
+    found = {stage_of(name) for name in pieces if not name.endswith(" unedited")}
     return [stage for stage in (*dict.fromkeys(STAGE_OF.values()), "many") if stage in found]
 
 
@@ -304,7 +323,12 @@ def page(folder: Path) -> str:
         if name in have:
             lines += ["", f"**{title}**", "", *draw(have[name])]
     for (model, text), own in made.groupby(["model", "made"], sort=False):
-        lines += ["", f"{model}, {', '.join(own['stage'])}: {text}"]
+        took = own["minutes"] if "minutes" in own else pd.Series(index=own.index, dtype=float)
+        told = [
+            name if pd.isna(m) else f"{name} ({m:.1f} minutes)"
+            for name, m in zip(own["stage"], took, strict=True)
+        ]
+        lines += ["", f"{model}, {', '.join(told)}: {text}"]
     return "\n".join([*lines, ""])
 
 

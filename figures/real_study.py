@@ -33,7 +33,7 @@ import real_rows
 import study
 import tune
 from common import HERE, OUT, known_records, provenance, read, submit, workers
-from paper import kept, spent
+from paper import kept
 
 import pmet_lens as pl
 from pmet_lens import data
@@ -139,8 +139,9 @@ class Study(tune.Study):
 
         table, seconds = kept(path, made), time.monotonic() - start
         sys.stderr.write(f"{self.folder.name}: {name}: {seconds:.0f} s\n")
-        minutes = spent(self.folder) + seconds / 60
-        (self.folder / "minutes.txt").write_text(str(minutes), encoding="utf-8")
+        with (self.folder / real_pages.SECONDS).open("a", encoding="utf-8") as lines:
+            lines.write(f"{name}\t{seconds:.1f}\n")
+        minutes = sum(real_pages.seconds(self.folder).values()) / 60
         (self.folder / "made.txt").write_text(provenance(minutes), encoding="utf-8")
         return table
 

@@ -179,7 +179,22 @@ def test_every_stage_says_when_it_was_made(folder, tmp_path):
     real_pages.collect(folder, tmp_path)
     page = (tmp_path / "study.md").read_text(encoding="utf-8")
     assert "\nworld, claims: 1999\n" in page
-    assert f"\nworld, {', '.join(stages)}: {made['made'].iloc[0]}\n" in page
+    assert made["made"].nunique() == 1
+    assert page.count(made["made"].iloc[0]) == 1
+    took = real_pages.seconds(folder / "world")
+    assert made["minutes"].sum() == pytest.approx(sum(took.values()) / 60, rel=1e-3)
+    for stage, minutes in zip(made["stage"], made["minutes"], strict=True):
+        assert minutes > 0
+        assert f"{stage} ({minutes:.1f} minutes)" in page
+
+
+def test_what_was_made_twice_took_both_times(tmp_path):
+    lines = "rows 1 MEMIT\t2.5\nheld 100 PMET × 3\t4.0\nrows 1 MEMIT\t1.5\n"
+    (tmp_path / real_pages.SECONDS).write_text(lines, encoding="utf-8")
+    assert real_pages.seconds(tmp_path) == {"rows 1 MEMIT": 4.0, "held 100 PMET × 3": 4.0}
+    assert real_pages.seconds(tmp_path / "nothing") == {}
+    names = ("rows 1 MEMIT", "free 300 PMET", "ability 300 unedited", "held 100 PMET × 3")
+    assert [real_pages.stage_of(name) for name in names] == ["edits", "many", "edits", "strength"]
 
 
 def test_the_stage_of_many_facts_is_told_from_the_edits():
