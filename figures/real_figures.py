@@ -14,6 +14,7 @@ from pathlib import Path
 import fig_causal_trace
 import fig_scaling
 import pandas as pd
+import real_rows
 from common import HERE, OUT, legend, make, of, panels, read
 from matplotlib.figure import Figure
 
@@ -40,6 +41,7 @@ def trace(tables: Path) -> Figure:
 def edits(tables: Path) -> Figure:
     """One row per model, one panel per metric, one line per method; dotted: unedited."""
     table = of(read(tables, "edits"), benchmark="facts")
+    table = table[~table["run"].str.endswith(real_rows.PUBLISHED)]
     edited, before = table[table["edits"] > 0], table[table["edits"] == 0]
     names = models(table)
     metrics = [metric for metric in METRICS if metric in set(edited["metric"])]
@@ -64,6 +66,7 @@ def edits(tables: Path) -> Figure:
 def ablations(tables: Path) -> Figure:
     """One panel per model: differences against PMET in points."""
     table = read(tables, "ablations")
+    table = table[~table["run"].str.endswith(real_rows.PUBLISHED)]
     names = models(table)
     runs = [run for run in dict.fromkeys(table["run"]) if run != "PMET"]
     fig, axes = panels(7.5, 4.2, 1, len(names), sharey=True)
@@ -79,6 +82,7 @@ def strength(tables: Path) -> Figure:
     """One row per model: what is won against what is spared, one line per method from the least to
     the most that holds it back."""
     table = read(tables, "strength")
+    table = table.assign(run=table["run"].str.removesuffix(real_rows.PUBLISHED))
     names = models(table)
     fig, axes = panels(7.5, 3.0 * len(names), len(names), len(TRADED))
     for row, name in zip(axes, names, strict=True):

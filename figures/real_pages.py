@@ -227,7 +227,7 @@ def edits(pieces: Pieces) -> pd.DataFrame:
         size, _, run = key.partition(" ")
         if run == "unedited" and key != unedited:
             continue
-        memit, n = f"{size} MEMIT", rows[key]["fact"].nunique()
+        memit, n = f"{size} {beside(run, 'MEMIT')}", rows[key]["fact"].nunique()
         before = rows[unedited][rows[unedited]["fact"] < n] if sizes else None
         parts = [against(rows, key, memit, before), against(free, key, memit, None)]
         parts[1] = parts[1].reindex(columns=parts[0].columns)
@@ -252,6 +252,11 @@ def edits(pieces: Pieces) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(), *frames], ignore_index=True)
 
 
+def beside(run: str, other: str) -> str:
+    """`other` by the same steps as a run."""
+    return other + real_rows.PUBLISHED * run.endswith(real_rows.PUBLISHED)
+
+
 def against(rows: Pieces, key: str, other: str, before: pd.DataFrame | None) -> pd.DataFrame:
     """The summary of a table of rows, and the paired differences to another."""
     if key not in rows:
@@ -268,7 +273,7 @@ def ablations(pieces: Pieces) -> pd.DataFrame:
     rows, frames = of(pieces, "ablation"), []
     for key in rows:
         size, _, run = key.partition(" ")
-        told = against(rows, key, f"{size} PMET", None)
+        told = against(rows, key, f"{size} {beside(run, 'PMET')}", None)
         frames.append(told.assign(edits=int(size), run=run))
     return pd.concat([pd.DataFrame(), *frames], ignore_index=True)
 

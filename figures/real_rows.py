@@ -16,6 +16,8 @@ from pmet_lens import data
 
 KINDS = ("rows", "free", "ability", "others", "zsre", "ablation", "held", "spared")
 """Kinds of pieces that are kept."""
+PUBLISHED = ", published steps"
+"""What stands behind the name of a run whose targets take those where others take fast ones."""
 COLUMNS = (
     "fact", "kind", "index", "benchmark", "implication", "success", "correct", "margin",
     "token_accuracy", "contains", "exact", "talks_on", "metric", "mean", "ci_low", "ci_high", "n",

@@ -55,8 +55,13 @@ ABLATIONS = (
 STRENGTHS = dict.fromkeys(("MEMIT", "PMET"), "second_moment_weight")
 STRENGTHS |= {"AlphaEdit": "null_space_l2"}
 """What holds back each method's change: λ, and the ridge of AlphaEdit."""
+PUBLISHED = real_rows.PUBLISHED
+STEPS = ("n_steps", "step_rule", "lr", "prefixes_per_step")
+"""Settings that `Hparams.fast` changes."""
 FACTORS = (0.1, 0.3, 3.0, 10.0, 30.0)
 """Times the tuned strength."""
+RETRIED = ("PMET", "w/o δ^a", "TL hidden state, sqrt spread")
+"""Ablations of what is optimised, which fast steps may favour: made by the published ones, too."""
 SIZES, MANY = (1, 20, 100), 300
 """Facts at once; the most of them come last.
 """
@@ -271,13 +276,20 @@ class Study(tune.Study):
 
     def ablations(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
         facts = self.facts[: self.args.ablated]
-        pmet = self.settings("PMET", len(facts))
+        yield from self.ablated(facts, "")
+        if self.args.fast:
+            yield from self.ablated(facts, PUBLISHED)
+
+    def ablated(
+        self, facts: list[pl.Fact], steps: str
+    ) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+        pmet = self.settings(f"PMET{steps}", len(facts))
         for name, trial in pl.ablations(pmet).items():
-            if name in ABLATIONS or "critical" in name:
-                hp = self.settings("MEMIT", len(facts)) if "TL" in name else pmet
+            if name in RETRIED if steps else name in ABLATIONS or "critical" in name:
+                hp = self.settings(f"MEMIT{steps}", len(facts)) if "TL" in name else pmet
                 trial = replace(trial, hparams=hp)
                 yield (
-                    f"ablation {len(facts)} {name}",
+                    f"ablation {len(facts)} {name}{steps}",
                     lambda trial=trial: self.rows(
                         self.bench.edit(trial, facts, self.bench.targets(trial, facts)), facts
                     ),
@@ -285,13 +297,14 @@ class Study(tune.Study):
 
     def strength(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
         """The edits of most facts but for `many`, held back less and more than was found best: what
-        is won against what is lost. Those that are held back as was found best come first."""
-        facts = self.facts[: max(self.sizes)]
-        for name in (name for name in self.args.methods if name in STRENGTHS):
+        is won against what is lost. Targets always take the published steps: fast ones cost some
+        methods more than others. Those held back as was found best come first."""
+        facts, steps = self.facts[: max(self.sizes)], PUBLISHED * self.args.fast
+        for method in (name for name in self.args.methods if name in STRENGTHS):
+            name, field = method + steps, STRENGTHS[method]
             yield from self.looks(len(facts), name)
             tuned = self.settings(name, len(facts))
             for factor in FACTORS:
-                field = STRENGTHS[name]
                 hp = replace(tuned, **{field: factor * getattr(tuned, field)})
                 for kind, look in (("held", self.rows), ("spared", self.collateral)):
                     run = partial(self.asked, look, name, facts, hp=hp)
@@ -309,9 +322,14 @@ class Study(tune.Study):
         """Facts at once: those of `SIZES`, or all where there are fewer."""
         return sorted({min(n, self.most) for n in SIZES})
 
+    @staticmethod
+    def named(name: str) -> Any:
+        """The method of a name, which may say by what steps."""
+        return pl.named(name.removesuffix(PUBLISHED))
+
     def released(self, name: str) -> Any:
         """What is released for the method, with the layers of this model."""
-        return self.bench.settings(pl.named(name))
+        return self.bench.settings(self.named(name))
 
     def guess(self, name: str) -> Any:
         """The same, by the steps that the edits take."""
@@ -320,8 +338,13 @@ class Study(tune.Study):
 
     def settings(self, name: str, n: int) -> Any:
         """The tuned settings of a method for `n` facts at once, found first where nobody has; where
-        there are too few facts to tune on, the first guess."""
-        path, method = real_pages.path_of(self.folder, f"tuned {name}", "json"), pl.named(name)
+        there are too few facts to tune on, the first guess. With `PUBLISHED` behind the name the
+        steps are the released ones."""
+        if name.endswith(PUBLISHED):
+            found = self.settings(name.removesuffix(PUBLISHED), n)
+            steps = {field: getattr(self.released(name), field) for field in STEPS}
+            return replace(found, **steps)
+        path, method = real_pages.path_of(self.folder, f"tuned {name}", "json"), self.named(name)
         if not path.exists():
             found = self.found_before(name)
             if found is None and self.args.tuned_on < 8:
@@ -359,12 +382,13 @@ class Study(tune.Study):
 
     def targets(self, name: str, facts: Sequence[pl.Fact], hp: Any) -> Any:
         """Those of all facts; None for a method without, and one that edits fact after fact."""
-        method = pl.named(name)
+        method = self.named(name)
         alone = getattr(method, "at_once", None) is None or len(facts) == 1
         return self.bench.targets(pl.Trial(method, hparams=hp), facts) if alone else None
 
     def edit(self, name: str, facts: Sequence[pl.Fact], hp: Any) -> pl.Edit:
-        return self.bench.edit(pl.Trial(name, hparams=hp), facts, self.targets(name, facts, hp))
+        trial = pl.Trial(self.named(name), hparams=hp)
+        return self.bench.edit(trial, facts, self.targets(name, facts, hp))
 
     def asked(
         self, look: Any, name: str, facts: list[pl.Fact], some: Any = None, hp: Any = None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import real_rows
 from common import HERE, read
 
 from pmet_lens import data
@@ -114,13 +115,15 @@ def apart(low: float, high: float) -> str:
 
 def better(metric: str, most: bool = True) -> Callable[[Files, str], Cell]:
     """PMET over MEMIT in one metric (not `most`: below it): of the study the most facts up to 100,
-    of the bundled models those of the ablations, which compare MEMIT with PMET."""
+    by published steps where both were tried; of the bundled models those of the ablations, which
+    compare MEMIT with PMET."""
 
     def look(files: Files, model: str) -> Cell:
         table = files.of("edits", model)
         if len(table):
             table = table[(table["benchmark"] == "facts") & table["edits"].between(1, 100)]
-            row = _row(table[table["edits"] == table["edits"].max()], "PMET", metric)
+            table = table[table["edits"] == table["edits"].max()]
+            row = _best_steps(table, "PMET", metric)
         else:
             row = _row(files.of("ablations", model, "paper/ablations"), "MEMIT", metric)
             row = None if row is None else -row
@@ -135,12 +138,18 @@ def worse(run: str) -> Callable[[Files, str], Cell]:
     """An ablation is worse than PMET in S."""
 
     def look(files: Files, model: str) -> Cell:
-        row = _row(files.of("ablations", model, "paper/ablations"), run, "S")
+        row = _best_steps(files.of("ablations", model, "paper/ablations"), run, "S")
         if row is None:
             return NONE
         return difference(row)[0], difference(-row)[1]
 
     return look
+
+
+def _best_steps(table: Table, run: str, metric: str) -> pd.Series | None:
+    """That by published steps where there is one."""
+    row = _row(table, run + real_rows.PUBLISHED, metric)
+    return _row(table, run, metric) if row is None else row
 
 
 def _row(table: Table, run: str, metric: str) -> pd.Series | None:

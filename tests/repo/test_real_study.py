@@ -83,7 +83,8 @@ def test_a_study_stops_when_its_minutes_are_over(tmp_path):
 
 def test_the_tables_are_those_of_the_pieces(folder):
     scores = common.read(folder, "edits")
-    assert set(scores["run"]) == {"unedited", "MEMIT", "PMET"}
+    both = {"MEMIT", "PMET"}
+    assert set(scores["run"]) == {"unedited", *both, *(m + real_study.PUBLISHED for m in both)}
     assert set(scores["edits"]) == {0, 1, 3}
     rows = common.read(folder / "world", "rows 3 PMET")
     own = scores[(scores["run"] == "PMET") & (scores["edits"] == 3)].set_index("metric")
@@ -114,6 +115,7 @@ def test_held_back_more_an_edit_reaches_less(folder):
     table = common.read(folder, "strength")
     factors = sorted((*real_study.FACTORS, 1.0))
     for name in ("MEMIT", "PMET"):
+        name += real_study.PUBLISHED
         own = table[table["run"] == name]
         assert list(dict.fromkeys(own["factor"])) == factors
         wide = own.pivot(index="factor", columns="metric", values="mean")
@@ -122,7 +124,10 @@ def test_held_back_more_an_edit_reaches_less(folder):
         for metric in ("S", "NS", "collateral"):
             assert wide.loc[1.0, metric] == edit[metric]
         assert wide.loc[0.1, "collateral"] <= wide.loc[10.0, "collateral"]
-    rows = {f: common.read(folder / "world", f"held 3 MEMIT × {f:g}") for f in (0.1, 10.0)}
+    rows = {
+        f: common.read(folder / "world", f"held 3 MEMIT, published steps × {f:g}")
+        for f in (0.1, 10.0)
+    }
     margins = [own.loc[own["kind"] == "rewrite", "margin"].mean() for own in rows.values()]
     assert margins[0] > margins[1]
 
@@ -132,6 +137,40 @@ def test_what_is_released_takes_the_published_steps(folder):
     study = real_study.Study(arguments(folder))
     known = pl.HPARAMS["world"]["PMET"]
     assert study.released("PMET").n_steps == known.n_steps > study.guess("PMET").n_steps
+    changed = {k for k, v in asdict(known.fast()).items() if v != asdict(known)[k]}
+    assert changed == set(real_study.STEPS)
+    own = study.settings("PMET" + real_study.PUBLISHED, 3)
+    assert own.fast() == study.settings("PMET", 3)
+    assert all(getattr(own, field) == getattr(known, field) for field in changed)
+
+
+def test_runs_are_paired_with_those_by_the_same_steps(folder):
+    assert real_pages.beside("FT+L", "MEMIT") == "MEMIT"
+    kinds = {
+        "edits": ("rows 3 PMET", "rows 3 MEMIT"),
+        "ablations": ("ablation 2 w/o δ^a", "ablation 2 PMET"),
+    }
+    for table, names in kinds.items():
+        paths = [real_pages.path_of(folder / "world", n + real_study.PUBLISHED) for n in names]
+        mine, other = (pl.summarise(common.read(path.parent, path.stem)) for path in paths)
+        found = common.read(folder, table)
+        run = names[0].split(" ", 2)[2] + real_study.PUBLISHED
+        row = found[(found["run"] == run) & (found["metric"] == "NS")].iloc[0]
+        wanted = mine.loc["NS", "mean"] - other.loc["NS", "mean"]
+        assert row["difference"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_published_steps_decide_where_both_were_tried(tmp_path):
+    def run(name: str, gap: tuple[float, float, float]) -> dict[str, object]:
+        ends = dict(zip(real_pages.DIFFERENCE, gap, strict=True))
+        return {"model": "gemma-3-270m", "benchmark": "facts", "edits": 100, "run": name,
+                "metric": "S", "mean": 80.0, **ends}  # fmt: skip
+
+    fast, slow = (5.0, 3.0, 7.0), (-5.0, -7.0, -3.0)
+    for name, begins in (("PMET", "PMET beats MEMIT over all"), ("w/o δ^a", "Without δ^a")):
+        rows = [run(name, fast), run(name + real_study.PUBLISHED, slow)]
+        planted(tmp_path, edits=rows, ablations=rows)
+        assert "−5.0 [−7.0, −3.0]" in line(real_verdicts.page(tmp_path), begins)[3]
 
 
 def test_recorded_gains_are_not_made_again(folder, tmp_path):
