@@ -328,13 +328,14 @@ class Study(tune.Study):
         return pl.named(name.removesuffix(PUBLISHED))
 
     def released(self, name: str) -> Any:
-        """What is released for the method, with the layers of this model."""
-        return self.bench.settings(self.named(name))
+        """What is released for the method, with the layers of this model, by its own steps."""
+        method = self.named(name)
+        return self.bench.settings(method) if self.bundled else self.unhurried(method)
 
     def guess(self, name: str) -> Any:
         """The same, by the steps that the edits take."""
         found = self.released(name)
-        return found.fast() if self.args.fast and isinstance(found, pl.Hparams) else found
+        return self.hasty(found) if isinstance(found, pl.Hparams) else found
 
     def settings(self, name: str, n: int) -> Any:
         """The tuned settings of a method for `n` facts at once, found first where nobody has; where
@@ -342,8 +343,8 @@ class Study(tune.Study):
         steps are the released ones."""
         if name.endswith(PUBLISHED):
             found = self.settings(name.removesuffix(PUBLISHED), n)
-            steps = {field: getattr(self.released(name), field) for field in STEPS}
-            return replace(found, **steps)
+            released = self.released(name).settled(self.named(name), n)
+            return replace(found, **{field: getattr(released, field) for field in STEPS})
         path, method = real_pages.path_of(self.folder, f"tuned {name}", "json"), self.named(name)
         if not path.exists():
             found = self.found_before(name)
@@ -357,7 +358,7 @@ class Study(tune.Study):
         nearest = min((k for k in whole if k.isdecimal()), key=lambda k: abs(int(k) - n))
         kind = pl.FineTuneHparams if isinstance(method, pl.FineTune) else pl.Hparams
         hp = kind(**whole[nearest])
-        return hp.fast() if self.args.fast and isinstance(hp, pl.Hparams) else hp
+        return self.hasty(hp) if isinstance(hp, pl.Hparams) else hp
 
     def found_before(self, name: str) -> dict[str, Any] | None:
         """What `tune.py` found for this model and method, where `--tuned` names its tables."""

@@ -91,15 +91,20 @@ class Study:
         return list(pl.texts(path))
 
     def _guess(self, method: Any) -> Any:
-        """The first guess: the layers given, all else as released; without layers nothing, so that
-        `pl.tune` asks the causal trace."""
+        """The first guess: what is released, by the steps that are asked for."""
+        found = self.unhurried(method)
+        return self.hasty(found) if isinstance(found, pl.Hparams) else found
+
+    def unhurried(self, method: Any) -> Any:
+        """The layers given, all else as released; without layers nothing, so that `pl.tune` asks
+        the causal trace."""
         if not self.layers:
             raise pl.SettingsError("no layers given")
         one = isinstance(getattr(method, "solver", None), pl.Exact)
         if isinstance(method, pl.FineTune):
             bound = 5e-4 if method.constrained else None
             return pl.FineTuneHparams(layer=self.layers[-1], norm_constraint=bound)
-        return self.hasty(pl.Hparams(self.layers[-1:] if one else self.layers))
+        return pl.Hparams(self.layers[-1:] if one else self.layers)
 
     def hasty(self, hparams: pl.Hparams) -> pl.Hparams:
         """The settings, with the steps of `Hparams.fast` where they are asked for."""

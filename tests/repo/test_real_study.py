@@ -144,6 +144,22 @@ def test_what_is_released_takes_the_published_steps(folder):
     assert all(getattr(own, field) == getattr(known, field) for field in changed)
 
 
+def test_on_a_real_model_published_steps_are_those_of_each_method(tmp_path):
+    """Of a model without settings of its own, whose first guess is a fast one."""
+    study = object.__new__(real_study.Study)
+    study.args, study.bundled = arguments(tmp_path), False
+    study.folder, study.layers = tmp_path, (2, 3)
+    for name, steps, lr in (("MEMIT", 25, 0.5), ("PMET", 30, 0.2)):
+        tuned = pl.Hparams((1, 2), clamp=0.5).settled(pl.named(name), 100).fast()
+        whole = json.dumps({"100": asdict(tuned)} | {"1": asdict(tuned)})
+        (tmp_path / f"tuned {name}.json").write_text(whole, encoding="utf-8")
+        assert study.guess(name).n_steps == study.settings(name, 100).n_steps == 10
+        found = study.settings(name + real_study.PUBLISHED, 100)
+        assert (found.n_steps, found.lr, found.step_rule) == (steps, lr, "Adam")
+        assert found.prefixes_per_step is None
+        assert found.fast() == tuned
+
+
 def test_runs_are_paired_with_those_by_the_same_steps(folder):
     assert real_pages.beside("FT+L", "MEMIT") == "MEMIT"
     kinds = {
