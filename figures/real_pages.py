@@ -156,7 +156,7 @@ def seconds(folder: Path) -> dict[str, float]:
 def stage_of(piece: str) -> str:
     """The stage that makes a piece."""
     kind, _, rest = piece.partition(" ")
-    stage = STAGE_OF.get(kind, "")
+    stage = "strength" if real_rows.PUBLISHED in piece else STAGE_OF.get(kind, "")
     size, _, run = rest.partition(" ")
     return "many" if stage == "edits" and run != "unedited" and int(size) > FEW else stage
 

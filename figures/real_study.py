@@ -275,14 +275,10 @@ class Study(tune.Study):
                 yield f"{kind} {n} {name}", partial(self.asked, look, name, facts, some)
 
     def ablations(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
-        facts = self.facts[: self.args.ablated]
-        yield from self.ablated(facts, "")
-        if self.args.fast:
-            yield from self.ablated(facts, PUBLISHED)
+        yield from self.ablated("")
 
-    def ablated(
-        self, facts: list[pl.Fact], steps: str
-    ) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+    def ablated(self, steps: str) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+        facts = self.facts[: self.args.ablated]
         pmet = self.settings(f"PMET{steps}", len(facts))
         for name, trial in pl.ablations(pmet).items():
             if name in RETRIED if steps else name in ABLATIONS or "critical" in name:
@@ -296,13 +292,17 @@ class Study(tune.Study):
                 )
 
     def strength(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
-        """The edits of most facts but for `many`, held back less and more than was found best: what
-        is won against what is lost. Targets always take the published steps: fast ones cost some
-        methods more than others. Those held back as was found best come first."""
+        """The edits of most facts but for `many`, by published steps, since fast ones cost some
+        methods more than others; beside fast ones also the ablations that these may favour. Then
+        the edits held back less and more than was found best: what is won against what is lost."""
         facts, steps = self.facts[: max(self.sizes)], PUBLISHED * self.args.fast
-        for method in (name for name in self.args.methods if name in STRENGTHS):
+        methods = [name for name in self.args.methods if name in STRENGTHS]
+        for method in methods:
+            yield from self.looks(len(facts), method + steps)
+        if self.args.fast:
+            yield from self.ablated(PUBLISHED)
+        for method in methods:
             name, field = method + steps, STRENGTHS[method]
-            yield from self.looks(len(facts), name)
             tuned = self.settings(name, len(facts))
             for factor in FACTORS:
                 hp = replace(tuned, **{field: factor * getattr(tuned, field)})

@@ -248,8 +248,14 @@ def test_what_was_made_twice_took_both_times(tmp_path):
     (tmp_path / real_pages.SECONDS).write_text(lines, encoding="utf-8")
     assert real_pages.seconds(tmp_path) == {"rows 1 MEMIT": 4.0, "held 100 PMET × 3": 4.0}
     assert real_pages.seconds(tmp_path / "nothing") == {}
-    names = ("rows 1 MEMIT", "free 300 PMET", "ability 300 unedited", "held 100 PMET × 3")
-    assert [real_pages.stage_of(name) for name in names] == ["edits", "many", "edits", "strength"]
+    stages = {
+        "rows 1 MEMIT": "edits",
+        "free 300 PMET": "many",
+        "ability 300 unedited": "edits",
+        "held 100 PMET × 3": "strength",
+        "rows 100 PMET, published steps": "strength",
+    }
+    assert [real_pages.stage_of(name) for name in stages] == [*stages.values()]
 
 
 def test_the_stage_of_many_facts_is_told_from_the_edits():
