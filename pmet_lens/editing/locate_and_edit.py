@@ -24,11 +24,11 @@ from pmet_lens.editing.edit_files import origin, thin
 from pmet_lens.editing.edits import Edit, Editor, merged, refuse
 from pmet_lens.editing.method import Hparams, Method, SettingsError
 from pmet_lens.editing.methods import PMET, resolved, settled
-from pmet_lens.editing.solvers import Dense, Factor, NullSpace, On, SecondMoment, SolveError
+from pmet_lens.editing.solvers import Dense, Exact, Factor, NullSpace, On, SecondMoment, SolveError
 from pmet_lens.editing.targets import OnStep, Targets
 from pmet_lens.evaluation import knowledge, scoring
 from pmet_lens.evaluation.retention import Checkpoints
-from pmet_lens.models import generation
+from pmet_lens.models import generation, tokens
 from pmet_lens.models.model import Model, Site
 
 Moments = Mapping[Site, object] | Mapping[str, object]
@@ -108,14 +108,13 @@ def _made(
     factorised: dict[Site, Factor] | None,
     earlier: Mapping[Site, Tensor] | None,
 ) -> Edit:
-    """`edit`, of checked facts and unchecked. Inside `torch.inference_mode` nothing could be
-    optimised, so it is left for as long."""
+    """`edit` of checked facts, unchecked; inference mode, which optimises nothing, is left."""
     stepwise = isinstance(method, Method) and (method.at_once or len(facts)) < len(facts)
     given = {"targets": targets, "factorised": factorised, "earlier": earlier}
     if not isinstance(method, Method):
         refuse(given, f"{type(method).__name__} has another algorithm, which does not read it")
         return method.edit(model, facts, moments, hparams, contexts, targets, on_step)
-    moments = {} if moments is None else moments
+    moments = _by_site({} if moments is None else moments)
     if stepwise and method.at_once is not None:
         why = f"of {len(facts)} facts {method.at_once} are edited at once, the next ones on a model"
         refuse({"targets": targets}, f"{why} that is edited by then, for which they are not")
@@ -127,7 +126,8 @@ def _made(
     hp = settled(model, method, hparams, len(facts))
     hp.check(model.n_layers)
     sites = [Site(layer, projection) for layer in hp.layers for projection in method.write]
-    moments = _by_site(moments)
+    if isinstance(method.solver, Exact) and (same := tokens.twins(model, facts, method.position)):
+        raise SolveError(f"{same} An exact solver cannot tell them apart: use Ridge().")
     contexts = None if contexts is None else generation.contexts_of(model, contexts)
     _check_given(model, moments, sites, contexts or ())
     if isinstance(method.solver, NullSpace):
@@ -140,7 +140,6 @@ def _made(
         targets = targets(model, facts, method, hp, contexts)
     targeting.check(model, targets, facts, method, hp)
     targeting.warn_already_true(targets, facts)
-
     solver = hp.strengthen(method.solver)
     factors: dict[Site, tuple[Tensor, Tensor]] = {}
     reader = keys.Reader(model, facts, contexts, method.position)

@@ -272,3 +272,16 @@ def prompts_of(fact: Fact, contexts: Sequence[str], target: str | None = None) -
     prefixed = [c for c in contexts if c != PLAIN]
     templates = [with_context(c, fact.prompt) for c in (PLAIN, *prefixed)]
     return [Prompt(template, fact.subject, target, fact.blank) for template in templates]
+
+
+def twins(model: Model, facts: Sequence[Fact], position: Position = "last_subject") -> str:
+    """In words, the first two facts that are the same tokens up to the edited one, where every
+    layer therefore sees the same; "" where there are none."""
+    rows = encode(model, [prompts_of(fact, ())[0] for fact in facts])
+    seen: dict[tuple[int, ...], int] = {}
+    for i, end in enumerate(rows.at(position).tolist()):
+        ids = tuple(rows.ids[i, : end + 1].tolist())
+        if (first := seen.setdefault(ids, i)) < i:
+            pair = " and ".join(repr(facts[k].text) for k in (first, i))
+            return f"{pair} (facts {first} and {i}) are the same up to the edited token."
+    return ""

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tiny import tiny_batch, tiny_model
 
 import pmet_lens as pl
+from pmet_lens.editing import targets as targeting
 from pmet_lens.editing.locate_and_edit import Edit, edit
 from pmet_lens.editing.method import SettingsError
 from pmet_lens.editing.solvers import Exact, NullSpace, Ridge
@@ -102,6 +103,40 @@ def test_neither_does_one_that_fails_half_way(gpt2, again, monkeypatch):
     with pytest.raises(pl.SolveError, match="not positive definite"):
         again(moments=moments, method=replace(BOTH, solver=Exact()))
     assert unchanged(gpt2, before)
+
+
+@pytest.mark.parametrize("position", ["last_subject", "first_subject", "last"])
+def test_an_exact_solver_refuses_twins_before_anything_is_optimised(gpt2, monkeypatch, position):
+    """Two facts that the model reads alike up to the edited token have one key at every layer."""
+
+    def optimised(*_: object, **__: object) -> None:
+        pytest.fail("they were optimised")
+
+    monkeypatch.setattr(targeting, "optimise", optimised)
+    one = pl.Fact("the red house", "{} is in", "Rome")
+    other = pl.Fact("the red house", "{} is owned by", "Ann")
+    if position == "last":
+        other = pl.Fact("the red", "{} house is in", "Ann")
+    facts, moments = [FACTS[0], one, other], some_moments(gpt2)
+    emmet = replace(pl.EMMET, position=position)
+    said = r"'the red house is in' .*facts 1 and 2\) are the same .*use Ridge\(\)"
+    with pytest.raises(pl.SolveError, match=said):
+        edit(gpt2, facts, moments, emmet, HP, CONTEXTS)
+    with pytest.raises(
+        pytest.fail.Exception
+    ):  # a ridge takes them, and so does one after the other
+        edit(gpt2, facts, moments, pl.MEMIT, HP, CONTEXTS)
+    with pytest.raises(pytest.fail.Exception):
+        edit(gpt2, facts, moments, replace(emmet, at_once=1), HP, CONTEXTS)
+
+
+def test_twins_are_told_by_what_is_in_front_of_the_edited_token(gpt2):
+    one = pl.Fact("the red house", "{} is in", "Rome")
+    others = [replace(one, prompt="Where {} is: in"), replace(one, subject="the red barn")]
+    assert tokens.twins(gpt2, [one, *others]) == ""
+    assert tokens.twins(gpt2, [one, replace(one, prompt="{} is owned by")], "last") == ""
+    assert "(facts 0 and 2)" in tokens.twins(gpt2, [one, others[0], one], "last")
+    assert tokens.twins(gpt2, [one]) == ""
 
 
 def test_gradients_may_be_switched_off(gpt2, done, again):
