@@ -12,6 +12,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
+STEPS  ?= --fast # of the targets of `make real`
 PIP    := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -26,9 +27,9 @@ figures: $(READY) ## the main job on the bundled models: figures and tables in f
 paper: $(READY) ## all methods, ablations and loads (an hour; goes on where it stopped)
 	$(PY) figures/paper.py
 
-real: $(READY) ## the study on the real models that are fetched: figures/results/real, up to 3 hours; goes on (OPTIONS='--texts FILE')
+real: $(READY) ## the study on the real models that are fetched: figures/results/real, up to 3 hours; goes on (OPTIONS='--texts FILE', or STEPS= for published ones)
 	$(PIP) -e '.[gguf]'
-	$(PY) figures/real_study.py --record $(OPTIONS)
+	$(PY) figures/real_study.py --record $(STEPS) $(OPTIONS)
 
 model-tables: $(READY) ## every method on each model that is here, step by step (bundled 5 minutes each, real ones over half an hour; goes on)
 	$(PY) figures/model_tables.py

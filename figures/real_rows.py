@@ -35,7 +35,7 @@ def stored(results: Path, model: str, identity: str) -> Pieces:
     path = path_of(results, model)
     if not path.exists() or _identity(path).read_text(encoding="utf-8") != identity:
         return {}
-    table = pd.read_csv(path)
+    table = pd.read_csv(path, low_memory=False)
     return {
         str(name): own.drop(columns="piece").dropna(axis=1, how="all").reset_index(drop=True)
         for name, own in table.groupby("piece", sort=False)
