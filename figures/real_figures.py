@@ -41,7 +41,7 @@ def trace(tables: Path) -> Figure:
 def edits(tables: Path) -> Figure:
     """One row per model, one panel per metric, one line per method; dotted: unedited."""
     table = of(read(tables, "edits"), benchmark="facts")
-    table = table[~table["run"].str.endswith(real_rows.PUBLISHED)]
+    table = table[table["run"] == table["run"].map(real_rows.method_of)]
     edited, before = table[table["edits"] > 0], table[table["edits"] == 0]
     names = models(table)
     metrics = [metric for metric in METRICS if metric in set(edited["metric"])]
@@ -66,7 +66,7 @@ def edits(tables: Path) -> Figure:
 def ablations(tables: Path) -> Figure:
     """One panel per model: differences against PMET in points."""
     table = read(tables, "ablations")
-    table = table[~table["run"].str.endswith(real_rows.PUBLISHED)]
+    table = table[table["run"] == table["run"].map(real_rows.method_of)]
     names = models(table)
     runs = [run for run in dict.fromkeys(table["run"]) if run != "PMET"]
     fig, axes = panels(7.5, 4.2, 1, len(names), sharey=True)
@@ -78,15 +78,22 @@ def ablations(tables: Path) -> Figure:
     return fig
 
 
+def said_by_steps(table: pd.DataFrame) -> pd.DataFrame:
+    """With the fast steps of every run in its name, and published ones in none."""
+    published = table["run"].str.endswith(real_rows.PUBLISHED)
+    fast = ~published if published.any() else table["run"].str.endswith(real_rows.FAST)
+    names = table["run"].map(real_rows.method_of)
+    return table.assign(run=names.where(~fast, names + real_rows.FAST))
+
+
 def strength(tables: Path) -> Figure:
-    """One row per model: what is won against what is spared, one line per method from the least to
-    the most that holds it back."""
+    """One row per model: what is won against what is spared, one line per method and kind of steps
+    from the least to the most that holds it back."""
     table = read(tables, "strength")
-    table = table.assign(run=table["run"].str.removesuffix(real_rows.PUBLISHED))
     names = models(table)
     fig, axes = panels(7.5, 3.0 * len(names), len(names), len(TRADED))
     for row, name in zip(axes, names, strict=True):
-        own = of(table, model=name)
+        own = said_by_steps(of(table, model=name))
         for ax, (won, spared) in zip(row, TRADED, strict=True):
             plotting.trade_lines(own, ax, spared, won, "factor")
         row[0].set_title(f"{name}, {int(own['edits'].iloc[0])} facts at once", fontsize=8)

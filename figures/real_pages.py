@@ -156,8 +156,8 @@ def seconds(folder: Path) -> dict[str, float]:
 def stage_of(piece: str) -> str:
     """The stage that makes a piece."""
     kind, _, rest = piece.partition(" ")
-    stage = "strength" if real_rows.PUBLISHED in piece else STAGE_OF.get(kind, "")
     size, _, run = rest.partition(" ")
+    stage = STAGE_OF.get(kind, "") if run == real_rows.method_of(run) else "strength"
     return "many" if stage == "edits" and run != "unedited" and int(size) > FEW else stage
 
 
@@ -218,7 +218,8 @@ def gain(pieces: Pieces) -> Pieces:
 
 
 def edits(pieces: Pieces) -> pd.DataFrame:
-    """One row per benchmark, number of facts, method and metric; differences to MEMIT, paired."""
+    """One row per benchmark, number of facts, method and metric; differences to MEMIT, paired, by
+    the steps that serve it best."""
     rows, free, others = (of(pieces, kind) for kind in ("rows", "free", "others"))
     ability, zsre = of(pieces, "ability"), of(pieces, "zsre")
     sizes = [int(key.split(" ")[0]) for key in rows if key.endswith(" unedited")]
@@ -227,7 +228,7 @@ def edits(pieces: Pieces) -> pd.DataFrame:
         size, _, run = key.partition(" ")
         if run == "unedited" and key != unedited:
             continue
-        memit, n = f"{size} {beside(run, 'MEMIT')}", rows[key]["fact"].nunique()
+        memit, n = at_best(rows, f"{size} MEMIT"), rows[key]["fact"].nunique()
         before = rows[unedited][rows[unedited]["fact"] < n] if sizes else None
         parts = [against(rows, key, memit, before), against(free, key, memit, None)]
         parts[1] = parts[1].reindex(columns=parts[0].columns)
@@ -252,9 +253,11 @@ def edits(pieces: Pieces) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(), *frames], ignore_index=True)
 
 
-def beside(run: str, other: str) -> str:
-    """`other` by the same steps as a run."""
-    return other + real_rows.PUBLISHED * run.endswith(real_rows.PUBLISHED)
+def at_best(rows: Pieces, key: str) -> str:
+    """The key by the steps with the highest S, of those that are there."""
+    there = [one for one in real_rows.by_steps(key) if one in rows]
+    scores = {one: pl.summarise(rows[one]).loc["S", "mean"] for one in there}
+    return max(there, key=scores.__getitem__, default=key)
 
 
 def against(rows: Pieces, key: str, other: str, before: pd.DataFrame | None) -> pd.DataFrame:
@@ -269,11 +272,11 @@ def against(rows: Pieces, key: str, other: str, before: pd.DataFrame | None) -> 
 
 
 def ablations(pieces: Pieces) -> pd.DataFrame:
-    """Differences are paired, to PMET."""
+    """Differences are paired, to PMET by the same steps."""
     rows, frames = of(pieces, "ablation"), []
     for key in rows:
         size, _, run = key.partition(" ")
-        told = against(rows, key, f"{size} {beside(run, 'PMET')}", None)
+        told = against(rows, key, f"{size} PMET{run[len(real_rows.method_of(run)) :]}", None)
         frames.append(told.assign(edits=int(size), run=run))
     return pd.concat([pd.DataFrame(), *frames], ignore_index=True)
 

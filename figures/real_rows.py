@@ -16,14 +16,24 @@ from pmet_lens import data
 
 KINDS = ("rows", "free", "ability", "others", "zsre", "ablation", "held", "spared")
 """Kinds of pieces that are kept."""
-PUBLISHED = ", published steps"
-"""What stands behind the name of a run whose targets take those where others take fast ones."""
+FAST, PUBLISHED = ", fast steps", ", published steps"
+"""What stands behind the name of a run whose targets take those where the others take the other."""
 COLUMNS = (
     "fact", "kind", "index", "benchmark", "implication", "success", "correct", "margin",
     "token_accuracy", "contains", "exact", "talks_on", "metric", "mean", "ci_low", "ci_high", "n",
 )  # fmt: skip
 """What `pl.summarise` and `pl.paired` read; the last five are of pieces that are summaries."""
 Pieces = dict[str, pd.DataFrame]
+
+
+def method_of(run: str) -> str:
+    """The name of a run without its steps."""
+    return run.removesuffix(FAST).removesuffix(PUBLISHED)
+
+
+def by_steps(name: str) -> list[str]:
+    """A name with each kind of steps that may stand behind it."""
+    return [name, name + FAST, name + PUBLISHED]
 
 
 def path_of(results: Path, model: str) -> Path:

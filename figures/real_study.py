@@ -55,13 +55,13 @@ ABLATIONS = (
 STRENGTHS = dict.fromkeys(("MEMIT", "PMET"), "second_moment_weight")
 STRENGTHS |= {"AlphaEdit": "null_space_l2"}
 """What holds back each method's change: λ, and the ridge of AlphaEdit."""
-PUBLISHED = real_rows.PUBLISHED
+FAST, PUBLISHED = real_rows.FAST, real_rows.PUBLISHED
 STEPS = ("n_steps", "step_rule", "lr", "prefixes_per_step")
 """Settings that `Hparams.fast` changes."""
 FACTORS = (0.1, 0.3, 3.0, 10.0, 30.0)
 """Times the tuned strength."""
 RETRIED = ("PMET", "w/o δ^a", "TL hidden state, sqrt spread")
-"""Ablations of what is optimised, which fast steps may favour: made by the published ones, too."""
+"""Ablations of what is optimised, which one kind of steps may favour: made by the other, too."""
 SIZES, MANY = (1, 20, 100), 300
 """Facts at once; the most of them come last.
 """
@@ -292,23 +292,31 @@ class Study(tune.Study):
                 )
 
     def strength(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
-        """The edits of most facts but for `many`, by published steps, since fast ones cost some
-        methods more than others; beside fast ones also the ablations that these may favour. Then
-        the edits held back less and more than was found best: what is won against what is lost."""
-        facts, steps = self.facts[: max(self.sizes)], PUBLISHED * self.args.fast
+        """The edits of most facts but for `many` by the other steps, too (fast ones, or published),
+        since these serve some methods better than others, and so the ablations of what is
+        optimised. Then, by both, held back less and more than was found best: what is won against
+        what is lost."""
+        facts = self.facts[: max(self.sizes)]
         methods = [name for name in self.args.methods if name in STRENGTHS]
-        for method in methods:
-            yield from self.looks(len(facts), method + steps)
-        if self.args.fast:
-            yield from self.ablated(PUBLISHED)
-        for method in methods:
-            name, field = method + steps, STRENGTHS[method]
-            tuned = self.settings(name, len(facts))
-            for factor in FACTORS:
-                hp = replace(tuned, **{field: factor * getattr(tuned, field)})
-                for kind, look in (("held", self.rows), ("spared", self.collateral)):
-                    run = partial(self.asked, look, name, facts, hp=hp)
-                    yield f"{kind} {len(facts)} {name} × {factor:g}", run
+        other = PUBLISHED if self.args.fast else FAST
+        for steps in ("", other):
+            for method in methods:
+                yield from self.looks(len(facts), method + steps)
+        yield from self.ablated(other)
+        for steps in ("", other):
+            for method in methods:
+                yield from self.held_back(method, steps, facts)
+
+    def held_back(
+        self, method: str, steps: str, facts: list[pl.Fact]
+    ) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+        name, field = method + steps, STRENGTHS[method]
+        tuned = self.settings(name, len(facts))
+        for factor in FACTORS:
+            hp = replace(tuned, **{field: factor * getattr(tuned, field)})
+            for kind, look in (("held", self.rows), ("spared", self.collateral)):
+                run = partial(self.asked, look, name, facts, hp=hp)
+                yield f"{kind} {len(facts)} {name} × {factor:g}", run
 
     # -- edits ------------------------------------------------------------------------------------
 
@@ -325,7 +333,7 @@ class Study(tune.Study):
     @staticmethod
     def named(name: str) -> Any:
         """The method of a name, which may say by what steps."""
-        return pl.named(name.removesuffix(PUBLISHED))
+        return pl.named(real_rows.method_of(name))
 
     def released(self, name: str) -> Any:
         """What is released for the method, with the layers of this model, by its own steps."""
@@ -339,10 +347,12 @@ class Study(tune.Study):
 
     def settings(self, name: str, n: int) -> Any:
         """The tuned settings of a method for `n` facts at once, found first where nobody has; where
-        there are too few facts to tune on, the first guess. With `PUBLISHED` behind the name the
-        steps are the released ones."""
+        there are too few facts to tune on, the first guess. Steps behind the name replace those
+        of the settings."""
+        if name.endswith(FAST):
+            return self.settings(real_rows.method_of(name), n).fast()
         if name.endswith(PUBLISHED):
-            found = self.settings(name.removesuffix(PUBLISHED), n)
+            found = self.settings(real_rows.method_of(name), n)
             released = self.released(name).settled(self.named(name), n)
             return replace(found, **{field: getattr(released, field) for field in STEPS})
         path, method = real_pages.path_of(self.folder, f"tuned {name}", "json"), self.named(name)

@@ -79,18 +79,20 @@ def front(
 def trade_lines(table: pd.DataFrame, ax: Axes, kept: str, gain: str, setting: str) -> Axes:
     """What each method gains (metric `gain`, upwards) against what it keeps (`kept`, to the right)
     as one number changes (column `setting`): one line per method (column run) in the order of that
-    number, with 95 % intervals; its dot at 1 is large. Up and right is better. Other columns:
-    metric, mean, ci_low, ci_high."""
+    number, with 95 % intervals; its dot at 1 is large. Up and right is better. What stands behind a
+    comma in the name of a run makes its line dashed. Other columns: metric, mean, ci_low,
+    ci_high."""
     for run in dict.fromkeys(table["run"]):
         own = where(table, run=run).pivot(index=setting, columns="metric")
         x, y = (own.xs(metric, axis=1, level="metric") for metric in (kept, gain))
-        colour, marker = colour_of(run), MARKERS.get(run, "o")
+        method, _, more = run.partition(", ")
+        colour, marker = colour_of(method), MARKERS.get(method, "o")
         ax.errorbar(
             x["mean"],
             y["mean"],
             xerr=errors(x, "mean"),
             yerr=errors(y, "mean"),
-            fmt=f"{marker}-",
+            fmt=f"{marker}--" if more else f"{marker}-",
             ms=3,
             lw=1,
             elinewidth=0.4,

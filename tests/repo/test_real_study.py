@@ -14,6 +14,7 @@ import common
 import numpy as np
 import pandas as pd
 import pytest
+import real_figures
 import real_pages
 import real_rows
 import real_study
@@ -89,9 +90,12 @@ def test_the_tables_are_those_of_the_pieces(folder):
     rows = common.read(folder / "world", "rows 3 PMET")
     own = scores[(scores["run"] == "PMET") & (scores["edits"] == 3)].set_index("metric")
     assert own.loc["ES", "mean"] == pl.summarise(rows).loc["ES", "mean"]
+    of_both = {
+        f"3 {m}": common.read(folder / "world", f"rows 3 {m}") for m in scores["run"][1:].unique()
+    }
+    memit = real_pages.at_best(of_both, "3 MEMIT")
     both = [
-        100 * common.read(folder / "world", f"others 3 {m}")["correct"]
-        for m in real_study.METHODS[:2]
+        100 * common.read(folder / "world", f"others {m}")["correct"] for m in (memit, "3 PMET")
     ]
     assert own.loc["collateral", "difference"] == pytest.approx(
         (both[1] - both[0]).mean(), abs=1e-3
@@ -114,8 +118,7 @@ def test_held_back_more_an_edit_reaches_less(folder):
     """Once the strength is the edit itself; ten times lets less through than a tenth."""
     table = common.read(folder, "strength")
     factors = sorted((*real_study.FACTORS, 1.0))
-    for name in ("MEMIT", "PMET"):
-        name += real_study.PUBLISHED
+    for name in (m + steps for m in ("MEMIT", "PMET") for steps in ("", real_study.PUBLISHED)):
         own = table[table["run"] == name]
         assert list(dict.fromkeys(own["factor"])) == factors
         wide = own.pivot(index="factor", columns="metric", values="mean")
@@ -160,33 +163,49 @@ def test_on_a_real_model_published_steps_are_those_of_each_method(tmp_path):
         assert found.fast() == tuned
 
 
-def test_runs_are_paired_with_those_by_the_same_steps(folder):
-    assert real_pages.beside("FT+L", "MEMIT") == "MEMIT"
-    kinds = {
-        "edits": ("rows 3 PMET", "rows 3 MEMIT"),
-        "ablations": ("ablation 2 w/o δ^a", "ablation 2 PMET"),
-    }
-    for table, names in kinds.items():
-        paths = [real_pages.path_of(folder / "world", n + real_study.PUBLISHED) for n in names]
-        mine, other = (pl.summarise(common.read(path.parent, path.stem)) for path in paths)
-        found = common.read(folder, table)
-        run = names[0].split(" ", 2)[2] + real_study.PUBLISHED
-        row = found[(found["run"] == run) & (found["metric"] == "NS")].iloc[0]
-        wanted = mine.loc["NS", "mean"] - other.loc["NS", "mean"]
-        assert row["difference"] == pytest.approx(wanted, abs=1e-3)
+def test_methods_are_paired_with_memit_at_its_best_and_ablations_by_the_same_steps(folder):
+    found, world = common.read(folder, "edits"), folder / "world"
+    found = found[found["edits"] == 3].set_index(["run", "metric"])
+    scores = {m: found.loc[(m, "S"), "mean"] for m in real_rows.by_steps("MEMIT")[::2]}
+    memit = max(scores, key=lambda m: scores[m])
+    for run in set(found.index.get_level_values("run")) - {memit, "unedited"}:
+        gap = found.loc[(run, "NS"), "mean"] - found.loc[(memit, "NS"), "mean"]
+        assert found.loc[(run, "NS"), "difference"] == pytest.approx(gap, abs=1e-3)
+    assert np.isnan(found.loc[(memit, "NS"), "difference"])
+    run = "w/o δ^a" + real_study.PUBLISHED
+    pieces = (f"ablation 2 {name}{real_study.PUBLISHED}" for name in ("w/o δ^a", "PMET"))
+    paths = [real_pages.path_of(world, piece) for piece in pieces]
+    mine, other = (pl.summarise(common.read(path.parent, path.stem)) for path in paths)
+    ablated = common.read(folder, "ablations")
+    row = ablated[(ablated["run"] == run) & (ablated["metric"] == "NS")].iloc[0]
+    gap = mine.loc["NS", "mean"] - other.loc["NS", "mean"]
+    assert row["difference"] == pytest.approx(gap, abs=1e-3)
 
 
-def test_published_steps_decide_where_both_were_tried(tmp_path):
-    def run(name: str, gap: tuple[float, float, float]) -> dict[str, object]:
-        ends = dict(zip(real_pages.DIFFERENCE, gap, strict=True))
+@pytest.mark.parametrize("best", ["", real_study.PUBLISHED])
+def test_the_steps_that_serve_pmet_best_decide(tmp_path, best):
+    def run(name: str, mean: float, gap: float) -> dict[str, object]:
+        ends = dict(zip(real_pages.DIFFERENCE, (gap, gap - 2, gap + 2), strict=True))
         return {"model": "gemma-3-270m", "benchmark": "facts", "edits": 100, "run": name,
-                "metric": "S", "mean": 80.0, **ends}  # fmt: skip
+                "metric": "S", "mean": mean, **ends}  # fmt: skip
 
-    fast, slow = (5.0, 3.0, 7.0), (-5.0, -7.0, -3.0)
-    for name, begins in (("PMET", "PMET beats MEMIT over all"), ("w/o δ^a", "Without δ^a")):
-        rows = [run(name, fast), run(name + real_study.PUBLISHED, slow)]
-        planted(tmp_path, edits=rows, ablations=rows)
-        assert "−5.0 [−7.0, −3.0]" in line(real_verdicts.page(tmp_path), begins)[3]
+    rows = []
+    for steps in ("", real_study.PUBLISHED):
+        mean, gap = (80.0, -5.0) if steps == best else (70.0, 5.0)
+        rows += [run("PMET" + steps, mean, gap), run("w/o δ^a" + steps, 90.0, gap)]
+    planted(tmp_path, edits=rows, ablations=rows)
+    page = real_verdicts.page(tmp_path)
+    for begins in ("PMET beats MEMIT over all", "Without δ^a"):
+        assert "−5.0 [−7.0, −3.0]" in line(page, begins)[3]
+
+
+def test_runs_say_their_steps_where_fast_ones_are_drawn():
+    def said(*runs: str) -> list[str]:
+        return list(real_figures.said_by_steps(pd.DataFrame({"run": runs}))["run"])
+
+    assert said("PMET", "PMET, published steps") == ["PMET, fast steps", "PMET"]
+    assert said("PMET", "PMET, fast steps") == ["PMET", "PMET, fast steps"]
+    assert said("PMET") == ["PMET"]
 
 
 def test_recorded_gains_are_not_made_again(folder, tmp_path):
