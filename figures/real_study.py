@@ -221,28 +221,24 @@ class Study(tune.Study):
 
     def gain(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
         """As released, whatever steps the edits take, and, where they are known by then, with tuned
-        settings."""
+        settings, by either steps."""
         facts = self.facts[:GAINED]
-        for name in GAINS:
-            kinds = ["released"] + ["tuned"] * (
-                real_pages.path_of(self.folder, f"tuned {name}", "json")
-            ).exists()
-            for kind in kinds:
-                hp = self.released(name) if kind == "released" else self.settings(name, len(facts))
-                yield (
-                    f"losses {kind} {name}",
-                    lambda name=name, hp=hp: pl.delta_losses(
-                        self.model, facts, self.targets(name, facts, hp)
-                    ),
+        for method in GAINS:
+            kinds = {f"released {method}": self.released(method)}
+            if real_pages.path_of(self.folder, f"tuned {method}", "json").exists():
+                for name in (method, method + self.other_steps):
+                    kinds[f"tuned {name}"] = self.settings(name, len(facts))
+            for kind, hp in kinds.items():
+                given = (
+                    partial(self.targets, method, facts, hp),
+                    partial(self.edit, method, facts, hp),
                 )
-                yield (
-                    f"arrival {kind} {name}",
-                    lambda name=name, hp=hp: pl.arrival(self.model, self.edit(name, facts, hp)),
-                )
-                yield (
-                    f"answers {kind} {name}",
-                    lambda name=name, hp=hp: self.rows(self.edit(name, facts, hp), facts),
-                )
+                for quantity, look in (
+                    ("losses", lambda targets, _: pl.delta_losses(self.model, facts, targets())),
+                    ("arrival", lambda _, edit: pl.arrival(self.model, edit())),
+                    ("answers", lambda _, edit: self.rows(edit(), facts)),
+                ):
+                    yield f"{quantity} {kind}", partial(look, *given)
 
     def edits(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
         """Every method, then what the deltas of the tuned ones do."""
@@ -298,12 +294,11 @@ class Study(tune.Study):
         what is lost."""
         facts = self.facts[: max(self.sizes)]
         methods = [name for name in self.args.methods if name in STRENGTHS]
-        other = PUBLISHED if self.args.fast else FAST
-        for steps in ("", other):
+        for steps in ("", self.other_steps):
             for method in methods:
                 yield from self.looks(len(facts), method + steps)
-        yield from self.ablated(other)
-        for steps in ("", other):
+        yield from self.ablated(self.other_steps)
+        for steps in ("", self.other_steps):
             for method in methods:
                 yield from self.held_back(method, steps, facts)
 
@@ -329,6 +324,11 @@ class Study(tune.Study):
     def sizes(self) -> list[int]:
         """Facts at once: those of `SIZES`, or all where there are fewer."""
         return sorted({min(n, self.most) for n in SIZES})
+
+    @property
+    def other_steps(self) -> str:
+        """What stands behind the name of a run by other steps than the edits take."""
+        return PUBLISHED if self.args.fast else FAST
 
     @staticmethod
     def named(name: str) -> Any:
