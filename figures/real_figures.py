@@ -96,8 +96,9 @@ def strength(tables: Path) -> Figure:
         own = said_by_steps(of(table, model=name))
         for ax, (won, spared) in zip(row, TRADED, strict=True):
             plotting.trade_lines(own, ax, spared, won, "factor")
+            ax.set_xlim(int(of(table, metric=spared)["ci_low"].min()) // 10 * 10, 102)
         row[0].set_title(f"{name}, {int(own['edits'].iloc[0])} facts at once", fontsize=8)
-    legend(fig, axes[0, 0], 4)
+    legend(fig, max(axes.flat, key=lambda ax: len(ax.get_legend_handles_labels()[1])), 5)
     fig.suptitle(
         "Each line: a method with 0.1, 0.3, 1 (large), 3, 10 and 30 times the strength that was "
         "found\nbest by S on other facts. Up: reaches more. Right: harms less. 95 % intervals",
