@@ -469,10 +469,30 @@ def test_the_verdict_is_that_of_all_models_that_say_something(told, verdict):
     assert real_verdicts.verdict(told) == verdict
 
 
-@pytest.mark.parametrize("made", [real_verdicts, real_pages])
-def test_the_committed_pages_are_those_of_the_committed_tables(made):
-    name = {real_verdicts: "verdicts", real_pages: "study"}[made]
-    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == made.page(RESULTS)
+@pytest.mark.parametrize("name", ["verdicts", "study", "methods"])
+def test_the_committed_pages_are_those_of_the_committed_tables(name):
+    made = {"verdicts": real_verdicts.page, "study": real_pages.page, "methods": real_pages.methods}
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == made[name](RESULTS)
+
+
+def test_a_method_is_told_by_the_steps_that_serve_it_best(tmp_path):
+    rows = [
+        {"model": "m", "benchmark": "facts", "edits": n, "run": run, "metric": metric, "mean": mean,
+         "ci_low": mean - 1, "ci_high": mean + 1, **dict.fromkeys(real_pages.DIFFERENCE, gap)}
+        for n, run, mean, gap in (
+            (0, "unedited", 20.0, np.nan), (100, "PMET", 70.0, -5.0),
+            (100, "PMET, published steps", 75.0, -1.0), (100, "MEMIT", 76.0, np.nan),
+            (100, "MEMIT, published steps", 71.0, -5.0), (20, "PMET", 99.0, 9.0),
+        )
+        for metric in ("S", "EA")
+    ]  # fmt: skip
+    planted(tmp_path, edits=rows)
+    lines = [row for row in real_pages.methods(tmp_path).splitlines() if row.startswith("| m ")]
+    assert [row.split(" | ")[1] for row in lines] == ["unedited", "PMET, published steps", "MEMIT"]
+    assert lines[1].startswith("| m | PMET, published steps | 75.0 [74.0, 76.0] | 75 [74, 76] |")
+    assert lines[1].endswith("| -1.0 [-1.0, -1.0] |")
+    assert lines[2].endswith("|  |")
+    assert "No real model" in real_pages.methods(tmp_path / "nowhere")
 
 
 def test_spans():
