@@ -177,9 +177,9 @@ def difference(row: pd.Series) -> Cell:
 def alone(files: Files, model: str) -> Cell:
     """Whether δ^m alone carries the gain of both, with the tuned settings where there are some."""
     table = files.of("losses", model)
+    table = table[table["method"] == "PMET"] if len(table) else table
     if table.empty:
         return NONE
-    table = table[table["method"] == "PMET"]
     kinds = set(table["settings"])
     nll = table[table["settings"] == ("tuned" if "tuned" in kinds else "released")]
     nll = nll.set_index("added")["mean"]

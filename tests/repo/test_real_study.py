@@ -454,6 +454,8 @@ def test_a_share_of_the_gain_is_that_of_the_losses(tmp_path):
     cells = line(real_verdicts.page(tmp_path), "FFN's share is enough")
     assert cells[3] == "does not hold: 0.60 (NLL 4.00 against 0.00)"
     assert cells[-1] == "**does not hold**"
+    planted(tmp_path, losses=[row | {"method": "PMET, fast steps"} for row in rows])
+    assert line(real_verdicts.page(tmp_path), "FFN's share is enough")[3] == "not measured"
 
 
 @pytest.mark.parametrize(
