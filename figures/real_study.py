@@ -60,6 +60,8 @@ STEPS = ("n_steps", "step_rule", "lr", "prefixes_per_step")
 """Settings that `Hparams.fast` changes."""
 FACTORS = (0.1, 0.3, 3.0, 10.0, 30.0)
 """Times the tuned strength."""
+ALONE = "w/o δ^a"
+"""PMET without δ^a, with PMET's settings, which is measured as the methods are, too."""
 RETRIED = ("PMET", "w/o δ^a", "TL hidden state, sqrt spread")
 """Ablations of what is optimised, which one kind of steps may favour: made by the other, too."""
 SIZES, MANY = (1, 20, 100), 300
@@ -289,13 +291,13 @@ class Study(tune.Study):
 
     def strength(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
         """The edits of most facts but for `many` by the other steps, too (fast ones, or published),
-        since these serve some methods better than others, and so the ablations of what is
-        optimised. Then, by both, held back less and more than was found best: what is won against
-        what is lost."""
+        since these serve some methods better than others; PMET without δ^a beside them, and the
+        ablations of what is optimised. Then, by both, the edits held back less and more than was
+        found best: what is won against what is lost."""
         facts = self.facts[: max(self.sizes)]
         methods = [name for name in self.args.methods if name in STRENGTHS]
         for steps in ("", self.other_steps):
-            for method in methods:
+            for method in (*methods, *[ALONE] * ("PMET" in methods)):
                 yield from self.looks(len(facts), method + steps)
         yield from self.ablated(self.other_steps)
         for steps in ("", self.other_steps):
@@ -355,6 +357,8 @@ class Study(tune.Study):
             found = self.settings(real_rows.method_of(name), n)
             released = self.released(name).settled(self.named(name), n)
             return replace(found, **{field: getattr(released, field) for field in STEPS})
+        if name == ALONE:
+            return self.settings("PMET", n)
         path, method = real_pages.path_of(self.folder, f"tuned {name}", "json"), self.named(name)
         if not path.exists():
             found = self.found_before(name)

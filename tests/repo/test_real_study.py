@@ -84,19 +84,15 @@ def test_a_study_stops_when_its_minutes_are_over(tmp_path):
 
 def test_the_tables_are_those_of_the_pieces(folder):
     scores = common.read(folder, "edits")
-    both = {"MEMIT", "PMET"}
+    both = {"MEMIT", "PMET", real_study.ALONE}
     assert set(scores["run"]) == {"unedited", *both, *(m + real_study.PUBLISHED for m in both)}
     assert set(scores["edits"]) == {0, 1, 3}
     rows = common.read(folder / "world", "rows 3 PMET")
     own = scores[(scores["run"] == "PMET") & (scores["edits"] == 3)].set_index("metric")
     assert own.loc["ES", "mean"] == pl.summarise(rows).loc["ES", "mean"]
-    of_both = {
-        f"3 {m}": common.read(folder / "world", f"rows 3 {m}") for m in scores["run"][1:].unique()
-    }
-    memit = real_pages.at_best(of_both, "3 MEMIT")
-    both = [
-        100 * common.read(folder / "world", f"others {m}")["correct"] for m in (memit, "3 PMET")
-    ]
+    world, names = folder / "world", [f"3 {m}" for m in real_rows.by_steps("MEMIT")[::2]]
+    memit = real_pages.at_best({n: common.read(world, f"rows {n}") for n in names}, "3 MEMIT")
+    both = [100 * common.read(world, f"others {n}")["correct"] for n in (memit, "3 PMET")]
     assert own.loc["collateral", "difference"] == pytest.approx(
         (both[1] - both[0]).mean(), abs=1e-3
     )
