@@ -41,7 +41,7 @@ def trace(tables: Path) -> Figure:
 def edits(tables: Path) -> Figure:
     """One row per model, one panel per metric, one line per method; dotted: unedited."""
     table = of(read(tables, "edits"), benchmark="facts")
-    of_methods = table["run"] != "w/o δ^a"
+    of_methods = table["run"] != real_rows.ALONE
     table = table[of_methods & (table["run"] == table["run"].map(real_rows.method_of))]
     edited, before = table[table["edits"] > 0], table[table["edits"] == 0]
     names = models(table)

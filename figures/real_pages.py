@@ -331,6 +331,13 @@ def page(folder: Path) -> str:
     for title, draw, name in SECTIONS:
         if name in have:
             lines += ["", f"**{title}**", "", *draw(have[name])]
+    lines += when(made)
+    return "\n".join([*lines, ""])
+
+
+def when(made: pd.DataFrame) -> list[str]:
+    """Per model and time, which stages were made then and with what, a paragraph each."""
+    lines = []
     for (model, text), own in made.groupby(["model", "made"], sort=False):
         took = own["minutes"] if "minutes" in own else pd.Series(index=own.index, dtype=float)
         told = [
@@ -338,7 +345,7 @@ def page(folder: Path) -> str:
             for name, m in zip(own["stage"], took, strict=True)
         ]
         lines += ["", f"{model}, {', '.join(told)}: {text}"]
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def methods(folder: Path) -> str:
@@ -361,7 +368,9 @@ def methods(folder: Path) -> str:
         f"{FEW} facts at once; per cent but for perplexity, 95 % bootstrap intervals over facts. "
         "Each method by fast or published steps, whichever gave the higher S where both were tried."
     )
-    return "\n".join([*grid(rows), "", note, ""])
+    made = read(folder, "made") if (folder / "made.csv").exists() else pd.DataFrame()
+    told = when(made[made["stage"].isin(["edits", "strength"])]) if len(made) else []
+    return "\n".join([*grid(rows), "", note, *told, ""])
 
 
 def grid(rows: Sequence[Sequence[object]]) -> list[str]:

@@ -18,6 +18,8 @@ KINDS = ("rows", "free", "ability", "others", "zsre", "ablation", "held", "spare
 """Kinds of pieces that are kept."""
 FAST, PUBLISHED = ", fast steps", ", published steps"
 """What stands behind the name of a run whose targets take those where the others take the other."""
+ALONE = "w/o δ^a"
+"""PMET without δ^a, with PMET's settings, which is measured as the methods are, too."""
 COLUMNS = (
     "fact", "kind", "index", "benchmark", "implication", "success", "correct", "margin",
     "token_accuracy", "contains", "exact", "talks_on", "metric", "mean", "ci_low", "ci_high", "n",

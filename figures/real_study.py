@@ -60,9 +60,8 @@ STEPS = ("n_steps", "step_rule", "lr", "prefixes_per_step")
 """Settings that `Hparams.fast` changes."""
 FACTORS = (0.1, 0.3, 3.0, 10.0, 30.0)
 """Times the tuned strength."""
-ALONE = "w/o δ^a"
-"""PMET without δ^a, with PMET's settings, which is measured as the methods are, too."""
-RETRIED = ("PMET", "w/o δ^a", "TL hidden state, sqrt spread")
+ALONE = real_rows.ALONE
+RETRIED = ("PMET", ALONE, "TL hidden state, sqrt spread")
 """Ablations of what is optimised, which one kind of steps may favour: made by the other, too."""
 SIZES, MANY = (1, 20, 100), 300
 """Facts at once; the most of them come last.
@@ -99,13 +98,12 @@ class Study(tune.Study):
     def gains_elsewhere(self) -> frozenset[str]:
         """Pieces of the stage `gain` of which the recorded tables have the rows."""
         found: set[str] = set()
-        if self.args.go_on:
-            for name in ("losses", "arrival"):
-                path = self.args.results / f"{name}.csv"
-                table = read(path.parent, name) if path.exists() else pd.DataFrame()
-                for row in table[table["model"] == self.folder.name].to_dict("records"):
-                    kinds = ("losses",) if name == "losses" else ("arrival", "answers")
-                    found |= {f"{kind} {row['settings']} {row['method']}" for kind in kinds}
+        for name, kinds in (("losses", ("losses",)), ("arrival", ("arrival", "answers"))):
+            if self.args.go_on and (self.args.results / f"{name}.csv").exists():
+                table = read(self.args.results, name)
+                own = table[table["model"] == self.folder.name]
+                made = [*zip(own["settings"], own["method"], strict=True)]
+                found |= {f"{kind} {how} {method}" for how, method in made for kind in kinds}
         return frozenset(found)
 
     @staticmethod

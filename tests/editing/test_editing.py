@@ -122,9 +122,8 @@ def test_an_exact_solver_refuses_twins_before_anything_is_optimised(gpt2, monkey
     said = r"'the red house is in' .*facts 1 and 2\) are the same .*use Ridge\(\)"
     with pytest.raises(pl.SolveError, match=said):
         edit(gpt2, facts, moments, emmet, HP, CONTEXTS)
-    with pytest.raises(
-        pytest.fail.Exception
-    ):  # a ridge takes them, and so does one after the other
+    # A ridge takes them, and so does one after the other.
+    with pytest.raises(pytest.fail.Exception):
         edit(gpt2, facts, moments, pl.MEMIT, HP, CONTEXTS)
     with pytest.raises(pytest.fail.Exception):
         edit(gpt2, facts, moments, replace(emmet, at_once=1), HP, CONTEXTS)

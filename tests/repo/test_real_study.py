@@ -211,6 +211,8 @@ def test_recorded_gains_are_not_made_again(folder, tmp_path):
     assert found == {f"losses {kind} {method}" for kind, method in made} != set()
     assert len(study.gains_elsewhere()) == 3 * len(found)
     assert not real_study.Study(arguments(tmp_path)).elsewhere
+    nowhere = arguments(tmp_path, go_on=True, results=tmp_path / "nowhere")
+    assert not real_study.Study(nowhere).elsewhere
 
 
 def test_each_edited_alone_is_one_row_per_fact(folder):
