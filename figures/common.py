@@ -40,15 +40,41 @@ Found = TypeVar("Found")
 
 @contextmanager
 def workers(most: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for `submit`, at most one per core, which share the cores: two of one thread beat
-    one of two here."""
-    cores = os.cpu_count() or 1
-    count = min(most, cores)
-    share = (max(1, cores // count),)
+    """Processes for `most` tasks of `submit`, at most one per core, which share the cores: two of
+    one thread beat one of two here."""
+    count = min(most, os.cpu_count() or 1)
     # Spawned, so that every process sets its own threads.
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(count, spawn, torch.set_num_threads, share) as pool:
+    with ProcessPoolExecutor(count, spawn, _begin, (spawn.Value("i", most),)) as pool:
         yield pool
+
+
+_left: Any = None  # of a process of a pool: how many of the pool's tasks are not over
+
+
+def _begin(left: Any) -> None:
+    """What a process of a pool does first."""
+    global _left
+    _left = left
+    share_cores()
+
+
+def share_cores() -> None:
+    """Take the cores that tasks which are over have left: for a long task, now and then. Outside a
+    pool nothing changes."""
+    if _left is not None:
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // max(1, min(_left.value, cores))))
+
+
+def _ended(run: Callable[[str, int], Found], name: str, place: int) -> Found:
+    """`run`, after which the others have its cores."""
+    try:
+        return run(name, place)
+    finally:
+        if _left is not None:
+            with _left.get_lock():
+                _left.value -= 1
 
 
 def submit(
@@ -56,7 +82,7 @@ def submit(
 ) -> list[Future[Found]]:
     """`run(name, place)` of every model. `run` has to be a function of a module, or a `partial` of
     one. `place` is the line of its progress bar."""
-    return [pool.submit(run, name, place) for place, name in enumerate(names)]
+    return [pool.submit(_ended, run, name, place) for place, name in enumerate(names)]
 
 
 class Progress:

@@ -99,8 +99,7 @@ class Study:
         return pl.evaluate(self.model, self.facts, free=how)
 
     def edit(self, method: str) -> pl.Edit:
-        trial = pl.Trial(method)
-        return self.bench.edit(trial, self.facts, self.bench.targets(trial, self.facts))
+        return self.bench.edit(pl.Trial(method), self.facts)
 
     def in_a_row(self, method: str) -> pd.DataFrame:
         """The checkpoints of the facts edited a batch at a time."""

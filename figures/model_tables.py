@@ -262,10 +262,7 @@ class Study:
         """The edit of all facts, from its file where it is there."""
         path = self.folder / f"{method}.safetensors"
         if not path.exists():
-            trial, way = pl.Trial(method), pl.named(method)
-            alone = getattr(way, "at_once", None) is None
-            targets = self.bench.targets(trial, self.facts) if alone else None
-            self.bench.edit(trial, self.facts, targets).save(path)
+            self.bench.edit(pl.Trial(method), self.facts).save(path)
         return pl.Edit.load(path, self.model)
 
     def scores(self, method: str | None = None) -> pd.DataFrame:

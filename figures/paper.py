@@ -327,7 +327,7 @@ def swept(bench: pl.Bench, size: Size, method: pl.Method, changes: Sequence[dict
     for change in changes:
         trial = pl.Trial(method, change)
         try:
-            edit = bench.edit(trial, facts, bench.targets(trial, facts))
+            edit = bench.edit(trial, facts)
         except pl.SolveError:
             # In parallel blocks the keys of layer 0 only know the token: their moment is singular.
             continue

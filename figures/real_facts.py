@@ -124,9 +124,7 @@ def measured(
 ) -> pd.DataFrame:
     edit = None
     if method is not None:
-        trial = pl.Trial(method)
-        alone = not isinstance(method, pl.Method) or method.at_once is None
-        edit = bench.edit(trial, facts, bench.targets(trial, facts) if alone else None)
+        edit = bench.edit(pl.Trial(method), facts)
     table = experiments.measure(bench.model, facts, edit)
     prompts = [f.text for f in pl.knowns(data / "knowns" / "known_1000.json", n=200)]
     texts = islice(pl.texts(data / "wiki" / "enwiki_sample.txt"), 200)

@@ -3,10 +3,11 @@
 SmolLM2-135M and Gemma-3-270M, each where it is fetched, side by side. Stages: what the model
 recalls; the causal trace per component; the paper's statements, layer by layer; what each delta
 gains and what of it arrives; edits of 1 to 300 facts by every method with settings tuned on other
-facts; ablations; edits held back less and more than was found best. Every piece is kept in
-`figures/out/real_study/MODEL` as soon as it is there, so that a run that was cut, or stopped by
-itself after `--minutes`, goes on; the tables of all pieces so far stand beside them, and with
-`--record` in `figures/results/real`.
+facts; ablations; and, asked for with `--stages strength`, edits held back less and more than was
+found best. Every piece is kept in `figures/out/real_study/MODEL` as soon as it is there, so that a
+run that was cut, or stopped by itself after `--minutes`, goes on; the tables of all pieces so far
+stand beside them, and with `--record` in `figures/results/real`. A model that is done leaves its
+core to the other.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import real_pages
 import real_rows
 import study
 import tune
-from common import HERE, OUT, known_records, provenance, read, submit, workers
+from common import HERE, OUT, known_records, provenance, read, share_cores, submit, workers
 from paper import kept
 
 import pmet_lens as pl
@@ -43,7 +44,9 @@ FOLLOWED = (
     "budget", "tuned", "traced", "probed",
 )  # fmt: skip
 """Options that pieces follow from and are not named by."""
-STAGES = ("recall", "trace", "claims", "gain", "edits", "ablations", "many", "strength")
+STAGES = ("recall", "trace", "claims", "gain", "edits", "ablations", "many")
+BEYOND = ("strength",)
+"""Stages that are made where they are asked for."""
 METHODS = ("MEMIT", "PMET", "AlphaEdit", "EMMET", "FT-W", "FT+L", "ROME")
 """In the order in which they are edited: those that share targets stand beside each other."""
 GAINS = ("PMET", "MEMIT", "w/o δ^a")
@@ -125,6 +128,7 @@ class Study(tune.Study):
                 if time.monotonic() > self.end:
                     return f"{self.folder.name}: the time is over at {stage}; a later run goes on."
                 if name not in self.elsewhere:
+                    share_cores()
                     self.piece(name, make)
             on_stage()
         return f"{self.folder.name}: done."
@@ -282,9 +286,7 @@ class Study(tune.Study):
                 trial = replace(trial, hparams=hp)
                 yield (
                     f"ablation {len(facts)} {name}{steps}",
-                    lambda trial=trial: self.rows(
-                        self.bench.edit(trial, facts, self.bench.targets(trial, facts)), facts
-                    ),
+                    lambda trial=trial: self.rows(self.bench.edit(trial, facts), facts),
                 )
 
     def strength(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
@@ -400,8 +402,7 @@ class Study(tune.Study):
         return self.bench.targets(pl.Trial(method, hparams=hp), facts) if alone else None
 
     def edit(self, name: str, facts: Sequence[pl.Fact], hp: Any) -> pl.Edit:
-        trial = pl.Trial(self.named(name), hparams=hp)
-        return self.bench.edit(trial, facts, self.targets(name, facts, hp))
+        return self.bench.edit(pl.Trial(self.named(name), hparams=hp), facts)
 
     def asked(
         self, look: Any, name: str, facts: list[pl.Fact], some: Any = None, hp: Any = None
@@ -495,7 +496,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", nargs="+", default=["smollm2-135m", "gemma-3-270m"], help="names, directories")
-    add("--stages", nargs="+", default=STAGES, choices=STAGES)
+    add("--stages", nargs="+", default=STAGES, choices=(*STAGES, *BEYOND))
     add("--facts", type=int, default=MANY, help=f"edited at once at most, up to {MANY}")
     add("--ablated", type=int, default=ABLATED, help="facts of the ablations")
     add("--traced", type=int, default=TRACED, help="facts of the causal trace")

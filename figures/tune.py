@@ -162,8 +162,7 @@ class Study:
                 if said in done:
                     continue
                 one = pl.Trial(method, hparams=hp)
-                targets = self.bench.targets(one, self.held_out)
-                with self.bench.edit(one, self.held_out, targets).applied(self.model):
+                with self.bench.edit(one, self.held_out).applied(self.model):
                     score = pl.summarise(pl.evaluate(self.model, self.held_out)).loc["S"]
                 rows.append({**row, "settings": said, **score})
             self.keep(name, pd.DataFrame(rows))

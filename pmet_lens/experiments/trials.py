@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,15 @@ class Bench:
             drawn=(self._drawn_from, 0) if trial.prefixes else None,
         )
 
-    def edit(self, trial: Trial, facts: Sequence[Fact], targets: Targets | None = None) -> Edit:
-        """The edit of these facts, all at once as far as the method can; `targets` are theirs."""
+    def edit(
+        self,
+        trial: Trial,
+        facts: Sequence[Fact],
+        targets: Targets | Callable[..., Targets] | None = None,
+    ) -> Edit:
+        """The edit of these facts, all at once as far as the method can; `targets` are theirs, or
+        give them (None: those of `targets`, kept in the folder). They are asked for once facts and
+        settings have been checked."""
         hp, method = self.hparams(trial), trial.method
         alone = not isinstance(method, Method) or (method.at_once or len(facts)) >= len(facts)
         factorised = None
@@ -160,6 +168,7 @@ class Bench:
                     self._kept.pop(next(iter(self._kept)))
                 self._kept[way] = new
             factorised = self._kept[way]
+            targets = partial(self._targets, trial, facts) if targets is None else targets
         return edit(
             self.model,
             facts,
@@ -171,6 +180,12 @@ class Bench:
             factorised=factorised if alone else None,
             check=False,
         )
+
+    def _targets(self, trial: Trial, facts: Sequence[Fact], *_: object) -> Targets:
+        """Those that are kept, as `edit` asks for them."""
+        found = self.targets(trial, facts)
+        assert found is not None  # only a `Method` is asked for some
+        return found
 
     def _reweighted(self, solver: Solver) -> dict[Site, Factor]:
         """What is kept of the same null spaces under another weight: their eigenvectors are most of
@@ -212,10 +227,7 @@ def measured(
     bench: Bench, trial: Trial, facts: Sequence[Fact], others: Sequence[Fact]
 ) -> tuple[pd.DataFrame, metrics.Numbers]:
     """The rows of `evaluate` with the trial's edit, and per other fact 100 where it is right."""
-    at_once = getattr(trial.method, "at_once", None)
-    stepwise = at_once is not None and at_once < len(facts)  # then every step has its targets
-    made = bench.edit(trial, facts, None if stepwise else bench.targets(trial, facts))
-    with made.applied(bench.model):
+    with bench.edit(trial, facts).applied(bench.model):
         rows = scoring.evaluate(bench.model, facts)
         right = scoring.recall(bench.model, others)["correct"] if len(others) else pd.Series([])
         return rows, 100 * right.to_numpy(dtype=float)

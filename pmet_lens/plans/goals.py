@@ -184,8 +184,8 @@ class Judge:
         self.perplexity = math.nan if goal.perplexity is None else _perplexity(bench)
 
     def see(self, trial: Trial, facts: Sequence[Fact], targets: Any) -> Seen:
-        """What this trial gives on these facts; `targets()` are optimised where it is not known
-        yet."""
+        """What this trial gives on these facts; `targets()` are asked for where it is not known
+        yet, and only of facts that can be edited so."""
         asked = [to_plain(trial.method), to_plain(trial.hparams), trial.prefixes]
         rest = [fact.record() for fact in self.others]
         goal = [self.goal.free and to_plain(self.goal.asking), self.goal.perplexity is not None]
@@ -195,7 +195,7 @@ class Judge:
         if path.exists():
             return Seen.of_plain(json.loads(path.read_text(encoding="utf-8")))
         try:
-            edit = self.bench.edit(trial, facts, targets())
+            edit = self.bench.edit(trial, facts, lambda *_: targets())
             found = seen(edit, self.bench, facts, self)
         except SolveError as error:
             found = Seen(pd.DataFrame(index=range(len(facts))), failed=str(error))

@@ -622,6 +622,36 @@ def test_an_edit_at_the_bench_is_the_plain_edit(gpt2, bench, name):
     assert made.method == named(name)
 
 
+def test_an_edit_finds_the_targets_that_are_kept_or_keeps_them(gpt2, tmp_path, monkeypatch):
+    bench = new_bench(gpt2, tmp_path)
+    made = bench.edit(Trial(), FACTS)
+    found = list((tmp_path / "targets").iterdir())
+    assert found
+    monkeypatch.setattr(targets, "optimise", lambda *_, **__: pytest.fail("they are kept"))
+    assert same_deltas(bench.edit(Trial(), FACTS), made)
+    assert same_deltas(bench.edit(Trial(), FACTS, lambda *_: bench.targets(Trial(), FACTS)), made)
+    assert list((tmp_path / "targets").iterdir()) == found
+
+
+def test_facts_that_no_setting_can_edit_are_refused_before_targets_are_found(
+    gpt2, bench, monkeypatch
+):
+    """An exact solver and two facts about one subject: an edit, a comparison and a search say so
+    at once, and one fact after the other can be edited."""
+    twins = [FACTS[0], replace(FACTS[0], prompt="{} was built by"), FACTS[1]]
+    monkeypatch.setattr(targets, "optimise", lambda *_, **__: pytest.fail("targets were found"))
+    said = r"facts 0 and 1\) are the same up to the edited token"
+    with pytest.raises(pl.SolveError, match=said):
+        bench.edit(Trial("EMMET"), twins)
+    with pytest.raises(pl.SolveError, match=said):
+        pl.compare(bench, {"EMMET": Trial("EMMET")}, twins, baseline="EMMET")
+    twins += [replace(twins[0], prompt=f"{{}} is number {n} of") for n in range(5)]
+    with pytest.raises(pl.SettingsError, match=r"No setting that was tried .* are the same up to"):
+        pl.tune(bench, twins, "EMMET", 64, goal="EA")
+    with pytest.raises(pytest.fail.Exception, match="targets were found"):
+        bench.edit(Trial("MEMIT"), twins)
+
+
 def test_what_differs_in_a_trial_is_what_its_edit_has(gpt2, bench):
     usual, small = bench.targets(Trial(), FACTS), Trial(change={"clamp": 0.01})
     rows = [

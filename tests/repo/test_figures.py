@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+from multiprocessing import get_context
 from pathlib import Path
 
 import common
@@ -44,6 +46,41 @@ INTERVAL = ("mean", "ci_low", "ci_high")
 
 def committed(name: str, model: str) -> pd.DataFrame:
     return common.of(common.read(RESULTS, name), model=model)
+
+
+def test_what_is_over_leaves_its_cores_to_the_rest(monkeypatch):
+    """Outside a pool nothing is changed."""
+    mine = torch.get_num_threads()
+    monkeypatch.setattr(common, "_left", None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    told = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    common.share_cores()
+    assert told == []
+    left = get_context("spawn").Value("i", 7)
+    common._begin(left)
+    for task in range(7):
+        if task == 4:
+            with pytest.raises(ZeroDivisionError):  # one that fails is over, too
+                common._ended(lambda name, place: place // 0, "a", task)
+        else:
+            assert common._ended(lambda name, place: name, "a", task) == "a"
+        common.share_cores()
+    assert told == [1, 1, 1, 1, 1, 2, 4, 4]
+    assert torch.get_num_threads() == mine
+
+
+def test_tasks_of_a_pool_share_its_cores():
+    cores = os.cpu_count() or 1
+    with common.workers(2) as pool:
+        found = [one.result() for one in common.submit(pool, ["a", "b"], threads)]
+        assert all(1 <= n <= cores for n in found)
+        assert pool.submit(threads).result() == cores  # both are over
+
+
+def threads(name: str = "", place: int = 0) -> int:
+    common.share_cores()
+    return torch.get_num_threads()
 
 
 def furthest(new: pd.DataFrame, old: pd.DataFrame, columns: tuple[str, ...] = INTERVAL) -> float:
