@@ -507,8 +507,14 @@ def _strength(table: pd.DataFrame) -> list[str]:
 
 
 def _refused(table: pd.DataFrame) -> list[str]:
-    rows: list[list[object]] = [["model", "what", "why not"]]
-    return grid([*rows, *table[["model", "piece", "why"]].to_numpy().tolist()])
+    """What is measured of one edit is refused for one reason: a line for all of it."""
+    told = table["piece"].str.extract(r"^\w+ (?P<edits>\d+) (?P<run>.+)$").join(table)
+    told["run"] = told["run"].fillna(told["piece"])
+    rows: list[list[object]] = [["model", "what", "facts", "why not"]]
+    for (model, run, why), own in told.groupby(["model", "run", "why"], sort=False):
+        edits = sorted(set(own["edits"].dropna().astype(int)))
+        rows.append([model, run, ", ".join(map(str, edits)), why])
+    return grid(rows)
 
 
 SECTIONS = (

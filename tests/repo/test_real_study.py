@@ -293,6 +293,19 @@ def test_what_was_refused_and_is_made_now_is_no_longer_said_to_be(folder, tmp_pa
     )
 
 
+def test_what_could_not_be_is_a_line_for_all_that_is_measured_of_it():
+    pieces = ("rows 100 EMMET", "rows 20 EMMET", "free 100 EMMET", "zsre 90 ROME", "tuning")
+    table = pd.DataFrame({"piece": pieces, "why": "no", "model": "m"})
+    table.loc[1, "why"] = "never"
+    table.loc[len(table)] = ("rows 300 EMMET", "no", "m")
+    assert real_pages._refused(table)[2:] == [
+        "| m | EMMET | 100, 300 | no |",
+        "| m | EMMET | 20 | never |",
+        "| m | ROME | 90 | no |",
+        "| m | tuning |  | no |",
+    ]
+
+
 def test_a_method_that_is_measured_elsewhere_is_paired_with_those_that_were(folder, tmp_path):
     """PMET here, MEMIT in an earlier run: the tables are those of one run with both."""
     first, second, results = tmp_path / "a", tmp_path / "b", tmp_path / "results"
