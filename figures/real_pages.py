@@ -90,14 +90,15 @@ def write(path: Path, table: pd.DataFrame) -> None:
 
 
 def with_others(new: pd.DataFrame, folder: Path, name: str) -> pd.DataFrame:
-    """`new` in place of what it makes again, with all other rows."""
+    """`new` in place of what it makes again, with all other rows; columns stay where they are."""
     if not (folder / f"{name}.csv").exists():
         return new
     old, keys = read(folder, name), ["model", *TABLES[name]]
     again = pd.MultiIndex.from_frame(new[keys].astype(str))
     stays = ~pd.MultiIndex.from_frame(old[keys].astype(str)).isin(again)
     by = [key for key in ("model", "benchmark", "edits") if key in keys]
-    return pd.concat([new, old[stays]]).sort_values(by, kind="stable", ignore_index=True)
+    whole = pd.concat([new, old[stays]]).sort_values(by, kind="stable", ignore_index=True)
+    return whole[[*old.columns, *(column for column in new if column not in old)]]
 
 
 def no_longer_refused(made: pd.DataFrame, folder: Path) -> None:

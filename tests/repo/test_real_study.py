@@ -240,6 +240,9 @@ def test_rows_replace_what_they_make_again_alone(tmp_path):
     found = real_pages.with_others(table(("b", 1, "PMET", 4)), tmp_path, "edits")
     wanted = table(("a", 1, "PMET", 1), ("b", 1, "PMET", 4), ("b", 20, "PMET", 3))
     pd.testing.assert_frame_equal(found, wanted)
+    other_way = table(("b", 1, "PMET", 4))[[*wanted.columns[::-1]]].assign(more=1)
+    found = real_pages.with_others(other_way, tmp_path, "edits")
+    assert list(found) == [*wanted.columns, "more"]
 
 
 def test_every_stage_says_when_it_was_made(folder, tmp_path):
