@@ -1,7 +1,9 @@
-"""Tables that pages quote: `python figures/quotes.py` puts the committed ones into README and docs.
+"""Tables and numbers that pages quote: `python figures/quotes.py` puts the committed ones into
+README and docs.
 
 Between `<!-- NAME -->` and `<!-- /NAME -->` of a page stands what the files of that name hold, and
-nothing else; `tests/repo/test_figures.py` sees where it does not.
+nothing else; in the sentences of `said.py` stand the cells it names. `tests/repo/test_figures.py`
+sees where they do not.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+
+import said
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = "tests/benchmarks/results"
@@ -62,8 +66,17 @@ def between(page: str, name: str) -> re.Pattern[str]:
 
 
 def fill() -> list[str]:
-    """Replace what pages quote by what the files hold; the pages that changed."""
+    """Replace what pages quote and say by what the files hold; the pages that changed."""
     changed = []
+    for one in said.said():
+        path = ROOT / one.page
+        before = path.read_text(encoding="utf-8")
+        after, found = one.pattern.subn(lambda _, text=one.text: text, before)
+        if found != 1:
+            raise SystemExit(f"{one.page} has the words {one.words!r} {found} times, not once.")
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            changed.append(one.page)
     for (page, name), files in QUOTES.items():
         path, text = ROOT / page, wanted(files)
         before = path.read_text(encoding="utf-8")
