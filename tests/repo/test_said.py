@@ -13,6 +13,7 @@ import pytest
 import said
 
 ROOT = Path(__file__).parents[2]
+SENTENCES = said.said()
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 TABLES = [ROOT / "figures" / "results", ROOT / "tests" / "benchmarks" / "results"]
 BOUNDS = (("ci_low", "ci_high", "mean"), ("difference_low", "difference_high", "difference"))
@@ -30,7 +31,7 @@ def prose(page: str) -> str:
     """What a page says itself, without the sentences whose cells are named: no quoted tables,
     code, addresses."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    for one in said.said():
+    for one in SENTENCES:
         text = text.replace(one.text, "") if one.page == page else text
     text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
@@ -94,7 +95,7 @@ def is_measured(middle: str, low: str, high: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("one", said.said(), ids=lambda one: one.words[:40])
+@pytest.mark.parametrize("one", SENTENCES, ids=lambda one: one.words[:40])
 def test_a_sentence_has_the_numbers_of_its_cells(one: said.Said):
     found = one.pattern.findall((ROOT / one.page).read_text(encoding="utf-8"))
     assert found == [one.text]
@@ -120,7 +121,7 @@ def test_every_long_number_of_a_page_is_in_a_committed_table(page):
 
 
 def test_wrong_numbers_are_seen():
-    right = said.said()[0]
+    right = SENTENCES[0]
     assert right.pattern.fullmatch(right.text.replace("8", "9"))
     mean, low, high = intervals()[0, [2, 0, 1]]
     assert is_measured(f"{mean:.1f}", f"{low:.1f}", f"{high:.1f}")
