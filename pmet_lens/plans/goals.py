@@ -16,7 +16,7 @@ import pandas as pd
 from pmet_lens.data.facts import Fact
 from pmet_lens.data.file_format import hash_of, to_plain, whole
 from pmet_lens.editing.edits import Edit
-from pmet_lens.editing.method import SettingsError
+from pmet_lens.editing.method import Method, SettingsError
 from pmet_lens.editing.solvers import SolveError, preserved
 from pmet_lens.evaluation import ability, metrics, scoring
 from pmet_lens.evaluation.free_answers import Asking
@@ -195,7 +195,8 @@ class Judge:
         if path.exists():
             return Seen.of_plain(json.loads(path.read_text(encoding="utf-8")))
         try:
-            edit = self.bench.edit(trial, facts, lambda *_: targets())
+            given = (lambda *_: targets()) if isinstance(trial.method, Method) else None
+            edit = self.bench.edit(trial, facts, given)
             found = seen(edit, self.bench, facts, self)
         except SolveError as error:
             found = Seen(pd.DataFrame(index=range(len(facts))), failed=str(error))
