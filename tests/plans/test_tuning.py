@@ -314,6 +314,14 @@ def test_methods_that_keep_no_targets_count_every_try(bench, monkeypatch):
         assert found.spent <= 80
 
 
+@pytest.mark.parametrize("method", ["FT-W", "ROME"])
+def test_what_is_optimised_with_the_edit_is_judged_without_targets(bench, method):
+    judge = Judge(bench, pl.Goal("EA"), (), "here")
+    seen = judge.see(pl.Trial(method), FACTS[:2], lambda: pytest.fail("they are not read"))
+    assert seen.failed == ""
+    assert len(seen.table) == 2
+
+
 # -- what is searched -----------------------------------------------------------------------------
 
 
