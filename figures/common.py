@@ -11,7 +11,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +65,13 @@ def share_cores() -> None:
     if _left is not None:
         cores = os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // max(1, min(_left.value, cores))))
+
+
+def left_alone() -> bool:
+    """Whether this is a process of a pool whose program is gone: what it makes nobody waits for,
+    and the next run makes it, too."""
+    program = parent_process()
+    return program is not None and not program.is_alive()
 
 
 def _ended(run: Callable[[str, int], Found], name: str, place: int) -> Found:

@@ -33,7 +33,17 @@ import real_pages
 import real_rows
 import study
 import tune
-from common import HERE, OUT, known_records, provenance, read, share_cores, submit, workers
+from common import (
+    HERE,
+    OUT,
+    known_records,
+    left_alone,
+    provenance,
+    read,
+    share_cores,
+    submit,
+    workers,
+)
 from paper import kept
 
 import pmet_lens as pl
@@ -125,7 +135,7 @@ class Study(tune.Study):
         """Every piece of the stages asked for; in words how it ended."""
         for stage in self.args.stages:
             for name, make in getattr(self, stage)():
-                if time.monotonic() > self.end:
+                if left_alone() or time.monotonic() > self.end:
                     return f"{self.folder.name}: the time is over at {stage}; a later run goes on."
                 if name not in self.elsewhere:
                     share_cores()

@@ -12,6 +12,7 @@ import os
 import re
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import free_answers
@@ -76,6 +77,15 @@ def test_tasks_of_a_pool_share_its_cores():
         found = [one.result() for one in common.submit(pool, ["a", "b"], threads)]
         assert all(1 <= n <= cores for n in found)
         assert pool.submit(threads).result() == cores  # both are over
+
+
+def test_a_task_whose_program_is_gone_is_told(monkeypatch):
+    assert not common.left_alone()  # this is no process of a pool
+    with common.workers(1) as pool:
+        assert not pool.submit(common.left_alone).result()
+    program = SimpleNamespace(is_alive=lambda: False)
+    monkeypatch.setattr(common, "parent_process", lambda: program)
+    assert common.left_alone()
 
 
 def threads(name: str = "", place: int = 0) -> int:

@@ -76,9 +76,12 @@ def test_a_study_that_was_cut_goes_on(folder, monkeypatch):
     assert study.run() == "world: done."
 
 
-def test_a_study_stops_when_its_minutes_are_over(tmp_path):
+def test_a_study_stops_when_its_minutes_are_over_or_its_program_is_gone(tmp_path, monkeypatch):
     study = real_study.Study(arguments(tmp_path, minutes=0.0))
     assert "the time is over at recall; a later run goes on" in study.run()
+    study.end = float("inf")
+    monkeypatch.setattr(real_study, "left_alone", lambda: True)
+    assert "a later run goes on" in study.run()
     assert not list(tmp_path.glob("world/*.csv"))
 
 
