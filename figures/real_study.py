@@ -233,15 +233,15 @@ class Study(tune.Study):
         hp = self.released("PMET")
         return study.deltas(self.model, self.edit("PMET", self.facts[:GAINED], hp))
 
-    def gain(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
-        """As released, whatever steps the edits take, and, where they are known by then, with tuned
-        settings, by either steps."""
+    def gain(self, steps: str = "") -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+        """As released, whatever steps the edits take, and with tuned settings where they are known
+        by then; by other steps (`steps`): these alone."""
         facts = self.facts[:GAINED]
         for method in GAINS:
-            kinds = {f"released {method}": self.released(method)}
+            kinds = {} if steps else {f"released {method}": self.released(method)}
             if real_pages.path_of(self.folder, f"tuned {method}", "json").exists():
-                for name in (method, method + self.other_steps):
-                    kinds[f"tuned {name}"] = self.settings(name, len(facts))
+                name = method + steps
+                kinds[f"tuned {name}"] = self.settings(name, len(facts))
             for kind, hp in kinds.items():
                 given = (
                     partial(self.targets, method, facts, hp),
@@ -302,14 +302,15 @@ class Study(tune.Study):
     def strength(self) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
         """The edits of most facts but for `many` by the other steps, too (fast ones, or published),
         since these serve some methods better than others; PMET without δ^a beside them, and the
-        ablations of what is optimised. Then, by both, the edits held back less and more than was
-        found best: what is won against what is lost."""
+        ablations of what is optimised and what each delta gains. Then, by both, the edits held back
+        less and more than was found best: what is won against what is lost."""
         facts = self.facts[: max(self.sizes)]
         methods = [name for name in self.args.methods if name in STRENGTHS]
         for steps in ("", self.other_steps):
             for method in (*methods, *[ALONE] * ("PMET" in methods)):
                 yield from self.looks(len(facts), method + steps)
         yield from self.ablated(self.other_steps)
+        yield from self.gain(self.other_steps)
         for steps in ("", self.other_steps):
             for method in methods:
                 yield from self.held_back(method, steps, facts)

@@ -387,9 +387,11 @@ def test_tuned_settings_are_read_again(folder, monkeypatch):
 def test_tuned_deltas_are_looked_at_by_either_steps(tmp_path):
     study = real_study.Study(arguments(tmp_path))
     before = [name for name, _ in study.gain()]
+    assert not list(study.gain(study.other_steps))
     whole = json.dumps({"3": asdict(pl.HPARAMS["world"]["PMET"]), "1": {}})
     (study.folder / "tuned PMET.json").write_text(whole, encoding="utf-8")
     more = [name for name, _ in study.gain() if name not in before]
+    more += [name for name, _ in study.gain(study.other_steps)]
     kinds = ("tuned PMET", "tuned PMET, published steps")
     assert more == [f"{look} {kind}" for kind in kinds for look in ("losses", "arrival", "answers")]
 
