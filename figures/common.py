@@ -75,10 +75,13 @@ def left_alone() -> bool:
 
 
 def _ended(run: Callable[[str, int], Found], name: str, place: int) -> Found:
-    """`run`, after which the others have its cores."""
+    """`run`, after which the others have its cores; where nobody waits for it, the process ends,
+    which would keep its memory."""
     try:
         return run(name, place)
     finally:
+        if left_alone():
+            os._exit(1)
         if _left is not None:
             with _left.get_lock():
                 _left.value -= 1

@@ -86,6 +86,9 @@ def test_a_task_whose_program_is_gone_is_told(monkeypatch):
     program = SimpleNamespace(is_alive=lambda: False)
     monkeypatch.setattr(common, "parent_process", lambda: program)
     assert common.left_alone()
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"it ended with {code}"))
+    with pytest.raises(pytest.fail.Exception, match="it ended with 1"):
+        common._ended(lambda name, place: 0, "a", 0)
 
 
 def threads(name: str = "", place: int = 0) -> int:
