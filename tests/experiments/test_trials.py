@@ -633,6 +633,7 @@ def test_an_edit_finds_the_targets_that_are_kept_or_keeps_them(gpt2, tmp_path, m
     assert list((tmp_path / "targets").iterdir()) == found
 
 
+@pytest.mark.filterwarnings("ignore:The model recalls only")
 def test_facts_that_no_setting_can_edit_are_refused_before_targets_are_found(
     gpt2, bench, monkeypatch
 ):
