@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from common import read
+from common import of, read
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SMOL, GEMMA = "smollm2-135m", "gemma-3-270m"
 FAST, PUBLISHED, ALONE = ", fast steps", ", published steps", "w/o δ^a"
 WHOLE = "TL hidden state, sqrt spread"
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 HOP = "free portability (second hop)"
 SEARCHED = {"model": SMOL, "run": "MEMIT", "stage": "3"}
 """The last stage of the search that a grid judges."""
@@ -72,10 +73,7 @@ def most(table: str, column: str, **where: object) -> float:
 
 def rows(table: str, **where: object) -> pd.DataFrame:
     """The rows with these values."""
-    own = _table(table)
-    for column, value in where.items():
-        own = own[own[column] == value]
-    return own
+    return of(_table(table), **where)
 
 
 @cache
@@ -111,8 +109,7 @@ def gap(model: str, run: str, metric: str, edits: int = 100, table: str = "edits
     """A paired difference (to MEMIT; of an ablation: to PMET) and its interval."""
     where: dict[str, object] = {"model": model, "edits": edits, "run": run, "metric": metric}
     where |= {"benchmark": "facts"} if table == "edits" else {}
-    columns = ("difference", "difference_low", "difference_high")
-    return [cell(f"real/{table}", column, **where) for column in columns]
+    return [cell(f"real/{table}", column, **where) for column in DIFFERENCE]
 
 
 def without(model: str, run: str, metric: str = "S") -> list[float]:
@@ -130,15 +127,15 @@ def nats(model: str, *added: tuple[str, str, str]) -> list[float]:
     """What the new answer stands at with some deltas added: (settings, method, which)."""
     names = ("settings", "method", "added")
     return [
-        cell("real/losses", "mean", model=model, **dict(zip(names, of, strict=True)))
-        for of in added
+        cell("real/losses", "mean", model=model, **dict(zip(names, way, strict=True)))
+        for way in added
     ]
 
 
-def written(model: str, quantity: str, *of: tuple[str, str]) -> list[float]:
+def written(model: str, quantity: str, *ways: tuple[str, str]) -> list[float]:
     """What has arrived once every layer is written: (settings, method)."""
     found = []
-    for settings, method in of:
+    for settings, method in ways:
         own = rows("real/arrival", model=model, settings=settings, method=method)
         last = own[(own["quantity"] == quantity) & (own["written"] == own["written"].max())]
         found.append(float(last["mean"].iloc[0]))
@@ -242,7 +239,7 @@ def said() -> list[Said]:
             *cost(gap(GEMMA, "PMET", "S", 1)),
             *cost(
                 cell("real/edits", column, model=GEMMA, run="PMET", metric="score")
-                for column in ("difference", "difference_low", "difference_high")
+                for column in DIFFERENCE
             ),
             *on_zsre(GEMMA, "MEMIT", "PMET", "FT-W", "FT+L"),
         ],
@@ -456,7 +453,7 @@ def said() -> list[Said]:
         "(linear spread) gains #.# points [#.#, #.#] of S over PMET at 100 facts": [
             cell("variants/compared", column, model=SMOL, edits=100, metric="S", against="PMET",
                  run=both + ", linear spread")
-            for column in ("difference", "difference_low", "difference_high")
+            for column in DIFFERENCE
         ],
         "(100 facts: S #.# and #.#, MEMIT #.#, PMET #.#; of what nobody edited # and # % stay, "
         "with MEMIT #, with PMET #).": [
@@ -564,15 +561,13 @@ def fair(run: str, metric: str) -> list[float]:
 
 def fairly(run: str, metric: str) -> list[float]:
     """Its difference to PMET and the interval."""
-    columns = ("difference", "difference_low", "difference_high")
-    return [cell("tune/compared", c, model=SMOL, run=run, metric=metric) for c in columns]
+    return [cell("tune/compared", c, model=SMOL, run=run, metric=metric) for c in DIFFERENCE]
 
 
 def judged(metric: str) -> list[float]:
     """The best settings of a grid against those that were tuned."""
-    columns = ("difference", "difference_low", "difference_high")
     where = {"run": "best of the grid", "metric": metric}
-    return [cell("tune/judged_MEMIT", column, **where) for column in columns]
+    return [cell("tune/judged_MEMIT", column, **where) for column in DIFFERENCE]
 
 
 def ends(numbers: Iterable[float]) -> list[float]:
@@ -587,10 +582,10 @@ def interval(model: str, run: str, metric: str) -> list[float]:
     return [cell("real/edits", column, **where) for column in ("mean", "ci_low", "ci_high")]
 
 
-def gained(model: str, of: tuple[str, str]) -> list[float]:
+def gained(model: str, way: tuple[str, str]) -> list[float]:
     """Nats that both deltas gain, that of the FFN alone, and that of attention alone."""
     before, *after = nats(
-        model, *((*of, added) for added in ("nothing", "all", "mlp_out", "attn_out"))
+        model, *((*way, added) for added in ("nothing", "all", "mlp_out", "attn_out"))
     )
     return [before - now for now in after]
 

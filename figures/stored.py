@@ -36,11 +36,12 @@ def main() -> None:
     start, model = time.monotonic(), pl.load(MODEL)
     moments = pl.own_moments(model, LAYERS, text="python")
     edit = pl.edit(model, FACTS, moments, "PMET", pl.Hparams(LAYERS))
-    tables = [as_now(model, edit)]
+    tables = []
     with TemporaryDirectory() as folder:
         for kind in TYPES:
             table = edit.save_gguf(MODEL, Path(folder) / f"{kind}.gguf", kind)
             tables.append(table[["site", "was", "stored", "rounded", "bytes"]])
+    tables.insert(0, as_now(model, edit, dict(zip(table["site"], table["was"], strict=True))))
     whole = pd.concat(tables, ignore_index=True).assign(model=MODEL, facts=len(FACTS))
     norms = {str(s): float(d.norm() / model.weight(s).norm()) for s, d in edit.deltas.items()}
     whole["change"] = whole["site"].map(norms)
@@ -51,10 +52,8 @@ def main() -> None:
     sys.stdout.write(f"{by.to_string()}\n")
 
 
-def as_now(model: pl.Model, edit: pl.Edit) -> pd.DataFrame:
+def as_now(model: pl.Model, edit: pl.Edit, was: dict[str, str]) -> pd.DataFrame:
     """The same of the type that every edited tensor has in the file."""
-    with TemporaryDirectory() as folder:
-        was = edit.save_gguf(MODEL, Path(folder) / "copy.gguf").set_index("site")["was"]
     rows = []
     for site, delta in edit.deltas.items():
         kind, before = GGMLQuantizationType[was[str(site)]], model.weight(site).T.cpu()
