@@ -7,24 +7,64 @@ with a digit behind the point, +# and +#.# one with its sign. No page has the wo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
-import pandas as pd
-from common import of, read
+from cells import (
+    ALONE,
+    DIFFERENCE,
+    FAST,
+    GEMMA,
+    HOP,
+    LOADS,
+    NUMBER,
+    PER_UNIT,
+    PUBLISHED,
+    SEARCHED,
+    SMOL,
+    WHOLE,
+    WIDTHS,
+    ablated,
+    all_facts,
+    answered,
+    asked,
+    behind,
+    best_by,
+    bundled,
+    cell,
+    claimed,
+    cost,
+    ends,
+    fair,
+    fairly,
+    framed,
+    gained,
+    gap,
+    held,
+    interval,
+    judged,
+    more_memory,
+    most,
+    nats,
+    of_edit,
+    on_gpu,
+    on_zsre,
+    released,
+    restored,
+    rows,
+    same,
+    scaled,
+    sizes,
+    stored,
+    tried,
+    waited,
+    without,
+    written,
+)
 
-RESULTS = Path(__file__).resolve().parent / "results"
-SMOL, GEMMA = "smollm2-135m", "gemma-3-270m"
-FAST, PUBLISHED, ALONE = ", fast steps", ", published steps", "w/o δ^a"
-WHOLE = "TL hidden state, sqrt spread"
-DIFFERENCE = ("difference", "difference_low", "difference_high")
-HOP = "free portability (second hop)"
-SEARCHED = {"model": SMOL, "run": "MEMIT", "stage": "3"}
-"""The last stage of the search that a grid judges."""
+Cells = dict[str, list[float]]
+"""Words, and what stands for their marks."""
 MARK = re.compile(r"\+?#(?:\.#+)?")
-NUMBER = r"[+−]?\d[\d,]*(?:\.\d+)?"
 
 
 class Said(NamedTuple):
@@ -58,122 +98,44 @@ def shown(number: float, mark: str) -> str:
     return text.replace("-", "−")
 
 
-def cell(table: str, column: str, **where: object) -> float:
-    """The one cell of a table of `results`."""
-    own = rows(table, **where)
-    if len(own) != 1:
-        raise ValueError(f"{len(own)} rows of {table} where {where}")
-    return float(own[column].iloc[0])
-
-
-def most(table: str, column: str, **where: object) -> float:
-    """The largest of such cells."""
-    return float(rows(table, **where)[column].max())
-
-
-def rows(table: str, **where: object) -> pd.DataFrame:
-    """The rows with these values."""
-    return of(_table(table), **where)
-
-
-@cache
-def _table(name: str) -> pd.DataFrame:
-    return read(RESULTS, name)
-
-
-def of_edit(model: str, edits: int, run: str, *metrics: str) -> list[float]:
-    """Means of the edits of CounterFact's records."""
-    where = {"model": model, "edits": edits, "run": run, "benchmark": "facts"}
-    return [cell("real/edits", "mean", metric=metric, **where) for metric in metrics]
-
-
-def on_zsre(model: str, *runs: str) -> list[float]:
-    """Scores of 100 edits of zsRE."""
-    where = {"model": model, "edits": 100, "benchmark": "zsre", "metric": "score"}
-    return [cell("real/edits", "mean", run=run, **where) for run in runs]
-
-
-def ablated(model: str, run: str, *metrics: str) -> list[float]:
-    """Means of an ablation."""
-    where = {"model": model, "run": run}
-    return [cell("real/ablations", "mean", metric=metric, **where) for metric in metrics]
-
-
-def held(model: str, run: str, factor: float, *metrics: str) -> list[float]:
-    """Means of an edit with so many times its tuned strength."""
-    where = {"model": model, "run": run, "factor": factor}
-    return [cell("real/strength", "mean", metric=metric, **where) for metric in metrics]
-
-
-def gap(model: str, run: str, metric: str, edits: int = 100, table: str = "edits") -> list[float]:
-    """A paired difference (to MEMIT; of an ablation: to PMET) and its interval."""
-    where: dict[str, object] = {"model": model, "edits": edits, "run": run, "metric": metric}
-    where |= {"benchmark": "facts"} if table == "edits" else {}
-    return [cell(f"real/{table}", column, **where) for column in DIFFERENCE]
-
-
-def without(model: str, run: str, metric: str = "S") -> list[float]:
-    """The same of an ablation."""
-    return gap(model, run, metric, table="ablations")
-
-
-def cost(difference: Iterable[float]) -> list[float]:
-    """A difference and its interval, told as what is lost."""
-    mean, low, high = difference
-    return [-mean, -high, -low]
-
-
-def nats(model: str, *added: tuple[str, str, str]) -> list[float]:
-    """What the new answer stands at with some deltas added: (settings, method, which)."""
-    names = ("settings", "method", "added")
-    return [
-        cell("real/losses", "mean", model=model, **dict(zip(names, way, strict=True)))
-        for way in added
-    ]
-
-
-def written(model: str, quantity: str, *ways: tuple[str, str]) -> list[float]:
-    """What has arrived once every layer is written: (settings, method)."""
-    found = []
-    for settings, method in ways:
-        own = rows("real/arrival", model=model, settings=settings, method=method)
-        last = own[(own["quantity"] == quantity) & (own["written"] == own["written"].max())]
-        found.append(float(last["mean"].iloc[0]))
-    return found
-
-
-def answered(model: str, *methods: str) -> list[float]:
-    """The EA of 20 facts edited with released strengths."""
-    where = {"model": model, "settings": "released", "quantity": "EA"}
-    return [cell("real/arrival", "mean", method=method, **where) for method in methods]
-
-
-def restored(stream: str, place: str) -> list[float]:
-    """The most that comes back of a component, %, on both models."""
-    where = {"stream": stream, "place": place}
-    return [100 * most("real/trace", "recovered", model=model, **where) for model in (SMOL, GEMMA)]
-
-
-def stored(kind: str, column: str) -> list[float]:
-    """The least and the most of the edited tensors that are stored so, %."""
-    found = 100 * rows("stored", stored=kind)[column]
-    return [float(found.min()), float(found.max())]
-
-
-def claimed(statement: str, column: str = "against") -> list[float]:
-    """A number of one of the paper's statements, on both models."""
-    for text in _table("real/claims")["statement"].unique():
-        if text.startswith(statement):
-            statement = text
-    return [
-        cell("real/claims", column, model=model, statement=statement) for model in (SMOL, GEMMA)
-    ]
-
-
-def said() -> list[Said]:
-    """Every sentence, with what its numbers are now."""
+def first_page() -> Cells:
+    """README.md."""
     best = "MEMIT" + PUBLISHED  # on Gemma
-    results = {
+    return {
+        "MEMIT edits SmolLM2 better than PMET (S # and #, the new answer word for word in # and "
+        "# %); on Gemma both come to S #, PMET with fewer answers word for word (# and # %) and "
+        "far less harm (# and # % of what nobody edited stays);": [
+            *of_edit(SMOL, 100, "MEMIT", "S"),
+            *of_edit(SMOL, 100, "PMET", "S"),
+            *of_edit(SMOL, 100, "MEMIT", "EA"),
+            *of_edit(SMOL, 100, "PMET", "EA"),
+            *same(of_edit(GEMMA, 100, "PMET", "S"), of_edit(GEMMA, 100, best, "S")),
+            *of_edit(GEMMA, 100, "PMET", "EA"),
+            *of_edit(GEMMA, 100, best, "EA"),
+            *of_edit(GEMMA, 100, "PMET", "collateral"),
+            *of_edit(GEMMA, 100, best, "collateral"),
+        ],
+        "which is written nowhere anyway, S is # there:": of_edit(
+            GEMMA, 100, ALONE + PUBLISHED, "S"
+        ),
+        "two bundled models that know # facts of an invented world:": all_facts(),
+        "in # seconds on two cores the first time, then in # (on a slow machine in a minute); "
+        "`Hparams.fast()` takes #.# s for 20 facts instead of #.#, and #.# points of NS; 10,000 "
+        "facts in SmolLM2 in #.# minutes of an H100:": [
+            waited("session", "from load to an edited answer, the first time on this model"),
+            waited("session", "from load to an edited answer, the second time on this model"),
+            waited("session", "edit 20 facts at once, PMET, fast"),
+            waited("session", "edit 20 facts at once, PMET"),
+            -waited("fast_preset_pmet", "NS", "difference"),
+            LOADS[-1] * sum(on_gpu("PMET", "targets", "write")) / 60_000,
+        ],
+    }  # fmt: skip
+
+
+def real_models() -> Cells:
+    """docs/results.md on real models."""
+    best = "MEMIT" + PUBLISHED  # on Gemma
+    return {
         "restoring the FFN's outputs at the subject's last token in early layers brings # "
         "(SmolLM2) and # % (Gemma) of the answer back, those of MHSA there # and # %; at the last "
         "token MHSA brings # and # %.": [
@@ -370,38 +332,197 @@ def said() -> list[Said]:
             GEMMA, "nll", ("tuned", best), ("tuned", "MEMIT")
         ),
     }  # fmt: skip
-    first = {
-        "MEMIT edits SmolLM2 better than PMET (S # and #, the new answer word for word in # and "
-        "# %); on Gemma both come to S #, PMET with fewer answers word for word (# and # %) and "
-        "far less harm (# and # % of what nobody edited stays);": [
-            *of_edit(SMOL, 100, "MEMIT", "S"),
-            *of_edit(SMOL, 100, "PMET", "S"),
-            *of_edit(SMOL, 100, "MEMIT", "EA"),
-            *of_edit(SMOL, 100, "PMET", "EA"),
-            *same(of_edit(GEMMA, 100, "PMET", "S"), of_edit(GEMMA, 100, best, "S")),
-            *of_edit(GEMMA, 100, "PMET", "EA"),
-            *of_edit(GEMMA, 100, best, "EA"),
-            *of_edit(GEMMA, 100, "PMET", "collateral"),
-            *of_edit(GEMMA, 100, best, "collateral"),
+
+
+def invented_world() -> Cells:
+    """docs/results.md on the bundled models."""
+    return {
+        "Both bundled models know an invented world of # facts;": all_facts(),
+        "750 edits are #.## per MLP unit, as 10,000 on GPT-J are #.##, and a third of all these "
+        "models know.": [most("paper/scaling", "load"), PER_UNIT],
+        "At 100 edits PMET and MEMIT stand at S # to #, with ROME, EMMET and AlphaEdit close "
+        "behind; at 316 at # to #.": [
+            *ends(scaled(100, "PMET", "MEMIT")),
+            *ends(scaled(316, "PMET", "MEMIT")),
         ],
-        "which is written nowhere anyway, S is # there:": of_edit(
-            GEMMA, 100, ALONE + PUBLISHED, "S"
+        "at 750 every closed-form method has broken (S # to #).": ends(
+            scaled(750, "PMET", "MEMIT", "AlphaEdit")
         ),
-    }  # fmt: skip
-    shipped = {
-        "(# to # % of their norm for the three facts below, layer by layer), so that it is not "
-        "stored as coarsely as they are: of it F16 lost #.# to #.# % (for #.# MB a weight more "
-        "than Q4_1), BF16 # to # %, Q8_0 # to # %; Q4_1, which the weights had, would lose most "
-        "or all of it (# to # %).": [
-            *stored("F16", "change"),
-            *stored("F16", "rounded"),
-            most("stored", "bytes", stored="F16") / 1e6,
-            *stored("BF16", "rounded"),
-            *stored("Q8_0", "rounded"),
-            *stored("Q4_1", "rounded"),
+    }
+
+
+def fair_fight() -> Cells:
+    """The same on methods that were tuned alike."""
+    return {
+        "ROME, EMMET and AlphaEdit are # to # points below PMET, beyond the intervals.": ends(
+            -fairly(run, "S", model)[0]
+            for model in ("world", "world-sequential")
+            for run in ("ROME", "EMMET", "AlphaEdit")
+        ),
+        "more often word for word (PA # and #, PMET #);": [
+            fair(run, "PA")[0] for run in ("MEMIT", "AlphaEdit", "PMET")
+        ],
+        "with released strengths it was # % of 100 such facts": [released("EA")],
+        "released strengths and tuned settings bring # and # % of 20, tuned ones # % of 100": [
+            *answered(SMOL, "PMET"),
+            *answered(SMOL, "PMET", settings="tuned"),
+            *of_edit(SMOL, 100, "PMET", "EA"),
+        ],
+        "The first guess of these four is # to # points of S lower, which 40 facts cannot tell "
+        "apart; that of FT-W is # points lower.": [
+            *ends(behind(run) for run in ("PMET", "MEMIT", "AlphaEdit", "EMMET")),
+            behind("FT-W"),
+        ],
+        "The first guess is #.# points from the tuned settings there.": [
+            abs(judged("S", "first guess")[0])
+        ],
+        "the best of a last layer lies between #.# and #.#, the best of a clamp between #.# and "
+        "#.#, the best of a λ between #.# and #.#.": [
+            number
+            for what in ("layers", "clamp", "second_moment_weight")
+            for number in ends(best_by(what))
+        ],
+        "end at S # to # and cannot be told apart in it; FT-W is # points below. What differs is "
+        "beside it: PMET leaves more of what nobody edited than MEMIT (collateral # and # %, # "
+        "points [#, #]) and EMMET (# [#, #]);": [
+            *ends(fair(run, "S")[0] for run in ("PMET", "MEMIT", "AlphaEdit", "EMMET")),
+            -fairly("FT-W", "S")[0],
+            *fair("PMET", "collateral"),
+            *fair("MEMIT", "collateral"),
+            *cost(fairly("MEMIT", "collateral")),
+            *cost(fairly("EMMET", "collateral")),
+        ],
+        "EMMET carries furthest into paraphrases (PS #) for # points of the neighbours.": [
+            *fair("EMMET", "PS"),
+            -fairly("EMMET", "NS")[0],
+        ],
+        "new answer comes word for word in # % (MEMIT #);": [
+            *fair("PMET", "EA"),
+            *fair("MEMIT", "EA"),
+        ],
+        "by the same fast steps, ends at S #.#, #.# points above the #.# that": [
+            most("tune/grid_MEMIT", "mean"),
+            most("tune/grid_MEMIT", "mean") - most("tune/tried", "score", **SEARCHED),
+            most("tune/tried", "score", **SEARCHED),
+        ],
+        "on the 100 other facts it is #.# points [+#.#, #.#] above what was tuned, and it gives "
+        "the new answer word for word # points [#, #] less often and leaves # points [#, #] less": [
+            *judged("S"),
+            *cost(judged("EA")),
+            *cost(judged("collateral")),
         ],
     }
-    seen = {
+
+
+def speed() -> Cells:
+    """docs/performance.md."""
+    plan = {"grid": "1,000 edits at once of smollm2-135m, fast steps"}
+    table = {
+        f"| {load if load < 1_000 else f'{load:,}'} |{' #.# |' * 8}": [
+            cell("mass_edit/scores", "mean", method=method, load=load, metric=metric)
+            for method in ("MEMIT", "PMET")
+            for metric in ("S", "EA", "free rewrite", "perplexity")
+        ]
+        for load in LOADS
+    }
+    return table | {
+        "a step runs # rows, forward and back, through the # layers above the edited ones, and "
+        "through the unembedding where a loss is read, #.# GFLOP. Products of # rows run at # "
+        "GFLOP/s (of 1,024 rows at #), so that they alone take #.# s of an edit's #.# s.": [
+            waited("one_fact", "rows of its products"),
+            waited("one_fact", "layers above the edited ones"),
+            waited("one_fact", "operations of a step (GFLOP)"),
+            waited("one_fact", "rows of its products"),
+            waited("one_fact", "rate of such products (GFLOP/s)"),
+            waited("one_fact", "rate of 1,024 rows (GFLOP/s)"),
+            waited("one_fact", "products of 30 steps at that rate (s)"),
+            waited("one_fact", "an edit (s)"),
+        ],
+        "Settings come #.# times sooner, prefixes #.# times, the lens #.# times, an edit by the "
+        "published steps #.# times.": [
+            waited("waits", what, "ratio")
+            for what in (
+                "be told settings, from 1 fact",
+                "sample context prefixes",
+                "lens on 1 fact, all streams and layers",
+                "edit one fact, PMET",
+            )
+        ],
+        "said #.# minutes for 1,000 edits at once of SmolLM2-135M with fast steps and its "
+        "answers, on one thread of a busy machine; it took #.#, #.## of that": [
+            cell("plan", "estimate_s", **plan) / 60,
+            cell("plan", "real_s", **plan) / 60,
+            cell("plan", "real_over_estimate", **plan),
+        ],
+        "take #.# minutes by the measured rate (# times the procedure written plainly), second "
+        "moments of # tokens #.#, evaluation #.#": [
+            waited("gptj_shapes", "targets", "the paper's load", 1),
+            waited("gptj_shapes", "targets", "ratio"),
+            waited("gptj_shapes", "second moments", "the paper's load"),
+            waited("gptj_shapes", "second moments", "the paper's load", 1),
+            waited("gptj_shapes", "evaluation", "the paper's load", 1),
+        ],
+        "(one H100; # and # ms of it per fact)": [
+            sum(on_gpu(method, "targets", "write")) for method in ("MEMIT", "PMET")
+        ],
+        "Unedited: S # to #, perplexity #.#.": [
+            *ends(rows("mass_edit/scores", method="unedited", metric="S")["mean"]),
+            most("mass_edit/scores", "mean", method="unedited", metric="perplexity"),
+        ],
+        "what is lost is in NS, #.# points of the neighbours": [
+            -waited("fast_preset_pmet", "NS", "difference")
+        ],
+        "PMET gains #.# points of S by them on Gemma, and loses #.# on SmolLM2": [
+            of_edit(GEMMA, 100, "PMET", "S")[0] - of_edit(GEMMA, 100, "PMET" + PUBLISHED, "S")[0],
+            of_edit(SMOL, 100, "PMET", "S")[0] - of_edit(SMOL, 100, "PMET" + FAST, "S")[0],
+        ],
+        "it is no good bargain: #.# points of S and #.# of PA are lost.": [
+            -waited("fast_preset_memit", metric, "difference") for metric in ("S", "PA")
+        ],
+        "(10,000 facts in SmolLM2: # MB instead of #.# GB of factors)": [
+            6 * 8 * sum(WIDTHS) * min(WIDTHS) / 1e6,
+            6 * 8 * sum(WIDTHS) * 10_000 / 1e9,
+        ],
+        "From 3,000 facts on each costs # kB. Counted, its key and residual of the layer at work "
+        "are # in float64, and that layer's factors another #;": [
+            more_memory(3_000, 10_000),
+            8 * sum(WIDTHS) / 1_000,
+            8 * sum(WIDTHS) / 1_000,
+        ],
+    }
+
+
+def limits() -> Cells:
+    """docs/limits.md."""
+    panel = "panel_smollm2-135m"
+    return {
+        "The bundled models are small (#.# and #.# M parameters)": sizes(),
+        "says the edited answer #.# s after the click": [waited(panel, "an edit", "first answer")],
+        "The whole table of answers comes #.# s later.": [
+            waited(panel, "an edit", "all of it") - waited(panel, "an edit", "first answer")
+        ],
+        "hold the event loop up for #.## s at most, except once a session for #.## s:": [
+            max(waited(panel, what, "loop held") for what in ("undo it", "ask", "side by side")),
+            waited(panel, "an edit", "loop held"),
+        ],
+        "(SmolLM2 #.## s, Gemma longer)": [waited(panel, "open it", "loop held")],
+    }
+
+
+def differences() -> Cells:
+    """docs/paper_and_code.md."""
+    return {
+        "| #.# and #.# M parameters, one invented world": sizes(),
+        "750 edits are #.## per MLP unit, as 10,000 on GPT-J are #.## |": [
+            most("paper/scaling", "load"),
+            PER_UNIT,
+        ],
+    }
+
+
+def free_answers() -> Cells:
+    """docs/free_answers.md."""
+    return {
         "MEMIT gives # % of the edited prompts word for word under teacher forcing and # % of the "
         "paraphrases; its free answers hold the new one in # % and # %, inside the model's chat "
         "frame in # % and # %, are nothing but it in # %, and what follows by a second hop is "
@@ -442,8 +563,12 @@ def said() -> list[Said]:
             *asked(GEMMA, "MEMIT", "free locality"),
         ],
     }
+
+
+def variants() -> Cells:
+    """docs/ablations.md."""
     refreshed, both = "targets refreshed", "δ^a + δ^m"
-    variants = {
+    return {
         "dominates at 100 facts (S #.# against MEMIT's #.# and PMET's #.#; the new answer word "
         "for word in #, # and # %; NS #, # and #; of what nobody edited #, # and # % stay).": [
             tried(SMOL, run, metric)[0]
@@ -481,117 +606,51 @@ def said() -> list[Said]:
             *tried("world-sequential", refreshed, "PS"),
             *tried("world-sequential", "PMET", "PS"),
         ],
-        "# % of 100 real facts word for word instead of 78, MEMIT #). That is of facts which it "
+        "# % of 100 real facts word for word instead of #, MEMIT #). That is of facts which it "
         "knows; of CounterFact's, which it does not, # % of 100, MEMIT # ": [
             *fair("PMET", "EA"),
+            released("EA"),
             *fair("MEMIT", "EA"),
             *of_edit(SMOL, 100, "PMET", "EA"),
             *of_edit(SMOL, 100, "MEMIT", "EA"),
         ],
     }  # fmt: skip
-    results |= {
-        "end at S # to # and cannot be told apart in it; FT-W is # points below. What differs is "
-        "beside it: PMET leaves more of what nobody edited than MEMIT (collateral # and # %, # "
-        "points [#, #]) and EMMET (# [#, #]);": [
-            *ends(fair(run, "S")[0] for run in ("PMET", "MEMIT", "AlphaEdit", "EMMET")),
-            -fairly("FT-W", "S")[0],
-            *fair("PMET", "collateral"),
-            *fair("MEMIT", "collateral"),
-            *cost(fairly("MEMIT", "collateral")),
-            *cost(fairly("EMMET", "collateral")),
-        ],
-        "EMMET carries furthest into paraphrases (PS #)": fair("EMMET", "PS"),
-        "new answer comes word for word in # % (MEMIT #);": [
-            *fair("PMET", "EA"),
-            *fair("MEMIT", "EA"),
-        ],
-        "by the same fast steps, ends at S #.#, #.# points above the #.# that": [
-            most("tune/grid_MEMIT", "mean"),
-            most("tune/grid_MEMIT", "mean") - most("tune/tried", "score", **SEARCHED),
-            most("tune/tried", "score", **SEARCHED),
-        ],
-        "on the 100 other facts it is #.# points [+#.#, #.#] above what was tuned, and it gives "
-        "the new answer word for word # points [#, #] less often and leaves # points [#, #] less": [
-            *judged("S"),
-            *cost(judged("EA")),
-            *cost(judged("collateral")),
+
+
+def shipped() -> Cells:
+    """docs/ship.md."""
+    return {
+        "(# to # % of their norm for the three facts below, layer by layer), so that it is not "
+        "stored as coarsely as they are: of it F16 lost #.# to #.# % (for #.# MB a weight more "
+        "than Q4_1), BF16 # to # %, Q8_0 # to # %; Q4_1, which the weights had, would lose most "
+        "or all of it (# to # %).": [
+            *stored("F16", "change"),
+            *stored("F16", "rounded"),
+            most("stored", "bytes", stored="F16") / 1e6,
+            *stored("BF16", "rounded"),
+            *stored("Q8_0", "rounded"),
+            *stored("Q4_1", "rounded"),
         ],
     }
-    pages = {
-        "README.md": first,
-        "docs/results.md": results,
-        "docs/free_answers.md": seen,
-        "docs/ablations.md": variants,
-        "docs/ship.md": shipped,
-    }
+
+
+PAGES: dict[str, tuple[Callable[[], Cells], ...]] = {
+    "README.md": (first_page,),
+    "docs/results.md": (real_models, invented_world, fair_fight),
+    "docs/performance.md": (speed,),
+    "docs/limits.md": (limits,),
+    "docs/paper_and_code.md": (differences,),
+    "docs/free_answers.md": (free_answers,),
+    "docs/ablations.md": (variants,),
+    "docs/ship.md": (shipped,),
+}
+
+
+def said() -> list[Said]:
+    """Every sentence, with what its numbers are now."""
     return [
         Said(page, words, tuple(numbers))
-        for page, sentences in pages.items()
-        for words, numbers in sentences.items()
+        for page, parts in PAGES.items()
+        for part in parts
+        for words, numbers in part().items()
     ]
-
-
-def asked(model: str, method: str, *metrics: str, how: str = "as edited") -> list[float]:
-    """Means of 100 facts whose free answers were read."""
-    where = {"method": method, "asked": how}
-    return [cell(f"free_answers/{model}/scores", "mean", metric=m, **where) for m in metrics]
-
-
-def framed(model: str, method: str, *metrics: str) -> list[float]:
-    """The same inside a chat or a question."""
-    return asked(model, method, *metrics, how="framed")
-
-
-def bundled(look: Callable[..., list[float]], metric: str) -> list[float]:
-    """One of them of both methods on a bundled model."""
-    return [look("world-sequential", method, metric)[0] for method in ("MEMIT", "PMET")]
-
-
-def tried(model: str, run: str, metric: str) -> list[float]:
-    """The mean of a variant, 100 facts at once."""
-    where = {"model": model, "run": run, "metric": metric, "edits": 100}
-    other = "PMET" if run == "MEMIT" else "MEMIT"
-    return [cell("variants/compared", "mean", against=other, **where)]
-
-
-def fair(run: str, metric: str) -> list[float]:
-    """The mean of a tuned method on SmolLM2."""
-    return [cell("tune/compared", "mean", model=SMOL, run=run, metric=metric)]
-
-
-def fairly(run: str, metric: str) -> list[float]:
-    """Its difference to PMET and the interval."""
-    return [cell("tune/compared", c, model=SMOL, run=run, metric=metric) for c in DIFFERENCE]
-
-
-def judged(metric: str) -> list[float]:
-    """The best settings of a grid against those that were tuned."""
-    where = {"run": "best of the grid", "metric": metric}
-    return [cell("tune/judged_MEMIT", column, **where) for column in DIFFERENCE]
-
-
-def ends(numbers: Iterable[float]) -> list[float]:
-    """The least and the most of some."""
-    every = sorted(numbers)
-    return [every[0], every[-1]]
-
-
-def interval(model: str, run: str, metric: str) -> list[float]:
-    """A mean of 100 edits and its interval."""
-    where = {"model": model, "edits": 100, "run": run, "metric": metric, "benchmark": "facts"}
-    return [cell("real/edits", column, **where) for column in ("mean", "ci_low", "ci_high")]
-
-
-def gained(model: str, way: tuple[str, str]) -> list[float]:
-    """Nats that both deltas gain, that of the FFN alone, and that of attention alone."""
-    before, *after = nats(
-        model, *((*way, added) for added in ("nothing", "all", "mlp_out", "attn_out"))
-    )
-    return [before - now for now in after]
-
-
-def same(one: list[float], other: list[float]) -> list[float]:
-    """A number that is told once of two."""
-    if [round(x) for x in one] != [round(x) for x in other]:
-        raise ValueError(f"{one} and {other} are told as one number")
-    return one
