@@ -82,6 +82,39 @@ def of_edit(model: str, edits: int, run: str, *metrics: str) -> list[float]:
     return [cell("real/edits", "mean", metric=metric, **where) for metric in metrics]
 
 
+def on_known(model: str, edits: int, run: str, *metrics: str) -> list[float]:
+    """Means of the edits of facts that the model knows, by settings found on few of them."""
+    where = {"model": model, "edits": edits, "run": run, "benchmark": "facts"}
+    return [cell("real/known/edits", "mean", metric=metric, **where) for metric in metrics]
+
+
+def gap_known(model: str, run: str, edits: int, metric: str = "S") -> list[float]:
+    """Their paired difference to MEMIT and its interval."""
+    where = {"model": model, "edits": edits, "run": run, "benchmark": "facts"}
+    return [cell("real/known/edits", c, metric=metric, **where) for c in DIFFERENCE]
+
+
+def ablated_known(model: str, run: str, metric: str = "EA") -> float:
+    """The mean of an ablation on such facts."""
+    return cell("real/known/ablations", "mean", model=model, run=run, metric=metric)
+
+
+def without_known(model: str, run: str) -> list[float]:
+    """Its paired difference to PMET in S and the interval."""
+    where = {"model": model, "run": run, "metric": "S"}
+    return [cell("real/known/ablations", column, **where) for column in DIFFERENCE]
+
+
+def better_than_guess(model: str, run: str) -> list[float]:
+    """By how much the settings that were found for them beat the first guess, where both were
+    tried, with the interval: the words of the search, kept with the settings."""
+    own = rows("real/known/settings", model=model, method=run)["why"].iloc[0]
+    words = re.search(rf"first guess is ({NUMBER}) \[(-?{NUMBER}), ({NUMBER})\] below", str(own))
+    if words is None:
+        raise ValueError(f"{own} says nothing of the first guess")
+    return [float(number) for number in words.groups()]
+
+
 def on_zsre(model: str, *runs: str) -> list[float]:
     """Scores of 100 edits of zsRE."""
     where = {"model": model, "edits": 100, "benchmark": "zsre", "metric": "score"}
@@ -279,3 +312,11 @@ def more_memory(few: int, many: int) -> float:
     table = pd.read_csv(BENCH / "memory.csv").set_index("facts")
     beside = table["peak"] - table["before"]
     return float(beside[many] - beside[few]) * 1_024 / (many - few)
+
+
+def spent(*stages: str) -> list[float]:
+    """Minutes that a whole `make real` spent in these stages (none: in all), on SmolLM2 and on
+    Gemma; the larger sum is what the run took, since both begin together."""
+    table = _table("real/known/made")
+    own = table[table["stage"].isin(stages)] if stages else table
+    return [float(of(own, model=model)["minutes"].sum()) for model in (SMOL, GEMMA)]

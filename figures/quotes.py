@@ -44,6 +44,7 @@ QUOTES = {
     ),
     ("docs/results.md", "real_facts"): ("figures/results/real/main.md",),
     ("docs/results.md", "methods"): ("figures/results/real/methods.md",),
+    ("docs/results.md", "known"): ("figures/results/real/known/methods.md",),
     ("docs/results.md", "verdicts"): ("figures/results/real/verdicts.md",),
     ("docs/results.md", "real_study"): ("figures/results/real/study.md",),
     ("docs/free_answers.md", "free_answers"): (f"{FREE}/smollm2-135m/free_answers.md",),

@@ -3,13 +3,16 @@
 `collect` puts the pieces of every model in `figures/out/real_study` into one table per stage,
 beside them and in `figures/results/real`, where rows of what has no pieces there stay: the stages
 of a model may be made one after the other, in several folders, and its methods, too: what every
-fact came to is kept (`real_rows.py`). The page is `study.md`.
+fact came to is kept (`real_rows.py`). The page is `study.md`. With `--known` a whole run on facts
+that the models know is kept beside it, in `figures/results/real/known`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,6 +29,8 @@ import pmet_lens as pl
 from pmet_lens import data, evaluation
 
 RESULTS = HERE / "results" / "real"
+KNOWN = ("edits", "ablations", "settings", "refused", "made")
+"""What is kept of a run on known facts: the rest has nothing to do with which facts are edited."""
 INTERVAL = ["mean", "ci_low", "ci_high", "n"]
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 FREE = ("EF", "PF", "NF", "free portability", "free locality")
@@ -77,6 +82,17 @@ def collect(out: Path = OUT / "real_study", results: Path | None = None) -> None
             for name, text in ((name, made(folder)) for name, made in pages.items()):
                 with data.whole(folder / f"{name}.md") as part:
                     part.write_text(text, encoding="utf-8")
+
+
+def keep_known(out: Path = OUT / "real_study", results: Path = RESULTS / "known") -> None:
+    """The tables and the page of the edits of one run, in place of those of another."""
+    if results.exists():
+        shutil.rmtree(results)
+    results.mkdir(parents=True)
+    for name in KNOWN:
+        if (table := out / f"{name}.csv").exists():
+            shutil.copy(table, results)
+    (results / "methods.md").write_text(methods(out), encoding="utf-8")
 
 
 def path_of(folder: Path, name: str, kind: str = "csv") -> Path:
@@ -533,5 +549,10 @@ SECTIONS = (
 
 
 if __name__ == "__main__":
-    collect(results=RESULTS)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--known", action="store_true", help="keep the edits of a run on its own")
+    if parser.parse_args().known:
+        keep_known()
+    else:
+        collect(results=RESULTS)
     sys.stdout.write(f"Tables and pages: {RESULTS}\n")

@@ -490,10 +490,26 @@ def test_the_verdict_is_that_of_all_models_that_say_something(told, verdict):
     assert real_verdicts.verdict(told) == verdict
 
 
-@pytest.mark.parametrize("name", ["verdicts", "study", "methods"])
+@pytest.mark.parametrize("name", ["verdicts", "study", "methods", "known/methods"])
 def test_the_committed_pages_are_those_of_the_committed_tables(name):
     made = {"verdicts": real_verdicts.page, "study": real_pages.page, "methods": real_pages.methods}
-    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == made[name](RESULTS)
+    page = RESULTS / f"{name}.md"
+    assert page.read_text(encoding="utf-8") == made[page.stem](page.parent)
+
+
+def test_a_run_on_known_facts_is_kept_by_itself(tmp_path):
+    out, results = tmp_path / "out", tmp_path / "known"
+    out.mkdir()
+    rows = [
+        {"model": "m", "benchmark": "facts", "edits": 100, "run": "PMET", "metric": "S",
+         **dict.fromkeys([*real_pages.INTERVAL, *real_pages.DIFFERENCE], 70.0)}
+    ]  # fmt: skip
+    planted(out, edits=rows, trace=rows)
+    results.mkdir()
+    (results / "refused.csv").write_text("of a run before\n", encoding="utf-8")
+    real_pages.keep_known(out, results)
+    assert sorted(p.name for p in results.iterdir()) == ["edits.csv", "methods.md"]
+    assert "| m | PMET | 70.0" in (results / "methods.md").read_text(encoding="utf-8")
 
 
 def test_a_method_is_told_by_the_steps_that_serve_it_best(tmp_path):

@@ -25,7 +25,7 @@ NAMES = re.compile(
 )
 """Digits of names, versions and dates."""
 SET = {
-    "README.md": ("(100 facts",),
+    "README.md": ("of 100 facts", "found on 20 others"),
     "docs/ablations.md": (
         "on 200 facts",
         "other facts, 20 and 100 at once",
@@ -70,16 +70,22 @@ SET = {
         "for 100 facts",
         "on 20 or 40 real facts",
         "on 20 other records",
+        "settings on 20 others",
+        "a search on 20 facts",
+        "found on 20 facts",
+        "on 40 facts with",
         "at 1 and at 100 facts",
         "at 20 the interval of S holds 0",
         "at 20 facts",
         "at 100 not either",
+        "with 100 facts",
         "with 300 facts",
         "a KL weight of 1",
         "at 1 and 20 facts",
         "refuses 100 and 300",
         "from 100 on",
         "100 facts, differences",
+        "*The parts of PMET*, 100 facts",
         "0.75 of its own stream",
         "layers 0 to 3",
         "on 100 facts",
