@@ -22,6 +22,7 @@ FAST, PUBLISHED, ALONE = ", fast steps", ", published steps", "w/o δ^a"
 WHOLE = "TL hidden state, sqrt spread"
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 HOP = "free portability (second hop)"
+ON_KNOWN, PARTS_ON_KNOWN = "real/known/edits", "real/known/ablations"
 BUNDLED = ("world", "world-sequential")
 LOADS = (100, 1_000, 9_921)
 PER_UNIT = 10_000 / 16_384
@@ -76,33 +77,12 @@ def waited(name: str, what: str, column: str = "here", at: int = 0) -> float:
     return told(BENCH / f"{name}.md", column, what, at=at)
 
 
-def of_edit(model: str, edits: int, run: str, *metrics: str) -> list[float]:
-    """Means of the edits of CounterFact's records."""
+def of_edit(
+    model: str, edits: int, run: str, *metrics: str, table: str = "real/edits"
+) -> list[float]:
+    """Means of edits: of CounterFact's records, or of facts that the model knows (`ON_KNOWN`)."""
     where = {"model": model, "edits": edits, "run": run, "benchmark": "facts"}
-    return [cell("real/edits", "mean", metric=metric, **where) for metric in metrics]
-
-
-def on_known(model: str, edits: int, run: str, *metrics: str) -> list[float]:
-    """Means of the edits of facts that the model knows, by settings found on few of them."""
-    where = {"model": model, "edits": edits, "run": run, "benchmark": "facts"}
-    return [cell("real/known/edits", "mean", metric=metric, **where) for metric in metrics]
-
-
-def gap_known(model: str, run: str, edits: int, metric: str = "S") -> list[float]:
-    """Their paired difference to MEMIT and its interval."""
-    where = {"model": model, "edits": edits, "run": run, "benchmark": "facts"}
-    return [cell("real/known/edits", c, metric=metric, **where) for c in DIFFERENCE]
-
-
-def ablated_known(model: str, run: str, metric: str = "EA") -> float:
-    """The mean of an ablation on such facts."""
-    return cell("real/known/ablations", "mean", model=model, run=run, metric=metric)
-
-
-def without_known(model: str, run: str) -> list[float]:
-    """Its paired difference to PMET in S and the interval."""
-    where = {"model": model, "run": run, "metric": "S"}
-    return [cell("real/known/ablations", column, **where) for column in DIFFERENCE]
+    return [cell(table, "mean", metric=metric, **where) for metric in metrics]
 
 
 def better_than_guess(model: str, run: str) -> list[float]:
@@ -121,10 +101,10 @@ def on_zsre(model: str, *runs: str) -> list[float]:
     return [cell("real/edits", "mean", run=run, **where) for run in runs]
 
 
-def ablated(model: str, run: str, *metrics: str) -> list[float]:
+def ablated(model: str, run: str, *metrics: str, table: str = "real/ablations") -> list[float]:
     """Means of an ablation."""
     where = {"model": model, "run": run}
-    return [cell("real/ablations", "mean", metric=metric, **where) for metric in metrics]
+    return [cell(table, "mean", metric=metric, **where) for metric in metrics]
 
 
 def held(model: str, run: str, factor: float, *metrics: str) -> list[float]:
@@ -133,16 +113,18 @@ def held(model: str, run: str, factor: float, *metrics: str) -> list[float]:
     return [cell("real/strength", "mean", metric=metric, **where) for metric in metrics]
 
 
-def gap(model: str, run: str, metric: str, edits: int = 100, table: str = "edits") -> list[float]:
+def gap(
+    model: str, run: str, metric: str, edits: int = 100, table: str = "real/edits"
+) -> list[float]:
     """A paired difference (to MEMIT; of an ablation: to PMET) and its interval."""
     where: dict[str, object] = {"model": model, "edits": edits, "run": run, "metric": metric}
-    where |= {"benchmark": "facts"} if table == "edits" else {}
-    return [cell(f"real/{table}", column, **where) for column in DIFFERENCE]
+    where |= {"benchmark": "facts"} if table.endswith("edits") else {}
+    return [cell(table, column, **where) for column in DIFFERENCE]
 
 
-def without(model: str, run: str, metric: str = "S") -> list[float]:
+def without(model: str, run: str, metric: str = "S", table: str = "real/ablations") -> list[float]:
     """The same of an ablation."""
-    return gap(model, run, metric, table="ablations")
+    return gap(model, run, metric, table=table)
 
 
 def cost(difference: Iterable[float]) -> list[float]:

@@ -86,6 +86,8 @@ def collect(out: Path = OUT / "real_study", results: Path | None = None) -> None
 
 def keep_known(out: Path = OUT / "real_study", results: Path = RESULTS / "known") -> None:
     """The tables and the page of the edits of one run, in place of those of another."""
+    if not (out / "edits.csv").exists():
+        raise SystemExit(f"{out} holds no edits of a run: call `make real` first.")
     if results.exists():
         shutil.rmtree(results)
     results.mkdir(parents=True)
@@ -551,8 +553,9 @@ SECTIONS = (
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--known", action="store_true", help="keep the edits of a run on its own")
-    if parser.parse_args().known:
+    known = parser.parse_args().known
+    if known:
         keep_known()
     else:
         collect(results=RESULTS)
-    sys.stdout.write(f"Tables and pages: {RESULTS}\n")
+    sys.stdout.write(f"Tables and pages: {RESULTS / 'known' if known else RESULTS}\n")

@@ -18,6 +18,8 @@ from cells import (
     HOP,
     LOADS,
     NUMBER,
+    ON_KNOWN,
+    PARTS_ON_KNOWN,
     PER_UNIT,
     PUBLISHED,
     SEARCHED,
@@ -25,7 +27,6 @@ from cells import (
     WHOLE,
     WIDTHS,
     ablated,
-    ablated_known,
     all_facts,
     answered,
     asked,
@@ -42,7 +43,6 @@ from cells import (
     framed,
     gained,
     gap,
-    gap_known,
     held,
     interval,
     judged,
@@ -51,7 +51,6 @@ from cells import (
     nats,
     of_edit,
     on_gpu,
-    on_known,
     on_zsre,
     released,
     restored,
@@ -64,7 +63,6 @@ from cells import (
     tried,
     waited,
     without,
-    without_known,
     written,
 )
 
@@ -125,7 +123,7 @@ def first_page() -> Cells:
             GEMMA, 100, ALONE + PUBLISHED, "S"
         ),
         "PMET is ahead on SmolLM2 (S # and #) and level on Gemma (# and #): what a search": [
-            on_known(model, 100, run, "S")[0]
+            of_edit(model, 100, run, "S", table=ON_KNOWN)[0]
             for model in (SMOL, GEMMA)
             for run in ("PMET", "MEMIT")
         ],
@@ -665,44 +663,44 @@ def known_facts() -> Cells:
     both = ("PMET", "MEMIT")
 
     def each(model: str, edits: int, metric: str) -> list[float]:
-        return [on_known(model, edits, run, metric)[0] for run in both]
+        return [of_edit(model, edits, run, metric, table=ON_KNOWN)[0] for run in both]
 
     return {
         "with 100 facts PMET is ahead (S # and #, +#.# [#.#, #.#]; of what nobody edited # and # % "
         "stay), with 20 MEMIT (S # and #, +#.# [+#.#, #.#]).": [
             *each(SMOL, 100, "S"),
-            *gap_known(SMOL, "PMET", 100),
+            *gap(SMOL, "PMET", "S", table=ON_KNOWN),
             *each(SMOL, 100, "collateral"),
             *each(SMOL, 20, "S"),
-            *gap_known(SMOL, "PMET", 20),
+            *gap(SMOL, "PMET", "S", 20, ON_KNOWN),
         ],
         "the two cannot be told apart with 100 facts (S # and #, +#.# [+#.#, #.#]; EA # and #), "
         "nor in what nobody edited (# and # % stay, +#.# [+#.#, #.#]).": [
             *each(GEMMA, 100, "S"),
-            *gap_known(GEMMA, "PMET", 100),
+            *gap(GEMMA, "PMET", "S", table=ON_KNOWN),
             *each(GEMMA, 100, "EA"),
             *each(GEMMA, 100, "collateral"),
-            *gap_known(GEMMA, "PMET", 100, "collateral"),
+            *gap(GEMMA, "PMET", "collateral", table=ON_KNOWN),
         ],
         "on the 20 facts of the search that was #.# points of S [#.#, #.#] better": (
             better_than_guess(SMOL, "MEMIT")
         ),
         "(perplexity #, unedited #, PMET #)": [
-            *on_known(SMOL, 100, "MEMIT", "perplexity"),
-            *on_known(SMOL, 0, "unedited", "perplexity"),
-            *on_known(SMOL, 100, "PMET", "perplexity"),
+            *of_edit(SMOL, 100, "MEMIT", "perplexity", table=ON_KNOWN),
+            *of_edit(SMOL, 0, "unedited", "perplexity", table=ON_KNOWN),
+            *of_edit(SMOL, 100, "PMET", "perplexity", table=ON_KNOWN),
         ],
         "without δ^a SmolLM2 loses #.# points of S [#.#, #.#] (EA # instead of #), as the paper "
         "says, Gemma nothing (+#.# [+#.#, #.#]; EA # and #); writing W_O, too, costs answers on "
         "both (EA # and #).": [
-            *cost(without_known(SMOL, ALONE)),
-            ablated_known(SMOL, ALONE),
-            ablated_known(SMOL, "PMET"),
-            *without_known(GEMMA, ALONE),
-            ablated_known(GEMMA, ALONE),
-            ablated_known(GEMMA, "PMET"),
-            ablated_known(SMOL, "+ W_O"),
-            ablated_known(GEMMA, "+ W_O"),
+            *cost(without(SMOL, ALONE, table=PARTS_ON_KNOWN)),
+            *ablated(SMOL, ALONE, "EA", table=PARTS_ON_KNOWN),
+            *ablated(SMOL, "PMET", "EA", table=PARTS_ON_KNOWN),
+            *without(GEMMA, ALONE, table=PARTS_ON_KNOWN),
+            *ablated(GEMMA, ALONE, "EA", table=PARTS_ON_KNOWN),
+            *ablated(GEMMA, "PMET", "EA", table=PARTS_ON_KNOWN),
+            *ablated(SMOL, "+ W_O", "EA", table=PARTS_ON_KNOWN),
+            *ablated(GEMMA, "+ W_O", "EA", table=PARTS_ON_KNOWN),
         ],
         "there the two end at S # and # (": [
             *fair("MEMIT", "S"),

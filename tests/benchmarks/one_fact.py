@@ -77,14 +77,15 @@ def main() -> None:
         "rows of its products": tokens,
         "rate of such products (GFLOP/s)": few / 1e9,
         f"rate of {MANY:,} rows (GFLOP/s)": many / 1e9,
-        f"products of {hparams.n_steps} steps at that rate (s)": counted.targets / few,
+        f"products of {hparams.n_steps} steps at that rate (s)": hparams.n_steps
+        * counted.step
+        / few,
         "an edit (s)": statistics.median(times),
     }
     frame = pd.DataFrame({"what": list(found), "here": [number(v) for v in found.values()]})
     note = f"One fact of smollm2-135m, PMET, published steps; the edit: median of {len(times)}."
     for folder in [RESULTS.parent / "out", *([RESULTS] if args.record else [])]:
         folder.mkdir(exist_ok=True)
-        frame.to_csv(folder / "one_fact.csv", index=False)
         text = f"{markdown(frame)}\n{note} {where()}.\n"
         (folder / "one_fact.md").write_text(text, encoding="utf-8")
     sys.stdout.write(markdown(frame))

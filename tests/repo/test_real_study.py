@@ -507,6 +507,9 @@ def test_a_run_on_known_facts_is_kept_by_itself(tmp_path):
     planted(out, edits=rows, trace=rows)
     results.mkdir()
     (results / "refused.csv").write_text("of a run before\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="holds no edits of a run"):
+        real_pages.keep_known(tmp_path / "nowhere", results)
+    assert (results / "refused.csv").exists()  # nothing is lost
     real_pages.keep_known(out, results)
     assert sorted(p.name for p in results.iterdir()) == ["edits.csv", "methods.md"]
     assert "| m | PMET | 70.0" in (results / "methods.md").read_text(encoding="utf-8")
